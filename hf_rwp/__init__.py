@@ -1,0 +1,20 @@
+"""Random Weight Perturbation (arXiv 2211.11489) for Accelerate, Trainer and timm."""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {"RWP": "optimizer", "LossTracker": "optimizer", "RWPArguments": "arguments"}
+
+__all__ = ["LossTracker", "RWP", "RWPArguments", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

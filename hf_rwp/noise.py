@@ -1,0 +1,137 @@
+"""The noise of Random Weight Perturbation (RWP), as pure tensor functions.
+
+Notation follows the papers (RWP: arXiv 2211.11489; ARWP: arXiv 2404.00357):
+
+    eps ~ N(0, std^2)      std = gamma * ||filter||_2                            (RWP)
+                           std = gamma * ||filter||_2 / sqrt(1 + eta * F)        (ARWP)
+                           F   = beta * F + (sum over the filter of g^2)
+
+A *filter* is one slice of a weight along dim 0, after leading dimensions of size 1 are dropped: a convolution
+(64, 3, 7, 7) has 64 filters, a ViT's position embedding (1, 197, 384) has 197. A tensor with at most one dimension of
+its own is a single filter. Per-filter quantities keep the weight's number of dimensions, with 1 in place of the
+dimensions inside a filter, so that they broadcast against the weight.
+"""
+
+import hashlib
+import math
+import struct
+
+import torch
+from torch import Tensor
+
+MODES = ("filter", "filter_normalized")
+DEFAULT_GAMMA = {"filter": 0.01, "filter_normalized": 0.2}
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+def filter_dims(shape: torch.Size) -> tuple[int, ...]:
+    """The dimensions of `shape` that lie inside a filter: those a per-filter norm reduces over."""
+    leading = _leading_ones(shape)
+    return tuple(range(len(shape))) if len(shape) - leading < 2 else tuple(range(leading + 1, len(shape)))
+
+
+def filter_norms(weight: Tensor) -> Tensor:
+    """The L2 norm of every filter of `weight`, in float32 or better."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight, dim=filter_dims(weight.shape), keepdim=True, dtype=dtype)
+
+
+def noise_std(weight: Tensor, gamma: float, mode: str = "filter", damping: Tensor | None = None) -> Tensor:
+    """The noise's standard deviation for every filter of `weight`.
+
+    gamma: >= 0. In mode `filter` relative to the filter's norm: std = gamma * ||filter|| (arXiv 2211.11489). In mode
+        `filter_normalized` relative to the root mean square of the filter's weights: std = gamma * ||filter|| /
+        sqrt(fan_in), so that ||noise|| is about gamma * ||weight|| however wide the layer.
+    damping: ARWP's factor in (0, 1] for every filter, see `arwp_damping`; None is 1.
+    """
+    std = filter_norms(weight).mul_(gamma)
+    if mode == "filter_normalized":
+        std /= math.sqrt(math.prod(weight.shape[dim] for dim in filter_dims(weight.shape)))
+    return std if damping is None else std.mul_(damping)
+
+
+def arwp_fisher(fisher: Tensor | None, gradient: Tensor, beta: float) -> Tensor:
+    """ARWP's F after a step with `gradient`: beta * F + (sum over the filter of g^2), arXiv 2404.00357.
+
+    fisher: F before it, in the shape that `filter_norms` gives; None at the start, as 0. beta: in [0, 1).
+    """
+    squared = filter_norms(gradient).square_()
+    return squared if fisher is None else fisher.mul(beta).add_(squared)
+
+
+def arwp_damping(fisher: Tensor, eta: float) -> Tensor:
+    """ARWP's factor on the noise of every filter: 1 / sqrt(1 + eta * F), in (0, 1]. eta: >= 0."""
+    return fisher.mul(eta).add_(1).rsqrt_()
+
+
+def noise_seed(seed: int, window: int, micro_step: int, replica: int, position: int) -> int:
+    """The seed, in [0, 2^64), of one parameter's draw: a hash of where the draw stands.
+
+    window: the number of the optimizer step. micro_step: that of the gradient within it. replica: the rank among
+    data-parallel replicas. position: the parameter's in `named_parameters()`.
+    """
+    key = struct.pack("<5q", seed, window, micro_step, replica, position)
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+
+
+def new_scratch(weight: Tensor) -> Tensor:
+    """Memory for `add_noise_`: 1-D, on the weight's device, in float32 or better.
+
+    Its length bounds how many elements are drawn at a time. On a CPU a small piece is still in the cache when it is
+    added to the weights; elsewhere a larger one saves kernel launches.
+    """
+    length = 2**18 if weight.device.type == "cpu" else 2**22
+    return weight.new_empty(length, dtype=torch.promote_types(weight.dtype, torch.float32))
+
+
+def add_noise_(weight: Tensor, std: Tensor, generator: torch.Generator, scratch: Tensor) -> None:
+    """Add Gaussian noise to `weight` in place, a bounded piece at a time.
+
+    std: as `noise_std` gives. generator: on the weight's device; the draws follow the order of the elements, not of the
+    memory, so that a channels_last weight gets the same noise. scratch: see `new_scratch`; a filter that is larger than
+    it gets memory of its own for the moment. The sum is rounded once, to the weight's dtype.
+    """
+    if weight.numel() == 0:
+        return
+    if weight.ndim == 0:
+        weight, std = weight.unsqueeze(0), std.unsqueeze(0)
+    dim = min(_leading_ones(weight.shape), weight.ndim - 1)
+    rows = max(1, scratch.numel() * weight.shape[dim] // weight.numel())
+    std = std.expand([*std.shape[:dim], weight.shape[dim], *std.shape[dim + 1 :]])
+    for piece, piece_std in zip(weight.split(rows, dim), std.split(rows, dim), strict=True):
+        memory = scratch if piece.numel() <= scratch.numel() else scratch.new_empty(piece.numel())
+        normal = memory[: piece.numel()].normal_(generator=generator).view(piece.shape)
+        if normal.dtype == piece.dtype:
+            piece.addcmul_(normal, piece_std)
+        else:
+            piece.copy_(normal.mul_(piece_std).add_(piece))
+
+
+def relative_size(noisy: Tensor, clean: Tensor) -> Tensor:
+    """||noisy - clean|| / ||clean||, a 0-dim tensor in float32 or better; 0 where both are 0."""
+    dtype = torch.promote_types(clean.dtype, torch.float32)
+    noise = torch.linalg.vector_norm(noisy.to(dtype) - clean, dtype=dtype)
+    return noise / torch.linalg.vector_norm(clean, dtype=dtype).clamp_min(torch.finfo(dtype).tiny)
+
+
+def gamma_factor(progress: float, schedule: str = "constant", growth: float = 0.0, start: float = 0.0) -> float:
+    """What to multiply gamma by at `progress`, the fraction of the training's optimizer steps behind us, in [0, 1].
+
+    schedule: `constant` is 1 throughout; `linear` and `cosine` rise from 1 to 1 + growth, cosine as in ARWP's 1x form
+        (arXiv 2404.00357): 1 + growth * (1 - cos(pi * progress)) / 2.
+    growth: how much larger than at the start gamma is at the end, >= 0, in multiples of gamma.
+    start: before this fraction the factor is 0, plain training; it does not shift the schedule. In [0, 1].
+    """
+    if progress < start:
+        return 0.0
+    if schedule == "constant":
+        return 1.0
+    if schedule == "linear":
+        return 1.0 + growth * progress
+    if schedule == "cosine":
+        return 1.0 + growth * (1.0 - math.cos(math.pi * progress)) / 2.0
+    raise ValueError(f"schedule is {schedule!r}: choose one of {', '.join(SCHEDULES)}")
+
+
+def _leading_ones(shape: torch.Size) -> int:
+    return next((dim for dim, size in enumerate(shape) if size != 1), len(shape))
