@@ -5,9 +5,9 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_HOME = {"RWP": "optimizer", "LossTracker": "optimizer", "RWPArguments": "arguments"}
+_HOME = {"RWP": "optimizer", "LossTracker": "tracking", "RWPArguments": "arguments"}
 
-__all__ = ["LossTracker", "RWP", "RWPArguments", "__version__"]
+__all__ = ["RWP", "LossTracker", "RWPArguments", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -33,7 +33,8 @@ def filter_dims(shape: torch.Size) -> tuple[int, ...]:
 def filter_norms(weight: Tensor) -> Tensor:
     """The L2 norm of every filter of `weight`, in float32 or better."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return torch.linalg.vector_norm(weight, dim=filter_dims(weight.shape), keepdim=True, dtype=dtype)
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=filter_dims(weight.shape), keepdim=True, dtype=dtype)
+    return norms
 
 
 def noise_std(weight: Tensor, gamma: float, mode: str = "filter", damping: Tensor | None = None) -> Tensor:
@@ -110,7 +111,7 @@ def add_noise_(weight: Tensor, std: Tensor, generator: torch.Generator, scratch:
 def relative_size(noisy: Tensor, clean: Tensor) -> Tensor:
     """||noisy - clean|| / ||clean||, a 0-dim tensor in float32 or better; 0 where both are 0."""
     dtype = torch.promote_types(clean.dtype, torch.float32)
-    noise = torch.linalg.vector_norm(noisy.to(dtype) - clean, dtype=dtype)
+    noise: Tensor = torch.linalg.vector_norm(noisy.to(dtype) - clean, dtype=dtype)
     return noise / torch.linalg.vector_norm(clean, dtype=dtype).clamp_min(torch.finfo(dtype).tiny)
 
 

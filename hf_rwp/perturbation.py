@@ -1,8 +1,8 @@
 """The one place that writes noise into weights, and the way back.
 
 1. `add` copies the weights (and buffers) aside and adds the noise in place.
-2. `hide` makes the weights clean for a while, `show` ends that: between a forward pass and its backward pass anybody may
-   look at the weights. Autograd then finds what its forward pass saw, so these writes do not count as in-place changes.
+2. `hide` makes the weights clean for a while, `show` ends that: between a forward pass and its backward pass anybody
+   may look at the weights. Autograd then finds what its forward pass saw: no in-place change is counted.
 3. `restore` copies the clean values back, which is exact in every dtype; subtracting the noise is not.
 """
 
@@ -42,7 +42,7 @@ class Perturbation:
         draws = list(draws)
         buffers = _buffers(guarded) if guarded else []
         self._replaceable = [entry for entry in buffers if entry[1] not in entry[0]._non_persistent_buffers_set]
-        tensors = [weight for weight, _, _ in draws] + [buffer for *_, buffer in buffers if _is_writable(buffer)]
+        tensors = [weight for weight, _, _ in draws] + [buffer for *_, buffer in buffers if is_writable(buffer)]
         self._clean = {tensor: self._copy_of(tensor) for tensor in tensors}
         _copy_all(self._clean.values(), self._clean)
         self._present = True
@@ -123,6 +123,6 @@ def _buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
     ]
 
 
-def _is_writable(tensor: Tensor) -> bool:
-    """Whether no two elements share memory, as they do in an expanded tensor, which nothing can write to in place."""
+def is_writable(tensor: Tensor) -> bool:
+    """Whether the tensor can be written to in place: no two elements share memory, as in an expanded one."""
     return all(stride != 0 or size == 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

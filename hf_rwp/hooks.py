@@ -1,0 +1,56 @@
+"""What a wrapper needs of modules and autograd: hooks that stay behind, and the end of a backward pass."""
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Hook:
+    """A method as a module's hook, that never outlives its object or the module it was put on.
+
+    It holds the object weakly. A copy or a pickle of the module takes a hook along that does nothing.
+    """
+
+    def __init__(self, method: Callable[..., None] | None = None) -> None:
+        self._method = None if method is None else weakref.WeakMethod[Callable[..., Any]](method)
+
+    def __reduce__(self) -> tuple[type["Hook"], tuple[()]]:
+        return Hook, ()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any) -> None:
+        method = self._method and self._method()
+        if method:
+            method(*args)
+
+    @property
+    def owner(self) -> Any:
+        """The object whose method this is; None in a copy, and once the object is gone."""
+        method = self._method and self._method()
+        return getattr(method, "__self__", None)
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> None:
+    """Call `callback` when the backward pass that is running now has ended; to be called from a tensor's hook.
+
+    With reentrant checkpointing that is the end of the pass in which the tensor's gradient arrived, not of the passes
+    nested in it. A private call: autograd offers no public one that is right there.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """The tensors in a model's output, however nested in mappings, sequences and dataclasses."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        yield from tensors_in(list(output.values()))
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from tensors_in(value)
+    elif dataclasses.is_dataclass(output):
+        yield from tensors_in(vars(output))

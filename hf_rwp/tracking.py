@@ -1,0 +1,52 @@
+"""The loss of clean and of perturbed micro-steps, kept apart."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_rwp.environment import replica
+from hf_rwp.optimizer import RWP
+
+
+class LossTracker:
+    """Averages the loss by role; replicas talk to each other only when asked, so that a step takes no longer.
+
+    tracker = LossTracker(optimizer)       # the RWP wrapper
+    tracker.update(loss)                   # after every forward pass
+    accelerator.log(tracker.compute())     # at logging time, on all replicas
+    """
+
+    def __init__(self, optimizer: RWP) -> None:
+        self._optimizer = optimizer
+        self._totals: Tensor | None = None
+
+    @torch.no_grad()
+    def update(self, loss: Tensor, count: int = 1) -> None:
+        """Add the latest micro-step's unweighted loss. loss: 0-dim, a mean. count: what it is a mean over (images)."""
+        if self._totals is None:
+            self._totals = torch.zeros(2, 2, device=loss.device)  # (clean, perturbed) x (sum, count)
+        role = self._optimizer.role
+        row = self._totals[int(role is not None and role.perturbed)]
+        row[0] += loss.float() * count
+        row[1] += count
+
+    def compute(self) -> dict[str, float]:
+        """The means since the last call, over all replicas. Collective: call it on all of them.
+
+        `loss`, and where there were such micro-steps `loss_clean`, `loss_perturbed` and their difference `loss_gap`, a
+        free measure of sharpness. Empty before any update.
+        """
+        if self._totals is None:
+            return {}
+        if replica()[1] > 1:
+            dist.all_reduce(self._totals)
+        (clean, n_clean), (perturbed, n_perturbed) = self._totals.tolist()
+        self._totals = None
+        means = {"loss": (clean + perturbed) / (n_clean + n_perturbed)}
+        if n_clean:
+            means["loss_clean"] = clean / n_clean
+        if n_perturbed:
+            means["loss_perturbed"] = perturbed / n_perturbed
+        if n_clean and n_perturbed:
+            means["loss_gap"] = means["loss_perturbed"] - means["loss_clean"]
+        return means

@@ -1,0 +1,79 @@
+"""A `torch.optim.Optimizer` around another one, with one set of groups, state, defaults and hooks between the two.
+
+Schedulers, GradScaler, Accelerate and Trainer read and replace these through whichever of the two they hold, so nothing
+is copied: calling `Optimizer.__init__` here would give the wrapper groups of its own, and a scheduler would move a
+learning rate that the base never sees.
+"""
+
+from typing import Any
+
+import torch
+
+
+class OptimizerWrapper(torch.optim.Optimizer):
+    """Passes everything on to `base`; a subclass changes what it has to."""
+
+    # GradScaler is to look for an overflow before `step`: a fused base that looks for itself would be told to step.
+    _step_supports_amp_scaling = False
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self.base = base
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "base":  # __init__ did not get that far
+            raise AttributeError(name)
+        return getattr(self.base, name)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.base!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(f"{type(self).__name__} is bound to a model and cannot be copied or pickled: save state_dict()")
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base.param_groups = value
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.base.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.base.defaults = value
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.base.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.base.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.base.load_state_dict(state_dict)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.base.zero_grad(set_to_none)
+
+    def train(self) -> None:
+        """Pass schedule-free's protocol on to a base that speaks it."""
+        self._call_if_any("train")
+
+    def eval(self) -> None:
+        self._call_if_any("eval")
+
+    def _call_if_any(self, name: str) -> None:
+        method = getattr(self.base, name, None)
+        if method is not None:
+            method()
