@@ -43,6 +43,11 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
 
 
+def in_backward() -> bool:
+    """Whether a backward pass is running in this thread. Private as well: activation checkpointing asks the same way."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
 def tensors_in(output: Any) -> Iterator[Tensor]:
     """The tensors in a model's output, however nested in mappings, sequences and dataclasses."""
     if isinstance(output, Tensor):

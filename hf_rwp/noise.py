@@ -112,7 +112,7 @@ def relative_size(noisy: Tensor, clean: Tensor) -> Tensor:
     """||noisy - clean|| / ||clean||, a 0-dim tensor in float32 or better; 0 where both are 0."""
     dtype = torch.promote_types(clean.dtype, torch.float32)
     noise: Tensor = torch.linalg.vector_norm(noisy.to(dtype) - clean, dtype=dtype)
-    return noise / torch.linalg.vector_norm(clean, dtype=dtype).clamp_min(torch.finfo(dtype).tiny)
+    return noise.div_(torch.linalg.vector_norm(clean, dtype=dtype).clamp_min_(torch.finfo(dtype).tiny))
 
 
 def gamma_factor(progress: float, schedule: str = "constant", growth: float = 0.0, start: float = 0.0) -> float:

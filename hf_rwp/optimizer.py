@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_rwp import noise as _noise
 from hf_rwp.environment import Accumulation, innermost, refuse_data_parallel, refuse_unsupported
 from hf_rwp.environment import replica as this_replica
-from hf_rwp.hooks import Hook, at_end_of_backward, tensors_in
+from hf_rwp.hooks import Hook, at_end_of_backward, in_backward, tensors_in
 from hf_rwp.perturbation import Perturbation, is_writable
 from hf_rwp.placement import Role, role
 from hf_rwp.wrapper import OptimizerWrapper
@@ -255,6 +255,11 @@ class RWP(OptimizerWrapper):
     def _before_forward(self, module: nn.Module, *_: Any) -> None:
         if not self._trains(module):
             self._perturbation.hide()
+        elif in_backward():
+            raise RuntimeError(
+                "a forward pass of the whole model inside a backward pass, as activation checkpointing of the whole "
+                "model makes: the noise would differ between the two. Checkpoint its layers instead"
+            )
         elif self._open is not None:
             self._perturbation.show()
         else:
