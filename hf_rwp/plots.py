@@ -1,0 +1,65 @@
+"""Pictures of a training run."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+
+# Okabe and Ito's palette, apart for every kind of colour vision; lines and markers are apart in grey, too.
+_LOSSES: dict[str, dict[str, Any]] = {
+    "train_loss": {"label": "mean", "color": "#777777", "linestyle": ":", "marker": "."},
+    "loss_perturbed": {"label": "perturbed weights", "color": "#D55E00", "linestyle": "--", "marker": "s"},
+    "loss_clean": {"label": "clean weights", "color": "#0072B2", "linestyle": "-", "marker": "o"},
+}
+_TOP1 = {"color": "#009E73", "linestyle": "-", "marker": "o"}
+
+
+def training_curves(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Write a PNG: losses on the left, held-out top-1 accuracy in percent on the right, over the epochs.
+
+    history: one mapping an epoch with epoch, train_loss and, where they exist, loss_clean, loss_perturbed and top1 (a
+    fraction in [0, 1]); other keys are ignored. Losses that span more than a factor of ten get a logarithmic axis.
+    """
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    losses, accuracy = figure.subplots(1, 2)
+
+    for key, style in _LOSSES.items():
+        _plot(losses, history, key, style)
+    _finish(losses, "Training loss")
+    if len(losses.lines) > 1:
+        losses.legend(frameon=False, reverse=True)
+    if _span(history) > 10:
+        losses.set_yscale("log")
+        losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        losses.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        losses.yaxis.set_minor_formatter(NullFormatter())
+
+    _plot(accuracy, history, "top1", _TOP1, scale=100)
+    _finish(accuracy, "Held-out top-1 accuracy (%)")
+    for point in [(x, y) for line in accuracy.lines for x, y in line.get_xydata()][-1:]:
+        accuracy.annotate(f"{point[1]:.2f} %", point, (0, -8), textcoords="offset points", ha="right", va="top")
+    figure.savefig(path, format="png", dpi=150)
+
+
+def _plot(axes: Axes, history: Sequence[Mapping[str, Any]], key: str, style: dict[str, Any], scale: float = 1) -> None:
+    points = [(row["epoch"], scale * row[key]) for row in history if row.get(key) is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), linewidth=2, markersize=5 if len(points) <= 30 else 0, **style)
+
+
+def _span(history: Sequence[Mapping[str, Any]]) -> float:
+    """The largest loss over the smallest; 1 where no loss is above 0."""
+    losses = [row[key] for row in history for key in _LOSSES if (row.get(key) or 0) > 0]
+    return max(losses) / min(losses) if losses else 1.0
+
+
+def _finish(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left")
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.grid(axis="y", color="#E5E5E5")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
