@@ -44,7 +44,7 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
 
 
 def in_backward() -> bool:
-    """Whether a backward pass is running in this thread. Private as well: activation checkpointing asks the same way."""
+    """Whether a backward pass is running in this thread. Private too; activation checkpointing asks the same way."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
@@ -58,4 +58,4 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
         for value in output:
             yield from tensors_in(value)
     elif dataclasses.is_dataclass(output):
-        yield from tensors_in(vars(output))
+        yield from tensors_in([getattr(output, field.name) for field in dataclasses.fields(output)])

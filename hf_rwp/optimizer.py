@@ -13,7 +13,6 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -26,17 +25,11 @@ from hf_rwp import noise as _noise
 from hf_rwp.environment import Accumulation, innermost, refuse_data_parallel, refuse_unsupported
 from hf_rwp.environment import replica as this_replica
 from hf_rwp.hooks import Hook, at_end_of_backward, in_backward, tensors_in
-from hf_rwp.perturbation import Perturbation, is_writable
+from hf_rwp.perturbation import Perturbation, unexpanded
 from hf_rwp.placement import Role, role
 from hf_rwp.wrapper import OptimizerWrapper
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class _MicroStep:
-    role: Role
-    handles: list[RemovableHandle] = field(default_factory=list)
 
 
 class _Target(NamedTuple):
@@ -103,7 +96,12 @@ class RWP(OptimizerWrapper):
         gamma = _noise.DEFAULT_GAMMA[noise] if gamma is None else gamma
         _check("gamma", gamma, 0 <= gamma < math.inf, "finite and at least 0")
         _check("alpha", alpha, 0 <= alpha <= 1, "in [0, 1]")
-        _check("accumulation_steps", accumulation_steps, (accumulation_steps or 1) >= 1, "at least 1")
+        _check(
+            "accumulation_steps",
+            accumulation_steps,
+            accumulation_steps is None or accumulation_steps >= 1,
+            "at least 1",
+        )
         _check("eta", eta, 0 <= eta < math.inf, "finite and at least 0")
         _check("beta", beta, 0 <= beta < 1, "in [0, 1)")
         super().__init__(optimizer)
@@ -116,8 +114,8 @@ class RWP(OptimizerWrapper):
         refuse_unsupported(self.model)
 
         self._armed = True
-        self._open: _MicroStep | None = None  # from the first forward pass to the end of the backward pass
-        self._role: Role | None = None  # of the latest micro-step
+        self._role: Role | None = None  # of the latest micro-step; each has a role object of its own
+        self._open: Role | None = None  # the same, from the first forward pass to the end of the backward pass
         self._plain = False  # whether a forward pass since the last step was the base optimizer's own
         self._windows = 0  # begun so far
         self._length = 1  # micro-steps that this window is to have
@@ -129,8 +127,9 @@ class RWP(OptimizerWrapper):
         self._measure = True
         self._warned: set[str] = set()
         self._perturbation = Perturbation()
-        # A wrapper that goes while its noise is in the weights leaves them clean.
-        weakref.finalize(self, self._perturbation.restore).atexit = False
+        self._weight_hooks: list[RemovableHandle] = []  # on the parameters, while a micro-step is open
+        # A wrapper that goes while a micro-step is open leaves its model as it was.
+        weakref.finalize(self, _clear, self._perturbation, self._weight_hooks).atexit = False
         self._handles = self._hook()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -212,7 +211,8 @@ class RWP(OptimizerWrapper):
         Collective: call it on all replicas.
         """
         if this_replica()[1] > 1:
-            for buffer in filter(is_writable, self.model.buffers()):
+            self._perturbation.hide()
+            for buffer in map(unexpanded, self.model.buffers()):
                 values = buffer.contiguous()
                 dist.broadcast(values, src=0)
                 buffer.copy_(values)
@@ -274,7 +274,7 @@ class RWP(OptimizerWrapper):
         if not outputs:  # the forward pass raised, or no backward pass can come of it
             self._close()
 
-    def _before_backward(self, micro_step: _MicroStep, _: Tensor) -> None:
+    def _before_backward(self, micro_step: Role, _: Tensor) -> None:
         if micro_step is not self._open:
             raise RuntimeError(
                 "a second backward pass in one micro-step, or one after step() or load_state_dict() ended it: the "
@@ -296,6 +296,8 @@ class RWP(OptimizerWrapper):
             if module is not self.model:
                 refuse_data_parallel()
             refuse_unsupported(self.model)
+            if not any(self._targets()):
+                raise RuntimeError("nothing to perturb: no trainable parameter of the model has an rwp_gamma above 0")
             self._length = self._window_length()
             self._windows += 1
         index, replicas = this_replica()
@@ -304,17 +306,15 @@ class RWP(OptimizerWrapper):
             self._warn_once("an epoch ends with a window of one gradient: an ordinary step. drop_last=True avoids it")
         else:
             self._role = role(index, self._completed, replicas, self._length, self.alpha)
-        self._open = _MicroStep(self._role)
         if self._role.perturbed:
             self._perturb(index)
         if self._role.weight != 1:
             scale = functools.partial(torch.mul, other=self._role.weight)
-            self._open.handles = [p.register_hook(scale) for p in self.model.parameters() if p.requires_grad]
+            self._weight_hooks += [p.register_hook(scale) for p in self.model.parameters() if p.requires_grad]
+        self._open = self._role
 
     def _perturb(self, index: int) -> None:
         targets = list(self._targets())
-        if not targets:
-            raise RuntimeError("nothing to perturb: no trainable parameter of the model has an rwp_gamma above 0")
         draws = [
             (
                 target.weight,
@@ -328,18 +328,15 @@ class RWP(OptimizerWrapper):
         if self._measure:
             self._measure_noise(targets)
 
-    def _end(self, micro_step: _MicroStep) -> None:
+    def _end(self, micro_step: Role) -> None:
         if micro_step is self._open:
             self._close()
             self._completed += 1
-            self._slots["perturbed" if micro_step.role.perturbed else "clean"] += 1
+            self._slots["perturbed" if micro_step.perturbed else "clean"] += 1
 
     def _close(self, *_: Any) -> None:
-        self._perturbation.restore()
-        if self._open is not None:
-            for handle in self._open.handles:
-                handle.remove()
-            self._open = None
+        _clear(self._perturbation, self._weight_hooks)
+        self._open = None
 
     def _hide(self, *_: Any) -> None:
         self._perturbation.hide()
@@ -443,6 +440,12 @@ class RWP(OptimizerWrapper):
                 "this RWP wrapper is no longer on its model: a newer RWP took over, or remove() was called. Use the "
                 "newer one, or wrap the model again"
             )
+
+
+def _clear(perturbation: Perturbation, weight_hooks: list[RemovableHandle]) -> None:
+    perturbation.restore()
+    while weight_hooks:
+        weight_hooks.pop().remove()
 
 
 def _is_nonzero(gradient: Tensor | None) -> bool:

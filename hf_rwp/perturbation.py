@@ -42,13 +42,17 @@ class Perturbation:
         draws = list(draws)
         buffers = _buffers(guarded) if guarded else []
         self._replaceable = [entry for entry in buffers if entry[1] not in entry[0]._non_persistent_buffers_set]
-        tensors = [weight for weight, _, _ in draws] + [buffer for *_, buffer in buffers if is_writable(buffer)]
+        tensors = [weight for weight, _, _ in draws] + [unexpanded(buffer) for *_, buffer in buffers]
         self._clean = {tensor: self._copy_of(tensor) for tensor in tensors}
         _copy_all(self._clean.values(), self._clean)
         self._present = True
-        for weight, std, seed in draws:
-            generator = self._generator_on(weight.device).manual_seed(seed)
-            noise.add_noise_(weight, std, generator, self._scratch_for(weight))
+        try:
+            for weight, std, seed in draws:
+                generator = self._generator_on(weight.device).manual_seed(seed)
+                noise.add_noise_(weight, std, generator, self._scratch_for(weight))
+        except BaseException:  # an interrupt too: half the noise is neither clean nor the paper's
+            self.restore()
+            raise
         torch.clear_autocast_cache()  # autocast may hold a low-precision copy of the clean weights
 
     @torch.no_grad()
@@ -57,6 +61,7 @@ class Perturbation:
         if self._present and self._noisy is None:
             noisy = [tensor.clone() for tensor in self._clean]
             _copy_all(self._clean, self._clean.values(), unseen=True)
+            self._put_buffers_back()
             self._noisy = noisy
             torch.clear_autocast_cache()
 
@@ -76,8 +81,7 @@ class Perturbation:
             return
         if self._noisy is None:
             _copy_all(self._clean, self._clean.values())
-        for module, name, buffer in self._replaceable:
-            module._buffers[name] = buffer
+        self._put_buffers_back()
         self._present, self._noisy, self._replaceable = False, None, []
         torch.clear_autocast_cache()
 
@@ -85,6 +89,10 @@ class Perturbation:
     def relative_sizes(self, weights: Iterable[Tensor]) -> list[Tensor]:
         """||noise|| / ||weight|| of perturbed weights, 0-dim each, measured on what is in memory now."""
         return [noise.relative_size(weight, self._clean[weight]) for weight in weights]
+
+    def _put_buffers_back(self) -> None:
+        for module, name, buffer in self._replaceable:
+            module._buffers[name] = buffer
 
     def _copy_of(self, tensor: Tensor) -> Tensor:
         copy = self._clean.get(tensor)
@@ -123,6 +131,9 @@ def _buffers(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
     ]
 
 
-def is_writable(tensor: Tensor) -> bool:
-    """Whether the tensor can be written to in place: no two elements share memory, as in an expanded one."""
-    return all(stride != 0 or size == 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+def unexpanded(tensor: Tensor) -> Tensor:
+    """The view of an expanded tensor that can be written to in place: no two of its elements share memory."""
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor

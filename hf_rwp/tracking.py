@@ -16,7 +16,7 @@ class LossTracker:
     accelerator.log(tracker.compute())     # at logging time, on all replicas
     """
 
-    def __init__(self, optimizer: RWP) -> None:
+    def __init__(self, optimizer: RWP | None) -> None:
         self._optimizer = optimizer
         self._totals: Tensor | None = None
 
@@ -25,7 +25,7 @@ class LossTracker:
         """Add the latest micro-step's unweighted loss. loss: 0-dim, a mean. count: what it is a mean over (images)."""
         if self._totals is None:
             self._totals = torch.zeros(2, 2, device=loss.device)  # (clean, perturbed) x (sum, count)
-        role = self._optimizer.role
+        role = self._optimizer.role if self._optimizer else None
         row = self._totals[int(role is not None and role.perturbed)]
         row[0] += loss.float() * count
         row[1] += count
@@ -36,12 +36,15 @@ class LossTracker:
         `loss`, and where there were such micro-steps `loss_clean`, `loss_perturbed` and their difference `loss_gap`, a
         free measure of sharpness. Empty before any update.
         """
-        if self._totals is None:
-            return {}
+        totals, self._totals = self._totals, None
+        if totals is None:  # another replica may have losses, and waits
+            device = next(self._optimizer.model.parameters()).device if self._optimizer else None
+            totals = torch.zeros(2, 2, device=device)
         if replica()[1] > 1:
-            dist.all_reduce(self._totals)
-        (clean, n_clean), (perturbed, n_perturbed) = self._totals.tolist()
-        self._totals = None
+            dist.all_reduce(totals)
+        (clean, n_clean), (perturbed, n_perturbed) = totals.tolist()
+        if not n_clean + n_perturbed:
+            return {}
         means = {"loss": (clean + perturbed) / (n_clean + n_perturbed)}
         if n_clean:
             means["loss_clean"] = clean / n_clean
