@@ -45,7 +45,7 @@ class Perturbation:
         tensors = [weight for weight, _, _ in draws] + [unexpanded(buffer) for *_, buffer in buffers]
         self._clean = {tensor: self._copy_of(tensor) for tensor in tensors}
         _copy_all(self._clean.values(), self._clean)
-        self._present = True
+        self._noisy, self._present = None, True
         try:
             for weight, std, seed in draws:
                 generator = self._generator_on(weight.device).manual_seed(seed)
@@ -68,9 +68,9 @@ class Perturbation:
     @torch.no_grad()
     def show(self) -> None:
         """Undo `hide`: the weights hold the same noise again, bit for bit."""
-        if self._noisy is not None:
-            noisy, self._noisy = self._noisy, None
+        if self._present and self._noisy is not None:
             _copy_all(self._clean.values(), self._clean)  # what was written to the weights meanwhile is kept
+            noisy, self._noisy = self._noisy, None
             _copy_all(self._clean, noisy, unseen=True)
             torch.clear_autocast_cache()
 

@@ -1,0 +1,113 @@
+import dataclasses
+import inspect
+
+import pytest
+
+from hf_rwp import RWP, RWPArguments, noise
+from hf_rwp.arguments import parse_arguments
+
+
+@dataclasses.dataclass
+class Recipe(RWPArguments):
+    lr: float = dataclasses.field(default=0.1, metadata={"help": "Learning rate."})
+
+
+def write(folder, text):
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return f"--config={path}"
+
+
+def test_options_are_those_of_the_wrapper_with_its_defaults():
+    parameters = inspect.signature(RWP).parameters
+    for name, value in RWPArguments().rwp_options.items():
+        assert parameters[name].default == value, name
+    keywords = {name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
+    assert keywords - set(RWPArguments().rwp_options) == {"accumulation_steps"}
+
+
+def test_gamma_factor_is_the_schedule_of_the_flags():
+    arguments = RWPArguments(rwp_schedule="cosine", rwp_growth=10.0, rwp_start=0.25)
+    assert arguments.rwp_gamma_factor(0.2) == 0
+    assert arguments.rwp_gamma_factor(0.5) == noise.gamma_factor(0.5, "cosine", 10.0)
+    assert arguments.rwp_gamma_factor(1.0) == pytest.approx(11)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    {
+        "rwp_gamma": [-0.1, float("inf"), float("nan")],
+        "rwp_alpha": [-0.1, 1.1, float("nan")],
+        "rwp_noise": ["layer"],
+        "rwp_eta": [-1.0, float("inf")],
+        "rwp_beta": [-0.1, 1.0],
+        "rwp_schedule": ["step"],
+        "rwp_growth": [-1.0],
+        "rwp_start": [-0.1, 1.1],
+    }.items(),
+)
+def test_a_value_out_of_range_is_refused_by_name(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"^{name}=.*has to be"):
+            RWPArguments(**{name: value})
+
+
+def test_growth_without_a_growing_schedule_is_refused():
+    with pytest.raises(ValueError, match="rwp_schedule is constant"):
+        RWPArguments(rwp_growth=1.0)
+
+
+def test_every_flag_has_one_sentence_of_help():
+    for field in dataclasses.fields(RWPArguments):
+        text = field.metadata["help"]
+        assert text.endswith(".")
+        assert ". " not in text, field.name
+
+
+def test_flags_reach_their_fields():
+    flags = [
+        "--rwp",
+        "--rwp_gamma",
+        "0.3",
+        "--rwp_noise",
+        "filter_normalized",
+        "--no_rwp_noise_1d",
+        "--rwp_seed",
+        "7",
+        "--lr",
+        "1e-3",
+    ]
+    parsed = parse_arguments(Recipe, flags)
+    assert parsed == Recipe(
+        rwp=True, rwp_gamma=0.3, rwp_noise="filter_normalized", rwp_noise_1d=False, rwp_seed=7, lr=1e-3
+    )
+    assert parse_arguments(Recipe, ["--rwp", "false"]) == Recipe()
+
+
+def test_the_command_line_overrides_the_file_which_overrides_the_defaults(tmp_path):
+    config = write(tmp_path, "rwp: true\nrwp_gamma: 1e-2\nrwp_noise_1d: false\nrwp_alpha: 1\nlr: 0.5\n")
+    for argv in ([config, "--lr", "0.2"], ["--lr", "0.2", config]):
+        parsed = parse_arguments(Recipe, argv)
+        assert parsed == Recipe(rwp=True, rwp_gamma=0.01, rwp_noise_1d=False, rwp_alpha=1.0, lr=0.2)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "rwp_gamma: null\n"])
+def test_an_empty_file_changes_nothing(tmp_path, text):
+    assert parse_arguments(Recipe, [write(tmp_path, text)]) == Recipe()
+
+
+def test_an_unknown_name_in_the_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="rwp_gama"):
+        parse_arguments(Recipe, [write(tmp_path, "rwp_gama: 0.1\n")])
+
+
+@pytest.mark.parametrize("text", ["lr: fast\n", "rwp_noise: layer\n", "rwp: perhaps\n", "rwp_seed: 0.5\n"])
+def test_a_wrong_value_in_the_file_is_refused(tmp_path, capsys, text):
+    with pytest.raises(SystemExit):
+        parse_arguments(Recipe, [write(tmp_path, text)])
+    assert f"--{text.split(':')[0]}" in capsys.readouterr().err
+
+
+def test_flags_are_not_abbreviated():
+    with pytest.raises(ValueError, match="--rwp_gam"):
+        parse_arguments(Recipe, ["--rwp_gam", "0.1"])
