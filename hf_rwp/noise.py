@@ -66,7 +66,7 @@ def arwp_damping(fisher: Tensor, eta: float) -> Tensor:
 
 
 def noise_seed(seed: int, window: int, micro_step: int, replica: int, position: int) -> int:
-    """The seed, in [0, 2^64), of one parameter's draw: a hash of where the draw stands.
+    """The seed, in [0, 2^64), of one parameter's draw: a hash of where the draw stands (a CPU uses its low 32 bits).
 
     window: the number of the optimizer step. micro_step: that of the gradient within it. replica: the rank among
     data-parallel replicas. position: the parameter's in `named_parameters()`.

@@ -96,6 +96,7 @@ class RWP(OptimizerWrapper):
         gamma = _noise.DEFAULT_GAMMA[noise] if gamma is None else gamma
         _check("gamma", gamma, 0 <= gamma < math.inf, "finite and at least 0")
         _check("alpha", alpha, 0 <= alpha <= 1, "in [0, 1]")
+        _check("seed", seed, -(2**63) <= seed < 2**63, "an integer of 64 bits")
         _check(
             "accumulation_steps",
             accumulation_steps,
@@ -287,6 +288,7 @@ class RWP(OptimizerWrapper):
         return self._armed and module.training and torch.is_grad_enabled()
 
     def _begin(self, module: nn.Module) -> None:
+        self._close()  # what an interrupt in here left behind
         self._accumulation.advance()
         if not 0 < self._completed < self._length:
             self._completed = 0
@@ -310,7 +312,9 @@ class RWP(OptimizerWrapper):
             self._perturb(index)
         if self._role.weight != 1:
             scale = functools.partial(torch.mul, other=self._role.weight)
-            self._weight_hooks += [p.register_hook(scale) for p in self.model.parameters() if p.requires_grad]
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    self._weight_hooks.append(parameter.register_hook(scale))
         self._open = self._role
 
     def _perturb(self, index: int) -> None:

@@ -630,6 +630,18 @@ def test_weights_are_clean_when_grad_scaler_skips_and_the_next_step_is_the_mix()
     watch.check(0.8, [2, 2])
 
 
+def test_zero_grad_in_the_middle_of_a_window_begins_a_new_one(caplog):
+    model = network()
+    optimizer = wrap(model, alpha=0.8, accumulation_steps=3)
+    for x in inputs(2):
+        loss_of(model, x).backward()
+    optimizer.zero_grad()
+    watch = Watch(model, optimizer.base)
+    run_windows(model, optimizer, inputs(6), 3)
+    watch.check(0.8, [3, 3])
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("order", ["zero_grad before forward", "zero_grad before backward", "zero_grad at the end"])
 @pytest.mark.parametrize("alpha", [1.0, 0.8])
 def test_the_gradient_is_the_mix_wherever_a_loop_zeroes(order, alpha):
@@ -947,11 +959,13 @@ def test_a_step_is_right_for_every_shape_dtype_and_kind_of_parameter(kinds, alph
 
 def test_a_tied_parameter_gets_its_noise_once():
     class Tied(nn.Module):
-        def __init__(self):
+        def __init__(self, tied=True):
             super().__init__()
+            torch.manual_seed(0)
             self.down, self.up = nn.Linear(6, 3).double(), nn.Linear(3, 6, bias=False).double()
             self.head = nn.Linear(6, 3).double()
-            self.head.weight = self.down.weight
+            if tied:
+                self.head.weight = self.down.weight
 
         def forward(self, x):
             return self.head(self.up(self.down(x)))
@@ -962,6 +976,12 @@ def test_a_tied_parameter_gets_its_noise_once():
     run_windows(model, optimizer, inputs(4))
     watch.check(0.8, [2, 2])
     assert model.head.weight is model.down.weight
+    untied = Tied(tied=False)
+    optimizer = wrap(untied, gamma=0.1)
+    with seen_weights(untied) as seen:
+        for x in inputs(2):
+            loss_of(untied, x).backward()
+    assert torch.equal(watch.passes[1][0]["down.weight"], seen[1]["down.weight"])
 
 
 def test_the_gradient_is_the_mix_for_sparse_gradients():
@@ -1756,3 +1776,30 @@ def test_a_step_after_too_few_gradients_is_announced_once(caplog):
     for _ in range(2):
         run_windows(model, optimizer, inputs(2))
     assert caplog.text.count("a step after 2 gradients where 3 were due") == 1
+
+
+def test_an_interrupt_while_a_micro_step_begins_leaves_nothing_behind(monkeypatch):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)).double()
+    optimizer = RWP(torch.optim.SGD(model.parameters(), lr=0.0), model, alpha=0.8, accumulation_steps=3)
+    inputs = torch.ones(1, 3, dtype=torch.float64)
+    clean = snapshot(model)
+    model(inputs).sum().backward()
+    registered = []
+
+    def interrupted(parameter, hook):
+        if len(registered) == 2:
+            raise KeyboardInterrupt
+        registered.append(torch.Tensor.register_hook(parameter, hook))
+        return registered[-1]
+
+    monkeypatch.setattr(nn.Parameter, "register_hook", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model(inputs)
+    monkeypatch.undo()
+    optimizer.zero_grad()  # the loop starts over, with a clean slot
+    with seen_weights(model) as seen:
+        model(inputs).sum().backward()
+    assert optimizer.role is not None
+    assert not optimizer.role.perturbed
+    assert all(torch.equal(weight, clean[name]) for name, weight in seen[0].items())
+    assert not any(parameter._backward_hooks for parameter in model.parameters())
