@@ -1,0 +1,98 @@
+"""Run a function on the ranks of a real gloo group on this machine.
+
+`run(3, function, *args)` calls `function(*args)` in three processes and returns what it returned, by rank. The
+processes are forked once, from a server that has imported torch already, and serve all tests; each call gets a process
+group of its own, so that a failure leaves nothing behind. Nothing hangs: a collective fails after `timeout` seconds,
+anything else a little later, and `run` raises with what every rank said.
+"""
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed", "torch.utils.checkpoint", "accelerate"])
+_workers: list[tuple[BaseProcess, Connection]] = []
+_GRACE = 30  # seconds beyond the collectives' own timeout
+
+
+def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 30) -> list[Any]:
+    """What `function(*args)` returned on each of `world` ranks, by rank.
+
+    function: importable by name; it finds a gloo group and the environment variables of torchrun. timeout: seconds, of
+    every collective. Raises RuntimeError with the tracebacks where a rank raised, died or did not answer.
+    """
+    while len(_workers) < world:
+        ours, theirs = _context.Pipe()
+        process = _context.Process(target=_serve, args=(theirs, len(_workers)), daemon=True)
+        process.start()
+        theirs.close()
+        _workers.append((process, ours))
+    workers = _workers[:world]
+    with tempfile.TemporaryDirectory() as folder:
+        job = pickle.dumps((function, args, world, os.path.join(folder, "store"), timeout))
+        for _, connection in workers:
+            connection.send_bytes(job)
+        deadline = time.monotonic() + timeout + _GRACE
+        outcomes = [_answer(connection, deadline) for _, connection in workers]
+    failures = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(outcomes) if failure]
+    if any("no answer" in failure for failure in failures):
+        stop()
+    if failures:
+        raise RuntimeError(f"{function.__name__} failed on {len(failures)} of {world} ranks\n" + "\n".join(failures))
+    return [value for value, _ in outcomes]
+
+
+def stop() -> None:
+    """End the processes; the next `run` starts new ones."""
+    while _workers:
+        process, connection = _workers.pop()
+        connection.close()
+        process.kill()
+        process.join()
+
+
+def _answer(connection: Connection, deadline: float) -> tuple[Any, str]:
+    try:
+        if connection.poll(max(0.0, deadline - time.monotonic())):
+            return pickle.loads(connection.recv_bytes())
+    except EOFError:
+        return None, "no answer: the process died"
+    return None, "no answer in time: it hangs"
+
+
+def _serve(connection: Connection, rank: int) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # Accelerate asks for them, and finds the group made
+    while True:
+        function, args, world, store, timeout = pickle.loads(connection.recv_bytes())
+        os.environ.update(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+        _leave_group()  # not before: a rank that is done may still be needed by the others
+        options = {"rank": rank, "world_size": world, "timeout": timedelta(seconds=timeout)}
+        try:
+            dist.init_process_group("gloo", init_method=f"file://{store}", **options)
+            answer = pickle.dumps((function(*args), ""))
+        except BaseException:
+            answer = pickle.dumps((None, traceback.format_exc()))
+            _leave_group()  # the others fail at once, rather than wait for this rank
+        connection.send_bytes(answer)
+
+
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
