@@ -96,13 +96,16 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None, de
     """An instance of the dataclass `kind` from the command line, and from the file that `--config FILE.yaml` names.
 
     The file maps the same names to values; a flag on the command line overrides it. argv: None is the process's own.
-    Exits with a usage message for a flag or value that argparse refuses; raises ValueError for an unknown flag.
+    Exits with a usage message for a flag or value that argparse refuses; raises ValueError for an unknown flag and for
+    a file of something else.
     """
     parser = HfArgumentParser(kind, description=description, allow_abbrev=False)  # type: ignore[arg-type]
     parser.add_argument("--config", metavar="FILE.yaml", help="A file of flags, `name: value`; flags given here win.")
     argv = list(sys.argv[1:] if argv is None else argv)
     config = parser.parse_known_args(argv)[0].config
     settings = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {} if config else {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{config} holds no flags: each has to be a line of its own, `name: value`")
     # As flags ahead of the others they are checked and converted alike, and the later flag wins.
     flags = [f"--{name}={value}" for name, value in settings.items() if value is not None]
     parsed: Arguments = parser.parse_args_into_dataclasses(flags + argv, look_for_args_file=False)[0]

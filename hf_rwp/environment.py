@@ -6,7 +6,7 @@ from accelerate.utils import is_compiled_module
 from torch import nn
 
 
-def replica() -> tuple[int, int]:
+def this_replica() -> tuple[int, int]:
     """This process among the data-parallel replicas: (index, count)."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
@@ -34,7 +34,6 @@ def refuse_data_parallel() -> None:
 
 def refuse_unsupported(model: nn.Module) -> None:
     """Raise NotImplementedError where replicas do not hold whole weights of their own, or RWP cannot reach them."""
-    parameter = next(model.parameters(), None)
     what = None
     if is_initialized():
         state = AcceleratorState()
@@ -43,14 +42,17 @@ def refuse_unsupported(model: nn.Module) -> None:
             what = state.distributed_type.value
         elif parallelism is not None and parallelism.non_data_parallel_size * parallelism.dp_shard_size > 1:
             what = "sharded, tensor, context or sequence parallelism"
-    if hasattr(parameter, "device_mesh"):
-        what = what or "FSDP2 or tensor parallelism"
-    elif getattr(parameter, "_fsdp_flattened", False):
-        what = what or "FSDP"
-    elif hasattr(parameter, "ds_id"):
-        what = what or "DeepSpeed ZeRO-3"
-    elif parameter is not None and parameter.device.type == "xla":
-        what = what or "XLA"
+    for parameter in model.parameters():
+        if what is not None:
+            break
+        if hasattr(parameter, "device_mesh"):
+            what = "FSDP2 or tensor parallelism"
+        elif getattr(parameter, "_fsdp_flattened", False):
+            what = "FSDP"
+        elif hasattr(parameter, "ds_id"):
+            what = "DeepSpeed ZeRO-3"
+        elif parameter.device.type == "xla":
+            what = "XLA"
     if what:
         raise NotImplementedError(
             f"RWP does not work with {what}: it needs a whole copy of the weights on every replica. What works is one "

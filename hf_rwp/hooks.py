@@ -2,7 +2,7 @@
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ class Hook:
     It holds the object weakly. A copy or a pickle of the module takes a hook along that does nothing.
     """
 
-    def __init__(self, method: Callable[..., None] | None = None) -> None:
+    def __init__(self, method: Callable[..., Any] | None = None) -> None:
         self._method = None if method is None else weakref.WeakMethod[Callable[..., Any]](method)
 
     def __reduce__(self) -> tuple[type["Hook"], tuple[()]]:
@@ -52,7 +52,7 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
     """The tensors in a model's output, however nested in mappings, sequences and dataclasses."""
     if isinstance(output, Tensor):
         yield output
-    elif isinstance(output, dict):
+    elif isinstance(output, Mapping):
         yield from tensors_in(list(output.values()))
     elif isinstance(output, (list, tuple)):
         for value in output:

@@ -45,6 +45,8 @@ def noise_std(weight: Tensor, gamma: float, mode: str = "filter", damping: Tenso
         sqrt(fan_in), so that ||noise|| is about gamma * ||weight|| however wide the layer.
     damping: ARWP's factor in (0, 1] for every filter, see `arwp_damping`; None is 1.
     """
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is no mode of noise: choose one of {', '.join(MODES)}")
     std = filter_norms(weight).mul_(gamma)
     if mode == "filter_normalized":
         std /= math.sqrt(math.prod(weight.shape[dim] for dim in filter_dims(weight.shape)))

@@ -13,6 +13,7 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Iterator
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_rwp import noise as _noise
-from hf_rwp.environment import Accumulation, innermost, refuse_data_parallel, refuse_unsupported
-from hf_rwp.environment import replica as this_replica
+from hf_rwp.environment import Accumulation, innermost, refuse_data_parallel, refuse_unsupported, this_replica
 from hf_rwp.hooks import Hook, at_end_of_backward, in_backward, tensors_in
 from hf_rwp.perturbation import Perturbation, unexpanded
 from hf_rwp.placement import Role, role
@@ -63,8 +63,8 @@ class RWP(OptimizerWrapper):
     On two or more data-parallel replicas the odd ones are perturbed, and the framework's all-reduce mixes the
     gradients. On one, the micro-steps of a window alternate, so a step needs two or more of them.
 
-    `eval()` disarms it and leaves clean weights, `train()` arms it; a new one is armed. Wrapping a model again retires
-    the earlier wrapper.
+    `eval()` disarms it and leaves clean weights, also after an interrupt or an error in a backward pass; `train()` arms
+    it; a new one is armed. Wrapping a model again retires the earlier wrapper.
 
     Raises ValueError for a value out of range and for optimizer parameters that the model does not have;
     NotImplementedError under FSDP, DeepSpeed, DataParallel, tensor parallelism and XLA. In a loop, RuntimeError: where
@@ -91,36 +91,44 @@ class RWP(OptimizerWrapper):
                 f"RWP wraps a plain torch.optim.Optimizer and got {type(optimizer).__name__}: wrap the base optimizer, "
                 "once, before accelerator.prepare"
             )
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"RWP needs the module that it is to perturb and got {type(model).__name__}: RWP(base, model)"
+            )
         if noise not in _noise.MODES:
             raise ValueError(f"noise={noise!r} is no mode of noise: choose one of {', '.join(_noise.MODES)}")
         gamma = _noise.DEFAULT_GAMMA[noise] if gamma is None else gamma
-        _check("gamma", gamma, 0 <= gamma < math.inf, "finite and at least 0")
-        _check("alpha", alpha, 0 <= alpha <= 1, "in [0, 1]")
-        _check("seed", seed, -(2**63) <= seed < 2**63, "an integer of 64 bits")
-        _check(
-            "accumulation_steps",
-            accumulation_steps,
-            accumulation_steps is None or accumulation_steps >= 1,
-            "at least 1",
-        )
-        _check("eta", eta, 0 <= eta < math.inf, "finite and at least 0")
-        _check("beta", beta, 0 <= beta < 1, "in [0, 1)")
+        _check("gamma", gamma, Real, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
+        _check("alpha", alpha, Real, lambda value: 0 <= value <= 1, "a number in [0, 1]")
+        _check("seed", seed, Integral, lambda value: -(2**63) <= value < 2**63, "an integer of 64 bits")
+        if accumulation_steps is not None:
+            _check("accumulation_steps", accumulation_steps, Integral, lambda value: value >= 1, "an integer from 1 on")
+        _check("eta", eta, Real, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
+        _check("beta", beta, Real, lambda value: 0 <= value < 1, "a number in [0, 1)")
         super().__init__(optimizer)
         self.model = innermost(model)
         self.alpha = alpha
-        self._gamma, self._seed, self._accumulation_steps = gamma, seed, accumulation_steps
+        self._seed, self._accumulation_steps = seed, accumulation_steps
         self._mode, self._noise_1d, self._eta, self._beta = noise, noise_1d, eta, beta
+        earlier_default, self.defaults["rwp_gamma"] = self.defaults.get("rwp_gamma"), gamma
         for group in self.param_groups:
+            if "initial_rwp_gamma" in group:  # from an earlier wrapper of the same base: keep what a user set alone
+                group["rwp_gamma"] = group.pop("initial_rwp_gamma")
+                if group["rwp_gamma"] == earlier_default:
+                    del group["rwp_gamma"]
             self._take_group(group)
         refuse_unsupported(self.model)
 
         self._armed = True
         self._role: Role | None = None  # of the latest micro-step; each has a role object of its own
         self._open: Role | None = None  # the same, from the first forward pass to the end of the backward pass
+        self._flowing = False  # whether its backward pass began; if none is running then, it raised
+        self._show_after = False  # whether the forward pass that runs now has hidden the noise
         self._plain = False  # whether a forward pass since the last step was the base optimizer's own
         self._windows = 0  # begun so far
         self._length = 1  # micro-steps that this window is to have
         self._completed = 0  # micro-steps that it had
+        self._short = False  # whether the last window ended after one micro-step where more were due
         self._accumulation = Accumulation()
         self._fisher: dict[str, Tensor] = {}  # ARWP's F, by parameter name
         self._slots = {"clean": 0, "perturbed": 0}  # micro-steps completed on this replica
@@ -135,7 +143,11 @@ class RWP(OptimizerWrapper):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        self._take_group(self.param_groups[-1])
+        try:
+            self._take_group(self.param_groups[-1])
+        except ValueError:
+            del self.param_groups[-1]
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """The base's, and under `rwp` the wrapper's own: seed, windows begun, ARWP's F. `weights_only`-safe.
@@ -146,7 +158,10 @@ class RWP(OptimizerWrapper):
         return {**super().state_dict(), "rwp": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave; a checkpoint of the base optimizer alone loads as well."""
+        """Load what `state_dict` gave: the seed and the groups' gamma too, in place of those given at construction.
+
+        A checkpoint of the base optimizer alone loads as well.
+        """
         refuse_unsupported(self.model)  # accelerator.prepare comes by here
         own = state_dict.get("rwp")
         gammas = [{key: group[key] for key in ("rwp_gamma", "initial_rwp_gamma")} for group in self.param_groups]
@@ -160,35 +175,37 @@ class RWP(OptimizerWrapper):
     def train(self) -> None:
         """Arm: from now on forward passes in training mode may be perturbed. As often as you like."""
         self._raise_if_removed()
-        self._perturbation.hide()
+        self._hide()
         self._armed = True
         super().train()
 
     def eval(self) -> None:
         """Disarm: the weights are clean, bit for bit, and stay so until `train`."""
-        self._perturbation.hide()
+        self._hide()
         self._armed = False
         super().eval()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._raise_if_removed()
-        self._perturbation.hide()  # until the backward pass, in a loop that zeroes between forward and backward
+        hid = self._hide()
         if self._open is None:
             self._completed = 0  # after an overflow GradScaler skips `step`, and the window is over all the same
         super().zero_grad(set_to_none)
+        if hid:
+            self._perturbation.show()  # many loops zero between the forward and the backward pass
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
         """The base optimizer's step, at clean weights, with the mixed gradient. Takes no closure."""
         self._raise_if_removed()
         self._close()
-        if closure is not None:
+        if closure is not None and self.active:
             raise ValueError("RWP takes its gradients in ordinary backward passes: call step() without a closure")
         if self.active and not self._plain:
             self._check_window()
             if self._eta:
                 self._update_fisher()
         self._completed, self._plain = 0, False
-        return self.base.step()
+        return self.base.step() if closure is None else self.base.step(closure)
 
     @property
     def active(self) -> bool:
@@ -202,7 +219,7 @@ class RWP(OptimizerWrapper):
 
     def scale_gamma(self, factor: float) -> None:
         """Set every group's `rwp_gamma` to `factor` (>= 0) times what it began with; see `noise.gamma_factor`."""
-        _check("factor", factor, 0 <= factor < math.inf, "finite and at least 0")
+        _check("factor", factor, Real, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
         for group in self.param_groups:
             group["rwp_gamma"] = group["initial_rwp_gamma"] * factor
 
@@ -212,7 +229,7 @@ class RWP(OptimizerWrapper):
         Collective: call it on all replicas.
         """
         if this_replica()[1] > 1:
-            self._perturbation.hide()
+            self._hide()
             for buffer in map(unexpanded, self.model.buffers()):
                 values = buffer.contiguous()
                 dist.broadcast(values, src=0)
@@ -221,9 +238,10 @@ class RWP(OptimizerWrapper):
     def report(self) -> dict[str, Any]:
         """What really happened so far, over all replicas. Collective: call it on all of them.
 
-        Returns windows begun; slots (micro-steps completed) clean and perturbed; placement, replicas and alpha; and
-        `relative_noise`, ||noise|| / ||weight|| as measured in the weights at the first perturbed micro-step since the
-        last report, for the perturbed tensors with the most, the median and the fewest elements.
+        Returns windows begun; slots, the micro-steps completed since construction, clean and perturbed; placement,
+        replicas and alpha; and `relative_noise`, ||noise|| / ||weight|| as measured in the weights at the first
+        perturbed micro-step since the last report, for the perturbed tensors with the most, the median and the fewest
+        elements.
         """
         replicas = this_replica()[1]
         mine = (self._slots, self._relative_noise)
@@ -231,7 +249,7 @@ class RWP(OptimizerWrapper):
         if replicas > 1:
             dist.all_gather_object(everyone, mine)
         sizes: list[tuple[str, int, float]] = next((sizes for _, sizes in everyone if sizes), [])
-        self._measure = True
+        self._measure, self._relative_noise = True, []
         return {
             "placement": "parallel" if replicas > 1 else "sequential",
             "replicas": replicas,
@@ -254,20 +272,25 @@ class RWP(OptimizerWrapper):
     # The micro-step: a forward pass begins it, the end of its backward pass ends it.
 
     def _before_forward(self, module: nn.Module, *_: Any) -> None:
+        self._show_after = False
         if not self._trains(module):
-            self._perturbation.hide()
-        elif in_backward():
+            self._show_after = self._hide()
+        elif in_backward() and self.active:
             raise RuntimeError(
                 "a forward pass of the whole model inside a backward pass, as activation checkpointing of the whole "
                 "model makes: the noise would differ between the two. Checkpoint its layers instead"
             )
-        elif self._open is not None:
+        elif self._open is not None and not self._flowing:
             self._perturbation.show()
         else:
             self._begin(module)
 
     def _after_forward(self, module: nn.Module, _: Any, output: Any) -> None:
-        if self._open is None or not self._trains(module):
+        if self._open is None:
+            return
+        if not self._trains(module):
+            if self._show_after:
+                self._perturbation.show()  # the backward pass of an earlier one is still to come
             return
         outputs = [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
         for tensor in outputs:
@@ -281,16 +304,29 @@ class RWP(OptimizerWrapper):
                 "a second backward pass in one micro-step, or one after step() or load_state_dict() ended it: the "
                 "weights that its forward pass saw are gone. Add the losses up and call backward once, before step()"
             )
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "a backward pass with create_graph=True: RWP cannot weight a gradient of a gradient, whose weights are "
+                "gone by then. Take such penalties between optimizer.eval() and optimizer.train(), or without RWP"
+            )
         self._perturbation.show()
+        self._flowing = True
         at_end_of_backward(functools.partial(self._end, micro_step))
 
     def _trains(self, module: nn.Module) -> bool:
-        return self._armed and module.training and torch.is_grad_enabled()
+        trains = self._armed and module.training and torch.is_grad_enabled()
+        return trains and any(parameter.requires_grad for parameter in module.parameters())
 
     def _begin(self, module: nn.Module) -> None:
         self._close()  # what an interrupt in here left behind
         self._accumulation.advance()
         if not 0 < self._completed < self._length:
+            if self._completed and self.alpha < 1 and this_replica()[1] == 1:
+                self._warn_once(
+                    f"{self._completed} gradients made a step's worth, and another one begins before this optimizer's "
+                    "step(). Give accumulation_steps their true number; take backward passes that are no training, "
+                    "such as an attack's, in eval mode; and call remove() before another optimizer takes the model"
+                )
             self._completed = 0
             if not self.active:
                 self._role, self._plain = None, True
@@ -299,13 +335,19 @@ class RWP(OptimizerWrapper):
                 refuse_data_parallel()
             refuse_unsupported(self.model)
             if not any(self._targets()):
-                raise RuntimeError("nothing to perturb: no trainable parameter of the model has an rwp_gamma above 0")
+                raise RuntimeError(
+                    "nothing to perturb: no trainable parameter has an rwp_gamma above 0. Set one in a param group, "
+                    "unfreeze a weight of the optimizer's, or set noise_1d=True if all are biases or norm weights"
+                )
             self._length = self._window_length()
             self._windows += 1
         index, replicas = this_replica()
         if replicas == self._length == 1 and self.alpha < 1:
             self._role = Role(False, 1.0)
-            self._warn_once("an epoch ends with a window of one gradient: an ordinary step. drop_last=True avoids it")
+            self._warn_once(
+                "an epoch ends with a step of one gradient, an ordinary step: take a number of batches that "
+                "gradient_accumulation_steps divides to avoid it"
+            )
         else:
             self._role = role(index, self._completed, replicas, self._length, self.alpha)
         if self._role.perturbed:
@@ -329,7 +371,7 @@ class RWP(OptimizerWrapper):
         ]
         keeps_buffers = self.alpha == 1 and index == 0  # with no clean slot at all, replica 0 has to update them
         self._perturbation.add(draws, guarded=None if keeps_buffers else self.model)
-        if self._measure:
+        if self._measure and targets:
             self._measure_noise(targets)
 
     def _end(self, micro_step: Role) -> None:
@@ -340,10 +382,13 @@ class RWP(OptimizerWrapper):
 
     def _close(self, *_: Any) -> None:
         _clear(self._perturbation, self._weight_hooks)
-        self._open = None
+        self._open, self._flowing = None, False
 
-    def _hide(self, *_: Any) -> None:
-        self._perturbation.hide()
+    def _hide(self, *_: Any) -> bool:
+        """Make the weights clean until `show`; whether there was noise to hide."""
+        if self._flowing and not in_backward():
+            self._close()  # the backward pass raised, and no other may follow
+        return self._perturbation.hide()
 
     def _targets(self) -> Iterator[_Target]:
         """The parameters that noise goes on, looked up afresh: frameworks swap parameters and groups."""
@@ -399,12 +444,20 @@ class RWP(OptimizerWrapper):
                     else "eval() has disarmed RWP: call optimizer.train() before training goes on"
                 )
                 raise RuntimeError(f"step() found gradients that no forward pass of the model began: {remedy}")
-        elif self._completed != self._length and this_replica()[1] == 1:
+        elif self._completed != self._length and self.alpha < 1 and this_replica()[1] == 1:
+            found = f"a step after {self._completed} gradients where {self._length} were due"
+            if self._completed == 1 and self._short:
+                raise RuntimeError(
+                    f"{found}, and so was the last: no gradient is perturbed. With Accelerate wrap the loop's body in "
+                    "`with accelerator.accumulate(model):`; elsewhere give RWP the accumulation_steps that the loop has"
+                )
+            self._short = self._completed == 1
             self._warn_once(
-                f"a step after {self._completed} gradients where {self._length} were due: its mix is not the one that "
-                f"alpha={self.alpha} asks for. Use drop_last=True, a loader of known length prepared by Accelerate, or "
-                "the right accumulation_steps"
+                f"{found}: its mix is not the one that alpha={self.alpha} asks for. Take a number of batches per epoch "
+                "that accumulation_steps divides, or a loader of known length prepared by Accelerate"
             )
+        else:
+            self._short = False
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
@@ -421,8 +474,8 @@ class RWP(OptimizerWrapper):
                 f"{len(foreign)} of the optimizer's parameters are not the model's (shapes {foreign[:3]}): RWP could "
                 "not perturb them. Give it the module that the optimizer was built from"
             )
-        gamma = group.setdefault("rwp_gamma", self._gamma)
-        _check("rwp_gamma", gamma, 0 <= gamma < math.inf, "finite and at least 0")
+        gamma = group.setdefault("rwp_gamma", self.defaults["rwp_gamma"])
+        _check("rwp_gamma", gamma, Real, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
         group.setdefault("initial_rwp_gamma", gamma)
 
     def _hook(self) -> list[RemovableHandle]:
@@ -456,6 +509,6 @@ def _is_nonzero(gradient: Tensor | None) -> bool:
     return gradient is not None and bool((gradient.to_dense() if gradient.is_sparse else gradient).any())
 
 
-def _check(name: str, value: Any, valid: bool, valid_range: str) -> None:
-    if not valid:
+def _check(name: str, value: Any, kind: type, valid: Callable[[Any], bool], valid_range: str) -> None:
+    if not (isinstance(value, kind) and valid(value)):
         raise ValueError(f"{name}={value!r} is out of range: it has to be {valid_range}")

@@ -41,6 +41,7 @@ class Perturbation:
         self.restore()
         draws = list(draws)
         buffers = _buffers(guarded) if guarded else []
+        # A non-persistent buffer that a forward pass replaces is a cache, whose module knows what it holds.
         self._replaceable = [entry for entry in buffers if entry[1] not in entry[0]._non_persistent_buffers_set]
         tensors = [weight for weight, _, _ in draws] + [unexpanded(buffer) for *_, buffer in buffers]
         self._clean = {tensor: self._copy_of(tensor) for tensor in tensors}
@@ -56,14 +57,16 @@ class Perturbation:
         torch.clear_autocast_cache()  # autocast may hold a low-precision copy of the clean weights
 
     @torch.no_grad()
-    def hide(self) -> None:
-        """Make the weights clean until `show`; nothing where no noise is in them."""
-        if self._present and self._noisy is None:
+    def hide(self) -> bool:
+        """Make the weights clean until `show`; False, and nothing done, where no noise is in them."""
+        hides = self._present and self._noisy is None
+        if hides:
             noisy = [tensor.clone() for tensor in self._clean]
             _copy_all(self._clean, self._clean.values(), unseen=True)
             self._put_buffers_back()
             self._noisy = noisy
             torch.clear_autocast_cache()
+        return hides
 
     @torch.no_grad()
     def show(self) -> None:
@@ -96,8 +99,9 @@ class Perturbation:
 
     def _copy_of(self, tensor: Tensor) -> Tensor:
         copy = self._clean.get(tensor)
-        fits = copy is not None and (copy.shape, copy.dtype, copy.device) == (tensor.shape, tensor.dtype, tensor.device)
-        return copy if copy is not None and fits else torch.empty_like(tensor, requires_grad=False)
+        if copy is not None and (copy.shape, copy.dtype, copy.device) == (tensor.shape, tensor.dtype, tensor.device):
+            return copy
+        return torch.empty_like(tensor, requires_grad=False)
 
     def _scratch_for(self, weight: Tensor) -> Tensor:
         key = weight.device, torch.promote_types(weight.dtype, torch.float32)

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_rwp.environment import replica
+from hf_rwp.environment import this_replica
 from hf_rwp.optimizer import RWP
 
 
@@ -24,9 +24,9 @@ class LossTracker:
     def update(self, loss: Tensor, count: int = 1) -> None:
         """Add the latest micro-step's unweighted loss. loss: 0-dim, a mean. count: what it is a mean over (images)."""
         if self._totals is None:
-            self._totals = torch.zeros(2, 2, device=loss.device)  # (clean, perturbed) x (sum, count)
+            self._totals = torch.zeros(3, 2, device=loss.device)  # (plain, clean, perturbed) x (sum, count)
         role = self._optimizer.role if self._optimizer else None
-        row = self._totals[int(role is not None and role.perturbed)]
+        row = self._totals[0 if role is None else 1 + role.perturbed]
         row[0] += loss.float() * count
         row[1] += count
 
@@ -34,18 +34,19 @@ class LossTracker:
         """The means since the last call, over all replicas. Collective: call it on all of them.
 
         `loss`, and where there were such micro-steps `loss_clean`, `loss_perturbed` and their difference `loss_gap`, a
-        free measure of sharpness. Empty before any update.
+        free measure of sharpness. Plain training, which has no role, is in `loss` alone. Empty before any update.
         """
         totals, self._totals = self._totals, None
         if totals is None:  # another replica may have losses, and waits
             device = next(self._optimizer.model.parameters()).device if self._optimizer else None
-            totals = torch.zeros(2, 2, device=device)
-        if replica()[1] > 1:
+            totals = torch.zeros(3, 2, device=device)
+        if this_replica()[1] > 1:
             dist.all_reduce(totals)
-        (clean, n_clean), (perturbed, n_perturbed) = totals.tolist()
-        if not n_clean + n_perturbed:
+        loss, count = totals.sum(0).tolist()
+        if not count:
             return {}
-        means = {"loss": (clean + perturbed) / (n_clean + n_perturbed)}
+        means = {"loss": loss / count}
+        _, (clean, n_clean), (perturbed, n_perturbed) = totals.tolist()
         if n_clean:
             means["loss_clean"] = clean / n_clean
         if n_perturbed:

@@ -1,6 +1,6 @@
 """Train an image classifier with Random Weight Perturbation (RWP), plainly, or with SAM: Accelerate + timm.
 
-# Handwritten digits, embedded, on whatever this machine has: under a minute on a laptop
+# Handwritten digits, embedded, on whatever this machine has
 ```bash
 accelerate launch recipes/imagenet_rwp.py
 ```
@@ -53,7 +53,6 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import evaluate
 import numpy as np
@@ -218,7 +217,7 @@ def main(args: Arguments) -> None:
             if epoch > len(history):  # of the run that this one replaces
                 remove(checkpoint)
 
-    tracker = LossTracker(rwp or SimpleNamespace(role=None))
+    tracker = LossTracker(rwp)
     progress = tqdm(
         total=args.epochs * updates,
         initial=len(history) * updates,

@@ -111,3 +111,8 @@ def test_a_wrong_value_in_the_file_is_refused(tmp_path, capsys, text):
 def test_flags_are_not_abbreviated():
     with pytest.raises(ValueError, match="--rwp_gam"):
         parse_arguments(Recipe, ["--rwp_gam", "0.1"])
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no flags"):
+        parse_arguments(Recipe, [write(tmp_path, "- rwp\n")])

@@ -13,7 +13,7 @@ import itertools
 import logging
 import pickle
 import shutil
-from collections import UserDict, namedtuple
+from collections import namedtuple
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -333,7 +333,7 @@ def test_the_gradient_is_the_mix_in_short_last_windows_of_an_accelerate_loop(alp
 def test_a_window_of_one_gradient_is_an_ordinary_step_and_is_announced(caplog):
     run = accelerated(2, inputs(3), alpha=0.8)
     accumulate(run, run.loader)
-    assert "window of one gradient" in caplog.text
+    assert "a step of one gradient" in caplog.text
     assert run.rwp.role.perturbed is False
     assert run.rwp.role.weight == 1
 
@@ -420,7 +420,18 @@ BETWEEN = {
 }
 
 
-@pytest.mark.parametrize("look", BETWEEN.values(), ids=BETWEEN)
+STAY_CLEAN = (
+    "eval",
+    "train",
+    "eval and train",
+    "state_dict",
+    "state_dict of a submodule",
+    "state_dict of every submodule",
+    "all at once",
+)
+
+
+@pytest.mark.parametrize("look", BETWEEN)
 @pytest.mark.parametrize("alpha", [0.8, 1.0])
 def test_weights_are_clean_between_forward_and_backward_and_the_gradient_is_right(look, alpha):
     model = network()
@@ -431,9 +442,20 @@ def test_weights_are_clean_between_forward_and_backward_and_the_gradient_is_righ
     clean = tensors(model) if alpha < 1 else weights  # alpha = 1 has no clean pass for BatchNorm to learn from
     with seen_weights(model) as seen:
         loss = loss_of(model, second) / 2
-    assert differs(weights, snapshot(model))
-    look(model, optimizer)
-    assert_same({name: tensor for name, tensor in tensors(model).items() if name in clean}, clean)
+    noisy = snapshot(model)
+    assert differs(weights, noisy)
+    met = []
+    handle = model[0].register_forward_pre_hook(lambda *_: met.append(snapshot(model)))
+    zero_grad = optimizer.base.zero_grad
+    optimizer.base.zero_grad = lambda *args: (met.append(snapshot(model)), zero_grad(*args))
+    BETWEEN[look](model, optimizer)
+    handle.remove()
+    assert_same(met, [weights] * len(met))
+    if look in STAY_CLEAN:
+        assert_same({name: tensor for name, tensor in tensors(model).items() if name in clean}, clean)
+    else:
+        assert met
+        assert_same(snapshot(model), noisy)  # for weights that the loss uses outside the model
     before = {name: 0 if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
     loss.backward()
     assert_same({name: tensor for name, tensor in tensors(model).items() if name in clean}, clean)
@@ -1296,14 +1318,14 @@ class Unpacked(nn.Module):
         self.net = network()
 
     def forward(self, x):
-        return UserDict(logits=self.net(x))
+        return SimpleNamespace(logits=self.net(x))
 
 
 UNSEEN = {
     "a submodule's forward": (lambda: nn.Sequential(network()), lambda model, x: model[0](x)),
     "model.forward": (network, lambda model, x: model.forward(x)),
     "eval mode": (network, lambda model, x: model.eval()(x)),
-    "an unknown output": (Unpacked, lambda model, x: model(x)["logits"]),
+    "an unknown output": (Unpacked, lambda model, x: model(x).logits),
 }
 
 
@@ -1321,7 +1343,7 @@ def test_a_backward_that_no_forward_of_the_model_began_is_refused_by_step(build,
 def test_a_perturbed_output_of_unknown_kind_has_no_backward_pass():
     model, (x,) = Unpacked(), inputs(1)
     optimizer = wrap(model, alpha=1.0)
-    output = model(x)["logits"]
+    output = model(x).logits
     assert_same(snapshot(model), snapshot(Unpacked()))
     with pytest.raises(RuntimeError):
         F.cross_entropy(output, labels(x)).backward()
@@ -1724,7 +1746,7 @@ def test_the_loss_tracker_keeps_clean_and_perturbed_losses_apart():
     assert tracker.compute() == {}
 
 
-@pytest.mark.parametrize(("alpha", "gamma", "keys"), [(1.0, GAMMA, "loss_perturbed"), (0.5, 0.0, "loss_clean")])
+@pytest.mark.parametrize(("alpha", "gamma", "keys"), [(1.0, GAMMA, "loss_perturbed"), (0.5, 0.0, "loss")])
 def test_the_loss_tracker_names_only_what_there_was(alpha, gamma, keys):
     model = network()
     optimizer = wrap(model, alpha=alpha, gamma=gamma)
@@ -1803,3 +1825,100 @@ def test_an_interrupt_while_a_micro_step_begins_leaves_nothing_behind(monkeypatc
     assert not optimizer.role.perturbed
     assert all(torch.equal(weight, clean[name]) for name, weight in seen[0].items())
     assert not any(parameter._backward_hooks for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("look", ["zero_grad", "evaluation under no_grad"])
+def test_a_weight_that_the_loss_uses_outside_the_model_gets_the_right_gradient(look):
+    model = network()
+    model.register_parameter("scale", nn.Parameter(torch.ones(3, dtype=torch.float64)))
+    optimizer = RWP(torch.optim.SGD(model.parameters(), lr=0.1), model, gamma=0.5, alpha=1.0)
+
+    def gradients(action):
+        torch.manual_seed(0)
+        loss = (model(inputs(1)[0]) * model.scale).square().mean()
+        action()
+        for parameter in model.parameters():
+            parameter.grad = None
+        loss.backward()
+        optimizer._completed = optimizer._windows = 0  # the same noise once more
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    expected = gradients(lambda: None)
+    assert_same(gradients(lambda: BETWEEN[look](model, optimizer)), expected)
+
+
+def test_a_loop_that_forgets_accumulate_is_stopped():
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = network()
+    optimizer = RWP(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    def step(x):
+        accelerator.backward(loss_of(model, x))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(inputs(1)[0])  # could be an epoch's last
+    with pytest.raises(RuntimeError, match=r"accelerator\.accumulate"):
+        step(inputs(1)[0])
+
+
+def test_a_base_wrapped_again_takes_the_new_gamma_and_keeps_a_groups_own():
+    model = network()
+    groups = [{"params": model[0].parameters()}, {"params": model[3].parameters(), "rwp_gamma": 0.3}]
+    base = torch.optim.SGD(groups, lr=0.1)
+    for gamma in (0.01, 0.5):
+        RWP(base, model, gamma=gamma).scale_gamma(2.0)
+        assert [group["rwp_gamma"] for group in base.param_groups] == [2 * gamma, 0.6]
+    RWP(base, model, noise="filter_normalized")
+    assert [group["rwp_gamma"] for group in base.param_groups] == [0.2, 0.3]
+
+
+def test_a_pass_of_a_frozen_model_is_an_ordinary_one():
+    model = network()
+    optimizer = wrap(model, alpha=1.0)
+    model.requires_grad_(False)
+    weights = snapshot(model)
+    x = inputs(1)[0].requires_grad_()
+    with seen_weights(model) as seen:
+        loss_of(model, x).backward()
+    assert_same(seen, [weights])
+    assert x.grad is not None
+    assert optimizer.report()["slots"] == {"clean": 0, "perturbed": 0}
+
+
+def test_windows_that_no_step_ends_are_announced(caplog):
+    model = network()
+    held = wrap(model, alpha=0.8)  # by a notebook's history, say
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    for x in inputs(3):
+        loss_of(model, x).backward()
+        plain.step()
+    assert "before this optimizer's step()" in caplog.text
+    held.remove()
+
+
+def test_a_gradient_of_a_gradient_is_refused():
+    model = network()
+    optimizer = wrap(model, alpha=0.8)
+    x = inputs(1)[0].requires_grad_()
+    output = model(x).sum()
+    with pytest.raises(NotImplementedError, match="create_graph"):
+        torch.autograd.grad(output, x, create_graph=True)
+    assert optimizer.role is not None
+
+
+@pytest.mark.parametrize("off", [{"gamma": 0.0}, {"alpha": 0.0}])
+def test_what_only_noise_forbids_is_allowed_without(off):
+    model = network()
+    optimizer = RWP(torch.optim.LBFGS(model.parameters()), model, **off)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = checkpoint(model, inputs(1)[0], use_reentrant=False).square().mean()
+        loss.backward()
+        return loss
+
+    before = snapshot(model)
+    optimizer.step(closure)
+    assert differs(before, snapshot(model))

@@ -32,16 +32,16 @@ def test_a_loss_counts_as_often_as_it_is_a_mean_over():
     assert means == {"loss": pytest.approx(3.2), "loss_clean": 2.0, "loss_perturbed": 4.0, "loss_gap": 2.0}
 
 
-@pytest.mark.parametrize(("role", "key"), [(CLEAN, "loss_clean"), (None, "loss_clean"), (PERTURBED, "loss_perturbed")])
+@pytest.mark.parametrize(("role", "key"), [(CLEAN, "loss_clean"), (None, "loss"), (PERTURBED, "loss_perturbed")])
 def test_a_role_without_micro_steps_has_no_mean(role, key):
     assert tracked((role, 1.0), (role, 2.0)).compute() == {"loss": 1.5, key: 1.5}
 
 
-def test_without_a_wrapper_every_micro_step_is_clean():
+def test_without_a_wrapper_there_is_one_loss():
     tracker = LossTracker(None)
     assert tracker.compute() == {}
     tracker.update(torch.tensor(2.0))
-    assert tracker.compute() == {"loss": 2.0, "loss_clean": 2.0}
+    assert tracker.compute() == {"loss": 2.0}
     assert tracker.compute() == {}
 
 
