@@ -207,8 +207,13 @@ def main(args: Arguments) -> None:
 
     history = []
     if resume_from is not None:
-        accelerator.load_state(resume_from)
         history = json.loads((Path(resume_from) / "history.json").read_text())
+        if history[-1]["method"] != args.method or len(history) > args.epochs:
+            raise ValueError(
+                f"{Path(resume_from).name} is from epoch {len(history)} of method {history[-1]['method']!r}: resume it "
+                f"with that method and at least as many epochs, not with {args.method!r} and epochs={args.epochs}"
+            )
+        accelerator.load_state(resume_from)
     slots_before = history[-1]["rwp"]["slots"] if rwp and history else {"clean": 0, "perturbed": 0}
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -263,6 +268,7 @@ def main(args: Arguments) -> None:
             seconds = time.perf_counter() - started
             row = {
                 "epoch": epoch + 1,
+                "method": args.method,
                 "train_loss": losses.pop("loss"),
                 "learning_rate": optimizer.param_groups[0]["lr"],
                 "seconds": seconds,
@@ -278,6 +284,8 @@ def main(args: Arguments) -> None:
             history.append(row)
             save_checkpoint(accelerator, output_dir, history)
             if accelerator.is_main_process:
+                if rwp and not epoch:
+                    progress.write(f"noise / weights: {noise_sizes(row['rwp']) or 'none yet'}")
                 progress.write(f"epoch {epoch + 1}: " + ", ".join(f"{k} {row[k]:.4f}" for k in ("train_loss", "top1")))
     finally:
         optimizer.eval()  # an interrupt may have left noise in the weights
@@ -379,6 +387,11 @@ def environment(accelerator: Accelerator) -> dict:
     }
 
 
+def noise_sizes(report: dict) -> str:
+    """The noise's size relative to the largest, the median and the smallest layer."""
+    return ", ".join(f"{layer['size']:.2g} ({layer['name']})" for layer in report["relative_noise"].values())
+
+
 def table(results: dict) -> str:
     """The results as two columns of text."""
     final, arguments = results["final"], results["arguments"]
@@ -395,12 +408,11 @@ def table(results: dict) -> str:
     if "rwp" in final:
         rwp = final["rwp"]
         losses = [f"{final[key]:.4f}" if key in final else "-" for key in ("loss_clean", "loss_perturbed")]
-        noise = [f"{layer['size']:.2g} ({layer['name']})" for layer in rwp["relative_noise"].values()]
         rows |= {
             "placement": rwp["placement"],
             "slots, clean / perturbed": f"{rwp['slots']['clean']} / {rwp['slots']['perturbed']}",
             "loss, clean / perturbed": " / ".join(losses),
-            "noise / weights": ", ".join(noise) or "-",
+            "noise / weights": noise_sizes(rwp) or "-",
         }
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
