@@ -485,3 +485,10 @@ def test_sam_with_a_gradient_scaler_is_refused(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "Accelerator", Scaled)
     with pytest.raises(ValueError, match="bf16"):
         train(recipe, tmp_path, "--method=sam")
+
+
+def test_a_checkpoint_of_another_method_or_a_longer_run_is_refused(recipe, tmp_path):
+    train(recipe, tmp_path, "--method=base", "--epochs=2")
+    for flags in (["--method=rwp", "--epochs=2"], ["--method=base", "--epochs=1"]):
+        with pytest.raises(ValueError, match="from epoch 2 of method 'base'"):
+            train(recipe, tmp_path, *flags, "--resume_from_checkpoint=latest")
