@@ -11,7 +11,9 @@ from hf_rwp.optimizer import RWP
 class LossTracker:
     """Averages the loss by role; replicas talk to each other only when asked, so that a step takes no longer.
 
-    tracker = LossTracker(optimizer)       # the RWP wrapper
+    optimizer: the RWP wrapper; None in the plain training that RWP is compared to.
+
+    tracker = LossTracker(optimizer)
     tracker.update(loss)                   # after every forward pass
     accelerator.log(tracker.compute())     # at logging time, on all replicas
     """
