@@ -34,16 +34,17 @@ class _TopK(evaluate.Metric):
         return evaluate.MetricInfo(
             description=f"The fraction of images whose label is among the {self.k} classes with the highest logits.",
             citation="",
-            inputs_description="predictions: logits (B, C). references: labels (B,).",
+            inputs_description="predictions: logits (B, C), or label ranks (B,). references: labels (B,).",
             features=Features(predictions=Value("int64"), references=Value("int64")),
             format="numpy",
         )
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **others: Any) -> None:
-        """Add logits (B, C) and labels (B,)."""
-        logits = torch.as_tensor(predictions)
-        labels = torch.as_tensor(references, dtype=torch.int64, device=logits.device)
-        super().add_batch(predictions=label_rank(logits, labels), references=labels, **others)
+        """Add logits (B, C), or what `label_rank` made of them (B,), and labels (B,)."""
+        predictions = torch.as_tensor(predictions)
+        labels = torch.as_tensor(references, dtype=torch.int64, device=predictions.device)
+        ranks = label_rank(predictions, labels) if predictions.ndim > 1 else predictions
+        super().add_batch(predictions=ranks, references=labels, **others)
 
     def add(self, *, prediction: Any = None, reference: Any = None, **others: Any) -> None:
         """Add the logits (C,) and the label of one image."""

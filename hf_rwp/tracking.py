@@ -16,19 +16,21 @@ class LossTracker:
     tracker = LossTracker(optimizer)
     tracker.update(loss)                   # after every forward pass
     accelerator.log(tracker.compute())     # at logging time, on all replicas
+    tracker.total()                        # all that was computed since the last reset(), after an epoch
     """
 
     def __init__(self, optimizer: RWP | None) -> None:
         self._optimizer = optimizer
-        self._totals: Tensor | None = None
+        self._recent: Tensor | None = None
+        self.reset()
 
     @torch.no_grad()
     def update(self, loss: Tensor, count: int = 1) -> None:
         """Add the latest micro-step's unweighted loss. loss: 0-dim, a mean. count: what it is a mean over (images)."""
-        if self._totals is None:
-            self._totals = torch.zeros(3, 2, device=loss.device)  # (plain, clean, perturbed) x (sum, count)
+        if self._recent is None:
+            self._recent = torch.zeros(3, 2, device=loss.device)  # (plain, clean, perturbed) x (sum, count)
         role = self._optimizer.role if self._optimizer else None
-        row = self._totals[0 if role is None else 1 + role.perturbed]
+        row = self._recent[0 if role is None else 1 + role.perturbed]
         row[0] += loss.float() * count
         row[1] += count
 
@@ -38,21 +40,41 @@ class LossTracker:
         `loss`, and where there were such micro-steps `loss_clean`, `loss_perturbed` and their difference `loss_gap`, a
         free measure of sharpness. Plain training, which has no role, is in `loss` alone. Empty before any update.
         """
-        totals, self._totals = self._totals, None
-        if totals is None:  # another replica may have losses, and waits
+        recent, self._recent = self._recent, None
+        if recent is None:  # another replica may have losses, and waits
             device = next(self._optimizer.model.parameters()).device if self._optimizer else None
-            totals = torch.zeros(3, 2, device=device)
+            recent = torch.zeros(3, 2, device=device)
         if this_replica()[1] > 1:
-            dist.all_reduce(totals)
-        loss, count = totals.sum(0).tolist()
-        if not count:
-            return {}
-        means = {"loss": loss / count}
-        _, (clean, n_clean), (perturbed, n_perturbed) = totals.tolist()
-        if n_clean:
-            means["loss_clean"] = clean / n_clean
-        if n_perturbed:
-            means["loss_perturbed"] = perturbed / n_perturbed
-        if n_clean and n_perturbed:
-            means["loss_gap"] = means["loss_perturbed"] - means["loss_clean"]
-        return means
+            dist.all_reduce(recent)
+        sums = recent.tolist()
+        self._sums = [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(self._sums, sums, strict=True)]
+        return _means(sums)
+
+    def total(self) -> dict[str, float]:
+        """The means of all that `compute` saw since the last `reset`. No collective."""
+        return _means(self._sums)
+
+    def reset(self) -> None:
+        self._sums = [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
+
+    def state_dict(self) -> dict[str, list[list[float]]]:
+        """What `total` is made of, alike on all replicas; JSON can hold it."""
+        return {"sums": self._sums}
+
+    def load_state_dict(self, state_dict: dict[str, list[list[float]]]) -> None:
+        self._recent, self._sums = None, state_dict["sums"]
+
+
+def _means(sums: list[list[float]]) -> dict[str, float]:
+    loss, count = (sum(column) for column in zip(*sums, strict=True))
+    if not count:
+        return {}
+    means = {"loss": loss / count}
+    _, (clean, n_clean), (perturbed, n_perturbed) = sums
+    if n_clean:
+        means["loss_clean"] = clean / n_clean
+    if n_perturbed:
+        means["loss_perturbed"] = perturbed / n_perturbed
+    if n_clean and n_perturbed:
+        means["loss_gap"] = means["loss_perturbed"] - means["loss_clean"]
+    return means

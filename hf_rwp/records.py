@@ -1,0 +1,48 @@
+"""What a run was: its hardware, versions and commit, and its weights' digest, without a trace of whose machine it was."""
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+_PACKAGES = ("accelerate", "timm", "transformers", "datasets", "hf-rwp")
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """What the run ran on and with: hardware, versions, and the commit of the code, None where git does not know."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    cuda = accelerator.device.type == "cuda"
+    return {
+        "hardware": {
+            "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "replicas": accelerator.num_processes,
+            "mixed_precision": accelerator.mixed_precision,
+        },
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}
+        | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "git_commit": commit or None,
+    }
+
+
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 of all weights and buffers: equal for models that are equal to the bit."""
+    sha = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        sha.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def without_places(value: Any) -> Any:
+    """An argument's value with the last part alone of a path on this machine."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

@@ -1,0 +1,88 @@
+"""timm's image transforms from the flags, in two parts: for each image in a worker, for each batch on the device."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torchvision.transforms import Compose, RandomCrop, Resize
+
+from hf_rwp.arguments import ImageArguments
+
+
+def image_transforms(
+    args: ImageArguments, data_config: Mapping[str, Any], normalized: bool = False
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The transforms of one RGB image in training and in evaluation.
+
+    data_config: as `timm.data.resolve_data_config` gives. Both give a (3, H, W) array of uint8, to be normalized and
+    erased in batches by `BatchTransform`; with `normalized` a float tensor that is so already.
+    """
+    options = {**data_config, "use_prefetcher": not normalized}
+    training = create_transform(
+        **{**options, "interpolation": args.train_interpolation or data_config["interpolation"]},
+        is_training=True,
+        scale=tuple(args.scale or ()),
+        ratio=tuple(args.ratio or ()),
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        auto_augment=args.aa,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+    )
+    size = tuple(data_config["input_size"][-2:])
+    if args.crop_padding is not None:  # in place of timm's random resized crop
+        training.transforms[0] = Compose([Resize(size), RandomCrop(size, padding=args.crop_padding)])
+    if args.cutout and normalized:
+        training.transforms.append(_cutout(args.cutout, size, "cpu"))
+    if args.interpolation:
+        options["interpolation"] = args.interpolation
+    return training, create_transform(**options)
+
+
+def erasings(args: ImageArguments, data_config: Mapping[str, Any], device: torch.device) -> list[RandomErasing]:
+    """What `BatchTransform` erases in training: timm's random erasing, and cutout as a case of it."""
+    found = []
+    if args.reprob:
+        found.append(
+            RandomErasing(args.reprob, mode=args.remode, max_count=args.recount, device=device)  # as in timm's loader
+        )
+    if args.cutout:
+        found.append(_cutout(args.cutout, data_config["input_size"][-2:], device))
+    return found
+
+
+class BatchTransform:
+    """Normalizes a batch of uint8 images (B, 3, H, W) on the device, and erases boxes in it; float32 comes out.
+
+    Chance comes from Python's and the device's global generators at the moment of the call: timm's PrefetchLoader does
+    the same a batch ahead, where seeding a step no longer reaches it.
+    """
+
+    def __init__(
+        self,
+        data_config: Mapping[str, Any],
+        device: torch.device,
+        erasings: Sequence[RandomErasing] = (),
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        self._mean, self._std = (
+            torch.tensor([value * 255 for value in data_config[name]], device=device).view(1, 3, 1, 1)
+            for name in ("mean", "std")
+        )
+        self._device, self._erasings, self._memory_format = device, erasings, memory_format
+
+    def __call__(self, images: Tensor) -> Tensor:
+        images = images.to(self._device, non_blocking=True).float().sub_(self._mean).div_(self._std)
+        for erase in self._erasings:
+            images = erase(images)
+        return images.contiguous(memory_format=self._memory_format)
+
+
+def _cutout(side: int, size: Sequence[int], device: Any) -> RandomErasing:
+    area = side**2 / (size[0] * size[1])
+    return RandomErasing(1.0, min_area=area, max_area=area, min_aspect=1, max_aspect=1, mode="const", device=device)
