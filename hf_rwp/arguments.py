@@ -149,7 +149,9 @@ class ImageArguments:
     )
     scale: list[float] | None = field(
         default=None,
-        metadata={"help": "Least and largest share of an image's area in a training crop; 0.08 1, for the digits 0.7 1."},
+        metadata={
+            "help": "Least and largest share of an image's area in a training crop; 0.08 1, for the digits 0.7 1."
+        },
     )
     ratio: list[float] | None = field(
         default=None, metadata={"help": "Least and largest aspect ratio of a training crop; 3/4 and 4/3 if not set."}

@@ -41,6 +41,10 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, state: dict[str, Any
         if failures:
             shutil.rmtree(partial, ignore_errors=True)
         else:
+            if folder.exists():  # a run that went on with other replicas came to this step again
+                replaced = folder.with_suffix(".removed")
+                shutil.rmtree(replaced, ignore_errors=True)
+                folder.rename(replaced)
             partial.rename(folder)
     if failures:
         last = newest(folder.parent)

@@ -55,5 +55,3 @@ def save_model(
         target.rename(old)
     partial.rename(target)
     shutil.rmtree(old, ignore_errors=True)
-
-

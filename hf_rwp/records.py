@@ -1,4 +1,4 @@
-"""What a run was: its hardware, versions and commit, and its weights' digest, without a trace of whose machine it was."""
+"""What a run was: hardware, versions, commit and the weights' digest, without a trace of whose machine it was."""
 
 import hashlib
 import importlib.metadata

@@ -39,8 +39,6 @@ def image_transforms(
         training.transforms[0] = Compose([Resize(size), RandomCrop(size, padding=args.crop_padding)])
     if args.cutout and normalized:
         training.transforms.append(_cutout(args.cutout, size, "cpu"))
-    if args.interpolation:
-        options["interpolation"] = args.interpolation
     return training, create_transform(**options)
 
 

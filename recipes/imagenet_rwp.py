@@ -5,386 +5,703 @@
 accelerate launch recipes/imagenet_rwp.py
 ```
 
-# CIFAR-10, or any folder: train/CLASS/IMAGE and validation/CLASS/IMAGE, or parquet files
+# ImageNet from the Hub on eight GPUs; `--method base` and `--method sam` to compare
 ```bash
-accelerate launch recipes/imagenet_rwp.py \
-    --data_dir path/to/cifar10 \
-    --model resnet18 \
-    --image_size 32 --crop_scale 0.5 --crop_pct 1 \
-    --epochs 200 --batch_size 256 --lr 0.1 --weight_decay 1e-3 \
-    --workers 2
+accelerate launch --config_file recipes/accelerate/gpu_8.yaml recipes/imagenet_rwp.py \
+    --config recipes/configs/imagenet_resnet50.yaml --dataset ILSVRC/imagenet-1k --workers 8
 ```
 
-# ImageNet from the Hub, bf16, on all GPUs; then with SAM, to compare (base: plain training)
+# Any folder: train/CLASS/IMAGE and validation/CLASS/IMAGE, parquet files, or WebDataset shards
 ```bash
-accelerate launch --mixed_precision bf16 recipes/imagenet_rwp.py \
-    --dataset ILSVRC/imagenet-1k \
-    --model resnet50 \
-    --epochs 90 --batch_size 128 --lr 0.4 --weight_decay 1e-4 --warmup_epochs 5 \
-    --rwp_gamma 0.005 \
-    --workers 8
-accelerate launch --mixed_precision bf16 recipes/imagenet_rwp.py --method sam ...
+accelerate launch recipes/imagenet_rwp.py --data_dir path/to/images --model resnet50 --epochs 90 --lr 0.1
 ```
 
-# After a crash: on from the last whole epoch, bit for bit
+# From trained weights (a folder or a Hub id) with a new head; then how good it is
+```bash
+accelerate launch recipes/imagenet_rwp.py --data_dir path/to/pets --pretrained timm/resnet50.a1_in1k --lr 0.01
+accelerate launch recipes/imagenet_rwp.py --data_dir path/to/pets --pretrained outputs/pets_rwp_seed0/model --eval_only
+```
+
+# After a crash or a preemption: on from the last checkpoint, bit for bit
 ```bash
 accelerate launch recipes/imagenet_rwp.py ... --resume_from_checkpoint latest
 ```
 
 # Two replicas without a GPU
 ```bash
-ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 accelerate launch --multi_gpu --num_processes 2 recipes/imagenet_rwp.py
+ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 accelerate launch --config_file recipes/accelerate/cpu_2.yaml \
+    recipes/imagenet_rwp.py
 ```
 
 Every flag can also stand in a file, `--config FILE.yaml`. On several replicas the odd ones take the perturbed gradient.
 A single one takes both: from the two halves of each batch, or by turns where it accumulates gradients.
+SIGTERM saves a checkpoint and exits with status 75.
 """
 
 import difflib
-import hashlib
-import importlib.metadata
 import importlib.util
 import json
-import os
-import platform
-import shutil
-import subprocess
+import math
+import signal
+import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import evaluate
 import numpy as np
 import timm
 import torch
+import torch.distributed as dist
+import yaml
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, gather_object, set_seed
-from timm.data import create_transform, resolve_data_config
-from timm.optim import create_optimizer_v2
+from accelerate.utils import ProjectConfiguration, broadcast, gather_object, set_seed
+from timm.data import Mixup, resolve_data_config
+from timm.layers import convert_sync_batchnorm
+from timm.loss import BinaryCrossEntropy
+from timm.models import model_parameters
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3, dispatch_clip_grad
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from hf_rwp import RWP, LossTracker, RWPArguments
-from hf_rwp.arguments import parse_arguments
-from hf_rwp.data import build_loader, load_images
-from hf_rwp.metrics import Top1, Top5
+from hf_rwp.arguments import ImageArguments, parse_arguments
+from hf_rwp.checkpoints import checkpoints_in, newest, read_state, remove_checkpoints, save_checkpoint
+from hf_rwp.data import ImageLoader, build_loader, load_images
+from hf_rwp.hub import save_model
+from hf_rwp.metrics import Top1, Top5, label_rank
+from hf_rwp.placement import role
 from hf_rwp.plots import training_curves
+from hf_rwp.records import environment, weights_digest, without_places
+from hf_rwp.transforms import BatchTransform, erasings, image_transforms
 
-# Where a flag is not set: for the embedded digits, and for other data (None: the model's own).
-DIGITS = {"image_size": 32, "crop_scale": 0.7, "crop_pct": 1.0, "hflip": 0.0}
-OTHER_DATA = {"image_size": None, "crop_scale": 0.08, "crop_pct": None, "hflip": 0.5}
+PREEMPTED = 75  # the exit status after SIGTERM, once a checkpoint is saved: EX_TEMPFAIL, "try again later"
+TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
 @dataclass
-class Arguments(RWPArguments):
+class Arguments(ImageArguments, RWPArguments):
     rwp: bool = field(default=True, metadata={"help": "`--rwp false` is `--method base`."})
     method: str = field(
         default="rwp",
         metadata={"help": "Plain training, RWP, or SAM, on the same optimizer.", "choices": ("base", "rwp", "sam")},
     )
     sam_rho: float = field(default=0.05, metadata={"help": "Radius of SAM's neighbourhood, above 0."})
-    # Data
-    data_dir: str | None = field(
-        default=None, metadata={"help": "A folder of images or parquet files; the embedded digits if not set."}
+    # Model
+    model: str = field(default="test_resnet", metadata={"help": "A timm model."})
+    model_kwargs: str = field(default="{}", metadata={"help": "Further arguments of the model, as JSON or YAML."})
+    pretrained: str | None = field(
+        default=None,
+        metadata={
+            "nargs": "?",
+            "const": "timm",
+            "help": "Weights to start from, with a new head where the classes differ: a folder or an id on the Hub, "
+            "which name the model as well; without a value those that timm has for `--model`.",
+        },
     )
-    dataset: str | None = field(default=None, metadata={"help": "A dataset's id on the Hub."})
-    image_size: int | None = field(
-        default=None, metadata={"help": "Height and width in pixels; if not set the model's own, for the digits 32."}
+    drop: float | None = field(default=None, metadata={"help": "Dropout rate ahead of the classifier, in [0, 1)."})
+    drop_path: float | None = field(default=None, metadata={"help": "Rate of stochastic depth, in [0, 1)."})
+    channels_last: bool = field(default=False, metadata={"help": "Whether to use the channels_last memory format."})
+    sync_bn: bool = field(
+        default=False, metadata={"help": "Whether BatchNorm takes its statistics over the replicas of one role (GPUs)."}
     )
-    crop_scale: float | None = field(
-        default=None, metadata={"help": "Least share of an image's area in a training crop; 0.08, for the digits 0.7."}
+    torch_compile: bool = field(default=False, metadata={"help": "Whether to compile the model with torch.compile."})
+    mixed_precision: str | None = field(
+        default=None,
+        metadata={"help": "What accelerate launch says if not set.", "choices": ("no", "fp16", "bf16")},
     )
-    crop_pct: float | None = field(
-        default=None, metadata={"help": "Share of an image's side in evaluation; the model's own, for the digits 1."}
-    )
-    hflip: float | None = field(
-        default=None, metadata={"help": "Probability of a horizontal flip in training; 0.5, for the digits 0."}
-    )
-    workers: int = field(default=0, metadata={"help": "Processes that load data, per replica; 0 is the main one."})
     # Training
-    model: str = field(default="test_resnet", metadata={"help": "A timm model; its weights start at random."})
-    epochs: int = field(default=10, metadata={"help": "Passes over the training images."})
+    epochs: int = field(default=10, metadata={"help": "Passes over the training images, cooldown not counted."})
     batch_size: int = field(default=64, metadata={"help": "Images per replica and optimizer step."})
     gradient_accumulation_steps: int = field(
         default=1, metadata={"help": "Parts that a replica's batch is cut into, one backward pass each."}
     )
-    lr: float = field(default=0.1, metadata={"help": "Peak learning rate of SGD with Nesterov momentum 0.9."})
+    aug_repeats: int = field(
+        default=1, metadata={"help": "Repeated augmentation: how often an epoch shows an image, beside fewer others."}
+    )
+    opt: str = field(default="sgd", metadata={"help": "A timm optimizer; sgd has Nesterov momentum."})
+    lr: float = field(default=0.1, metadata={"help": "Peak learning rate, for the batch as it is."})
     weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay, except of biases and norm weights."})
-    warmup_epochs: int = field(default=1, metadata={"help": "Epochs of linear warm-up; a cosine follows."})
+    momentum: float = field(default=0.9, metadata={"help": "Momentum, where the optimizer has one."})
+    opt_eps: float | None = field(default=None, metadata={"help": "The optimizer's epsilon; its own if not set."})
+    opt_betas: list[float] | None = field(default=None, metadata={"help": "Its betas; its own if not set."})
+    layer_decay: float | None = field(
+        default=None, metadata={"help": "Factor on the learning rate from each layer to the one before, in (0, 1]."}
+    )
+    clip_grad: float | None = field(default=None, metadata={"help": "Gradient clipping, above 0; none if not set."})
+    clip_mode: str = field(
+        default="norm", metadata={"help": "How gradients are clipped.", "choices": ("norm", "value", "agc")}
+    )
+    sched: str = field(default="cosine", metadata={"help": "A timm schedule of the learning rate, per update."})
+    warmup_epochs: int = field(default=1, metadata={"help": "Epochs of linear warm-up."})
+    warmup_lr: float = field(default=1e-5, metadata={"help": "Learning rate at the start of warm-up."})
+    min_lr: float = field(default=0.0, metadata={"help": "Least learning rate of schedules that have one."})
+    decay_epochs: float | None = field(default=None, metadata={"help": "Epochs between steps of a step schedule."})
+    decay_milestones: list[int] | None = field(default=None, metadata={"help": "Epochs of a multistep schedule."})
+    decay_rate: float = field(default=0.1, metadata={"help": "Factor of a step of the schedule."})
+    cooldown_epochs: int = field(default=0, metadata={"help": "Epochs at the least learning rate, at the end."})
+    mixup: float = field(default=0.0, metadata={"help": "Mixup's alpha; 0 is none."})
+    cutmix: float = field(default=0.0, metadata={"help": "CutMix's alpha; 0 is none."})
+    mixup_prob: float = field(default=1.0, metadata={"help": "Probability of Mixup or CutMix."})
+    mixup_switch_prob: float = field(default=0.5, metadata={"help": "Probability of CutMix, where both are on."})
+    mixup_mode: str = field(
+        default="batch", metadata={"help": "What one draw is for.", "choices": ("batch", "pair", "elem")}
+    )
+    mixup_off_epoch: int = field(default=0, metadata={"help": "Epoch from which on nothing is mixed; 0 is never."})
+    smoothing: float = field(default=0.0, metadata={"help": "Label smoothing, in [0, 1)."})
+    bce_loss: bool = field(default=False, metadata={"help": "Whether to use binary cross-entropy, as timm has it."})
+    bce_target_thresh: float | None = field(
+        default=None, metadata={"help": "Threshold above which mixed targets count as 1 for `--bce_loss`."}
+    )
+    bce_sum: bool = field(default=False, metadata={"help": "Whether `--bce_loss` is summed over classes."})
+    model_ema: bool = field(
+        default=False, metadata={"help": "Whether to keep an average of the weights, evaluate it, and save it at last."}
+    )
+    model_ema_decay: float = field(default=0.9998, metadata={"help": "Decay of that average, in (0, 1)."})
+    model_ema_warmup: bool = field(default=False, metadata={"help": "Whether that decay begins small."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, shuffling and augmentation, at least 0."})
     # Output
+    eval_only: bool = field(
+        default=False, metadata={"help": "Whether to evaluate alone: `--pretrained` weights, or a checkpoint."}
+    )
     output_dir: str | None = field(
-        default=None, metadata={"help": "Folder for results and checkpoints; outputs/DATA_METHOD_seedN if not set."}
+        default=None, metadata={"help": "Folder for all that is written; outputs/DATA_METHOD_seedN if not set."}
     )
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "A checkpoint's path, or `latest` for the last one in output_dir."}
     )
+    checkpointing_steps: int | None = field(
+        default=None, metadata={"help": "Optimizer steps from one checkpoint to the next, beside each epoch's."}
+    )
+    save_total_limit: int = field(
+        default=2, metadata={"help": "How many of the last checkpoints are kept, at least 1, beside the best one."}
+    )
+    logging_steps: int = field(
+        default=50,
+        metadata={
+            "help": "Optimizer steps from one report of the loss to the next; replicas also agree then on unreadable "
+            "images and on SIGTERM."
+        },
+    )
+    report_to: list[str] = field(
+        default_factory=lambda: ["tensorboard"],
+        metadata={"help": f"Where figures go: {', '.join(TRACKERS)} (as far as installed), or none."},
+    )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        ImageArguments.__post_init__(self)
+        RWPArguments.__post_init__(self)
         if self.method == "rwp" and not self.rwp:
             self.method = "base"
         self.rwp = self.method == "rwp"
-        for name, default in (OTHER_DATA if self.data_dir or self.dataset else DIGITS).items():
-            if getattr(self, name) is None:
-                setattr(self, name, default)
         if self.output_dir is None:
             data = Path(self.data_dir or self.dataset or "digits").name
             self.output_dir = f"outputs/{data}_{self.method}_seed{self.seed}"
-        for name in ("epochs", "batch_size", "gradient_accumulation_steps"):
+        for name in ("epochs", "batch_size", "gradient_accumulation_steps", "aug_repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} leaves nothing to train on: it has to be at least 1")
-        if ":" not in self.model and not timm.is_model(self.model):
-            similar = difflib.get_close_matches(self.model, timm.list_models(), n=5, cutoff=0)
-            raise ValueError(f"model={self.model!r} is none of timm's models. Similar names: {', '.join(similar)}")
+        for name, valid, valid_range in (
+            ("sam_rho", self.sam_rho > 0, "above 0"),
+            ("clip_grad", self.clip_grad is None or self.clip_grad > 0, "above 0"),
+            ("sched", self.sched != "plateau", "a schedule of the number of updates alone"),
+            ("smoothing", 0 <= self.smoothing < 1, "in [0, 1)"),
+            ("mixup", self.mixup >= 0, "at least 0"),
+            ("cutmix", self.cutmix >= 0, "at least 0"),
+            ("checkpointing_steps", self.checkpointing_steps is None or self.checkpointing_steps > 0, "at least 1"),
+            ("save_total_limit", self.save_total_limit >= 1, "at least 1"),
+            ("logging_steps", self.logging_steps >= 1, "at least 1"),
+        ):
+            if not valid:
+                raise ValueError(f"{name}={getattr(self, name)!r} is out of range: it has to be {valid_range}")
+        for name, kind, known in (
+            ("model", "models", timm.list_models()),
+            ("opt", "optimizers", list_optimizers()),
+        ):
+            value = getattr(self, name)
+            if ":" not in value and value.split(".")[0] not in known:
+                similar = ", ".join(difflib.get_close_matches(value, known, n=5, cutoff=0))
+                raise ValueError(f"{name}={value!r} is none of timm's {kind}. Similar names: {similar}")
+        if self.report_to == ["none"]:
+            self.report_to = []
+        for tracker in self.report_to:
+            if tracker not in TRACKERS:
+                raise ValueError(f"report_to={tracker!r} is no tracker: choose of {', '.join(TRACKERS)}, or none")
+            if not importlib.util.find_spec(tracker):
+                raise ValueError(f"report_to={tracker!r} is not installed: pip install {tracker}, or --report_to none")
         if self.method == "sam" and not importlib.util.find_spec("pytorch_optimizer"):
             raise ValueError("method='sam' takes SAM from pytorch_optimizer: pip install 'hf-rwp[compare]'")
+        if self.streaming and self.aug_repeats > 1:
+            raise ValueError("aug_repeats needs data that can be read in any order: set streaming to false")
+        if not isinstance(yaml.safe_load(self.model_kwargs), dict):
+            raise ValueError(f"model_kwargs={self.model_kwargs!r} is no mapping: write it as {{name: value}}")
+        if self.eval_only and not (self.pretrained or self.resume_from_checkpoint):
+            raise ValueError("eval_only has nothing to evaluate: set pretrained or resume_from_checkpoint")
 
 
 def main(args: Arguments) -> None:
-    data_loading = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed_of(args.seed), non_blocking=True)
-    accelerator = Accelerator(dataloader_config=data_loading)
+    output_dir = Path(args.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        dynamo_backend="inductor" if args.torch_compile else None,
+        log_with=[] if args.eval_only else args.report_to,
+        project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
+    )
     if accelerator.gradient_accumulation_steps > 1:
         raise ValueError("accelerate's gradient_accumulation_steps would count twice: set the recipe's own flag")
     if args.method == "sam" and accelerator.scaler is not None:
         raise ValueError("fp16's gradient scaler cannot work between SAM's two passes: set --mixed_precision bf16")
+    replicas, replica, device = accelerator.num_processes, accelerator.process_index, accelerator.device
 
     # The gradients of one step on one replica. RWP mixes two, so a replica that is alone halves its batch.
     accumulation = args.gradient_accumulation_steps
-    alone = accelerator.num_processes == accumulation == 1
-    micro_steps = 2 if args.rwp and alone and 0 < args.rwp_alpha < 1 and args.rwp_gamma != 0 else accumulation
-    if args.batch_size % micro_steps:
-        parts = f"{micro_steps} parts" if accumulation > 1 else "halves, a clean and a perturbed one"
-        raise ValueError(f"batch_size={args.batch_size} cannot be cut into {parts}: set a multiple of {micro_steps}")
+    mixes = args.rwp and 0 < args.rwp_alpha < 1 and args.rwp_gamma != 0
+    micro_steps = 2 if mixes and replicas == accumulation == 1 else accumulation
+    check_batch(args, replicas, micro_steps, mixes)
 
-    output_dir = Path(args.output_dir)
-    results_file = output_dir / "results.json"
-    saved = checkpoints_in(output_dir)
-    resume_from = args.resume_from_checkpoint
-    if resume_from == "latest":
-        if not saved:
-            raise FileNotFoundError(f"{output_dir} holds no checkpoint: start without --resume_from_checkpoint")
-        resume_from = saved[max(saved)]
-    elif resume_from is None and saved and not results_file.exists():
-        raise FileExistsError(
-            f"{output_dir} holds the checkpoints of an unfinished run: set --resume_from_checkpoint latest to go on, "
-            "or another --output_dir, or delete it"
-        )
+    results_file, checkpoints = output_dir / "results.json", output_dir / "checkpoints"
+    resume_from = checkpoint_to_resume(args, checkpoints, unfinished=not results_file.exists())
+    state = read_state(resume_from) if resume_from else None
 
     set_seed(args.seed)
-    splits = load_images(args.data_dir, args.dataset)
-    module = timm.create_model(args.model, num_classes=splits["train"].features["label"].num_classes)
-    data_config = resolve_data_config({"img_size": args.image_size, "crop_pct": args.crop_pct}, model=module)
-    augment = {"is_training": True, "scale": (args.crop_scale, 1.0), "hflip": args.hflip, "color_jitter": None}
-    sizes = {"batch_size": args.batch_size, "workers": args.workers}
-    train_loader = build_loader(
-        splits["train"], transform=create_transform(**data_config, **augment), training=True, **sizes
+    splits = load_images(**args.data_options)
+    label_names = splits["train"].features["label"].names
+    module, model_args = create_model(args, len(label_names))
+    data_config = resolve_data_config(
+        {"img_size": args.img_size, "crop_pct": args.crop_pct, "interpolation": args.interpolation}, model=module
     )
-    eval_loader = build_loader(splits["validation"], transform=create_transform(**data_config), training=False, **sizes)
+    train_transform, eval_transform = image_transforms(args, data_config)
+    loading = {"batch_size": args.batch_size, "workers": args.workers, "max_bad_images": args.max_bad_images}
+    loading |= {"replica": replica, "replicas": replicas, "seed": args.seed}
+    train_loader = build_loader(
+        splits["train"],
+        transform=train_transform,
+        training=True,
+        repeats=args.aug_repeats,
+        shuffle_buffer=args.shuffle_buffer,
+        num_samples=args.train_num_samples,
+        **loading,
+    )
+    eval_loader = build_loader(splits["validation"], transform=eval_transform, training=False, **loading)
+    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+    train_batch = BatchTransform(data_config, device, erasings(args, data_config, device), memory_format)
+    eval_batch = BatchTransform(data_config, device, memory_format=memory_format)
+    updates, images_per_update = len(train_loader), args.batch_size * replicas  # updates: in an epoch
 
-    base = create_optimizer_v2(module, opt="sgd", lr=args.lr, weight_decay=args.weight_decay, momentum=0.9)
+    if args.sync_bn:
+        module = sync_batch_norm(module, accelerator, args.rwp_alpha if mixes else None)
+    module.to(device, memory_format=memory_format)
+    ema = ModelEmaV3(module, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
+    own = {"eps": args.opt_eps, "betas": args.opt_betas}
+    base = create_optimizer_v2(
+        module,
+        opt=args.opt,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        momentum=args.momentum,
+        layer_decay=args.layer_decay,
+        **{name: value for name, value in own.items() if value is not None},
+    )
     rwp = RWP(base, module, accumulation_steps=micro_steps, **args.rwp_options) if args.rwp else None
     sam = None
     if args.method == "sam":
         from pytorch_optimizer import SAM, disable_running_stats, enable_running_stats
 
         sam = SAM(base.param_groups, lambda *_, **__: base, rho=args.sam_rho)
-    model, optimizer, train_loader, eval_loader = accelerator.prepare(
-        module, rwp or sam or base, train_loader, eval_loader
-    )
-    updates = len(train_loader)  # an epoch
-    if not updates:
-        raise ValueError(f"{len(splits['train'])} images make no batch of {args.batch_size} for each replica: set less")
-    scheduler, _ = create_scheduler_v2(
+    model, optimizer = accelerator.prepare(module, rwp or sam or base)
+    if ema:
+        accelerator.register_for_checkpointing(ema)
+    scheduler, epochs = create_scheduler_v2(
         optimizer,
+        sched=args.sched,
         num_epochs=args.epochs,
+        decay_epochs=args.decay_epochs,
+        **({"decay_milestones": args.decay_milestones} if args.decay_milestones else {}),
+        cooldown_epochs=args.cooldown_epochs,
+        decay_rate=args.decay_rate,
+        min_lr=args.min_lr,
+        warmup_lr=args.warmup_lr,
         warmup_epochs=args.warmup_epochs,
         step_on_epochs=False,
         updates_per_epoch=updates,
     )
+    mixup = None
+    if args.mixup or args.cutmix:
+        mixup = Mixup(
+            mixup_alpha=args.mixup,
+            cutmix_alpha=args.cutmix,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            label_smoothing=args.smoothing,
+            num_classes=len(label_names),
+        )
+    criterion = create_criterion(args, mixed=mixup is not None)
+    tracker = LossTracker(rwp)
 
-    history = []
-    if resume_from is not None:
-        history = json.loads((Path(resume_from) / "history.json").read_text())
-        if history[-1]["method"] != args.method or len(history) > args.epochs:
+    def evaluate_weights() -> dict[str, float]:
+        """Of the weights and of their average, on the main process."""
+        # Replicas update BatchNorm's buffers apart, and DDP gives them replica 0's at its next forward pass alone.
+        broadcast([*module.buffers(), *(ema.module.buffers() if ema else ())])
+        figures = validate(accelerator, module, eval_loader, eval_batch)
+        if ema:
+            averaged = validate(accelerator, ema.module, eval_loader, eval_batch)
+            figures |= {f"{name}_ema": value for name, value in averaged.items()}
+        agree(accelerator, eval_loader, args.max_bad_images)
+        return figures
+
+    history, done, start, seconds_before, slots_before = [], 0, 0, 0.0, {"clean": 0, "perturbed": 0}
+    if state:  # done: optimizer steps. start: images of the epoch that are behind us, over all replicas.
+        history, done, start, seconds_before = (state[name] for name in ("history", "step", "images", "seconds"))
+        if state["method"] != args.method or len(history) > epochs:
             raise ValueError(
-                f"{Path(resume_from).name} is from epoch {len(history)} of method {history[-1]['method']!r}: resume it "
-                f"with that method and at least as many epochs, not with {args.method!r} and epochs={args.epochs}"
+                f"{resume_from.name} is from epoch {len(history)} of method {state['method']!r}: resume it with that "
+                f"method and at least as many epochs, not with {args.method!r} and epochs={args.epochs}"
             )
-        accelerator.load_state(resume_from)
-    slots_before = history[-1]["rwp"]["slots"] if rwp and history else {"clean": 0, "perturbed": 0}
+        accelerator.load_state(str(resume_from))
+        tracker.load_state_dict(state["losses"])
+        slots_before = state["slots"]
+        if (state["replicas"], state["batch_size"]) != (replicas, args.batch_size) and accelerator.is_main_process:
+            print(
+                f"warning: {resume_from.name} was written by {state['replicas']} replicas with {state['batch_size']} "
+                f"images each, and these are {replicas} with {args.batch_size}. Training goes on after the images that "
+                "were seen; batches, the step count of the schedule, the noise and which gradients are perturbed "
+                "change, so that it will not end in the same bits",
+                file=sys.stderr,
+            )
     accelerator.wait_for_everyone()
+
+    if args.eval_only:
+        optimizer.eval()
+        figures = evaluate_weights()
+        if accelerator.is_main_process:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            (output_dir / "eval.json").write_text(json.dumps(figures, indent=2))
+            print(aligned({name: f"{value:.4f}" for name, value in figures.items()}))
+        return
+
     if accelerator.is_main_process:
         results_file.unlink(missing_ok=True)
-        for epoch, checkpoint in saved.items():
-            if epoch > len(history):  # of the run that this one replaces
-                remove(checkpoint)
+        remove_checkpoints(checkpoints, keep=[step for step in checkpoints_in(checkpoints) if step <= done])
+    facts = {name: without_places(value) for name, value in asdict(args).items()}
+    accelerator.init_trackers("hf_rwp", config={name: str(value) for name, value in facts.items()})
 
-    tracker = LossTracker(rwp)
-    progress = tqdm(
-        total=args.epochs * updates,
-        initial=len(history) * updates,
-        unit="step",
-        disable=None if accelerator.is_main_process else True,  # None: shown on a terminal only
-    )
+    def take_step(images: Tensor, labels: Tensor) -> None:
+        """One optimizer step."""
+        parts = micro_steps if rwp and rwp.active else accumulation
+        batches = list(zip(train_batch(images).chunk(parts), labels.to(device).chunk(parts), strict=True))
+        if mixup:  # which pairs image i with image -i: the two gradients of RWP are to share none
+            batches = [mixup(*batch) for batch in batches]
+        if sam:
+            add_gradients(batches, sync=False)
+            sam.first_step(zero_grad=True)
+            disable_running_stats(model)
+            add_gradients(batches, track=False)
+            enable_running_stats(model)
+        else:
+            add_gradients(batches)
+        if args.clip_grad:
+            accelerator.unscale_gradients()
+            clipped = model_parameters(module, exclude_head=args.clip_mode == "agc")
+            dispatch_clip_grad(clipped, args.clip_grad, args.clip_mode)
+        if sam:
+            sam.second_step()
+        else:
+            optimizer.step()
+        optimizer.zero_grad()
 
-    def backward(images, labels, parts, sync=True, track=True):
-        """Add the gradient of the batch's mean loss, one part of the batch after the other."""
-        for part, (some, targets) in enumerate(zip(images.chunk(parts), labels.chunk(parts), strict=True), start=1):
-            with nullcontext() if sync and part == parts else accelerator.no_sync(model):
-                loss = cross_entropy(model(some), targets)
-                accelerator.backward(loss / parts)
+    def add_gradients(batches: list[tuple[Tensor, Tensor]], sync: bool = True, track: bool = True) -> None:
+        """Add the gradient of the batches' mean loss, one after the other."""
+        for index, (images, targets) in enumerate(batches, start=1):
+            with nullcontext() if sync and index == len(batches) else accelerator.no_sync(model):
+                loss = criterion(model(images), targets)
+                accelerator.backward(loss / len(batches))
             if track:
-                tracker.update(loss)
+                tracker.update(loss.detach())
 
+    def report(step: int) -> bool:
+        """Log the losses since the last time; whether to stop, as all replicas agree."""
+        losses = tracker.compute()
+        if not all(map(math.isfinite, losses.values())):
+            raise FloatingPointError(
+                f"the loss is {losses} by step {step}: nothing was saved since it diverged. Try a smaller lr"
+                + (" or rwp_gamma" if rwp else "")
+            )
+        accelerator.log({**losses, "learning_rate": max(group["lr"] for group in optimizer.param_groups)}, step=step)
+        if losses:
+            progress.set_postfix(loss=f"{losses['loss']:.3f}")
+        return agree(accelerator, train_loader, args.max_bad_images, preempted.received)
+
+    def figures_of_rwp() -> dict:
+        """What RWP did since the run began, earlier sessions of it included. Collective."""
+        figures = rwp.report()
+        return figures | {"slots": {kind: slots_before[kind] + count for kind, count in figures["slots"].items()}}
+
+    def save(images: int, seconds: float, slots: dict[str, int]) -> None:
+        position = {"step": done, "images": images, "seconds": seconds, "slots": slots, "history": history}
+        run = {"method": args.method, "replicas": replicas, "batch_size": args.batch_size}
+        save_checkpoint(accelerator, checkpoints / f"step_{done}", position | run | {"losses": tracker.state_dict()})
+        if accelerator.is_main_process:
+            kept = list(checkpoints_in(checkpoints))[-args.save_total_limit :]
+            best = [max(history, key=lambda row: row.get("top1_ema", row["top1"]))["step"]] if history else []
+            remove_checkpoints(checkpoints, keep=kept + best)
+
+    preempted = Preemption()
     try:
-        for epoch in range(len(history), args.epochs):
-            # All chance in an epoch follows from its number, so that a resumed run repeats it.
-            set_seed(seed_of(args.seed, epoch, accelerator.process_index))
-            train_loader.set_epoch(epoch)
+        for epoch in range(len(history), epochs):
+            train_loader.set_epoch(epoch, start)
             model.train()
             optimizer.train()
-            started = time.perf_counter()
-            for update, (images, labels) in enumerate(train_loader, start=epoch * updates):
-                scheduler.step_update(update)
+            if mixup:
+                mixup.mixup_enabled = not 0 < args.mixup_off_epoch <= epoch
+            progress = tqdm(
+                desc=f"epoch {epoch + 1}/{epochs}",
+                total=updates * images_per_update,
+                initial=start,
+                unit="img",
+                unit_scale=True,
+                leave=False,
+                disable=None if accelerator.is_main_process else True,  # None: shown on a terminal only
+            )
+            started = time.perf_counter() - seconds_before
+            first = epoch * updates + start // images_per_update
+            for update, (images, labels) in enumerate(train_loader, start=first):
+                # All chance in a step follows from its place, so that a resumed run repeats it.
+                set_seed(seed_of(args.seed, update, replica))
+                if scheduler:
+                    scheduler.step_update(update)
                 if rwp:
-                    rwp.scale_gamma(args.rwp_gamma_factor(update / (args.epochs * updates)))
-                if sam:
-                    backward(images, labels, accumulation, sync=False)
-                    sam.first_step(zero_grad=True)
-                    disable_running_stats(model)
-                    backward(images, labels, accumulation, track=False)
-                    enable_running_stats(model)
-                    sam.second_step()
-                else:
-                    backward(images, labels, micro_steps if rwp and rwp.active else accumulation)
-                    optimizer.step()
-                optimizer.zero_grad()
-                progress.update()
-
-            losses = tracker.compute()  # waits for the device
+                    rwp.scale_gamma(args.rwp_gamma_factor(update / (epochs * updates)))
+                take_step(images, labels)
+                if ema:
+                    ema.update(module, step=update)
+                done += 1
+                progress.update(images_per_update)
+                if update + 1 == (epoch + 1) * updates:
+                    continue  # what is due comes after the epoch
+                saves = bool(args.checkpointing_steps) and done % args.checkpointing_steps == 0
+                stops = replicas == 1 and preempted.received
+                if saves or stops or done % args.logging_steps == 0:
+                    stops = report(done)
+                if saves or stops:
+                    seen = start + (update + 1 - first) * images_per_update
+                    slots = figures_of_rwp()["slots"] if rwp else slots_before
+                    save(seen, time.perf_counter() - started, slots)
+                if stops:
+                    raise Preempted(done)
+            report(done)
             seconds = time.perf_counter() - started
+            progress.close()
+
+            losses = tracker.total()
             row = {
                 "epoch": epoch + 1,
+                "step": done,
                 "method": args.method,
                 "train_loss": losses.pop("loss"),
-                "learning_rate": optimizer.param_groups[0]["lr"],
+                "learning_rate": max(group["lr"] for group in optimizer.param_groups),
                 "seconds": seconds,
-                "images_per_second": updates * args.batch_size * accelerator.num_processes / seconds,
+                "images_per_second": updates * images_per_update / seconds,
             }
             if rwp:
-                row |= losses
-                row["rwp"] = rwp.report()
-                row["rwp"]["slots"] = {kind: slots_before[kind] + n for kind, n in row["rwp"]["slots"].items()}
-                rwp.sync_buffers()  # for the other methods DDP's next forward pass does it
+                row |= losses | {"rwp": figures_of_rwp()}
             optimizer.eval()
-            row |= validate(accelerator, model, eval_loader)
+            row |= evaluate_weights()
             history.append(row)
-            save_checkpoint(accelerator, output_dir, history)
+            start, seconds_before = 0, 0.0
+            tracker.reset()
+            accelerator.log({name: value for name, value in row.items() if isinstance(value, float)}, step=done)
+            save(0, 0.0, row["rwp"]["slots"] if rwp else slots_before)
             if accelerator.is_main_process:
                 if rwp and not epoch:
-                    progress.write(f"noise / weights: {noise_sizes(row['rwp']) or 'none yet'}")
-                progress.write(f"epoch {epoch + 1}: " + ", ".join(f"{k} {row[k]:.4f}" for k in ("train_loss", "top1")))
+                    print(f"noise / weights: {noise_sizes(row['rwp']) or 'none yet'}")
+                shown = {name: row[name] for name in ("train_loss", "top1", "top1_ema") if name in row}
+                print(f"epoch {epoch + 1}: " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
+            if agree(accelerator, train_loader, args.max_bad_images, preempted.received) and epoch + 1 < epochs:
+                raise Preempted(done)
+    except Preempted:
+        accelerator.end_training()
+        raise
     finally:
         optimizer.eval()  # an interrupt may have left noise in the weights
-        progress.close()
+        preempted.restore()
 
-    digests = gather_object([digest(module)])
+    digests = gather_object([weights_digest(module)])
     if accelerator.is_main_process:
+        model_folder, curves = output_dir / "model", output_dir / "curves.png"
+        preprocessing = {"label_names": label_names, "data_config": data_config, "model_args": model_args}
+        save_model(ema.module if ema else module, model_folder, **preprocessing)
+        training_curves(history, curves)
         results = {
             "final": history[-1],
             "seconds": sum(row["seconds"] for row in history),
             "weights_sha256": sorted(set(digests)),  # one, as long as all replicas are bit-equal
-            "arguments": {name: unlocated(value) for name, value in asdict(args).items()},
+            "arguments": facts,
             **environment(accelerator),
             "history": history,
         }
-        results_file.write_text(json.dumps(results, indent=2))
-        training_curves(history, output_dir / "curves.png")
+        partial_file = results_file.with_suffix(".partial")
+        partial_file.write_text(json.dumps(results, indent=2))
+        partial_file.replace(results_file)
         print(table(results))
-        print(f"Wrote {results_file}, {output_dir / 'curves.png'} and {checkpoints_in(output_dir)[args.epochs]}")
+        print(f"Wrote {results_file}, {curves}, {model_folder} and {newest(checkpoints)}")
     accelerator.end_training()
 
 
+def checkpoint_to_resume(args: Arguments, checkpoints: Path, unfinished: bool) -> Path | None:
+    """The checkpoint that the flags name. Raises where they name none, and where going without would lose some."""
+    last = newest(checkpoints)
+    if args.resume_from_checkpoint == "latest":
+        if last is None:
+            raise FileNotFoundError(f"{checkpoints.parent} holds no checkpoint: start without --resume_from_checkpoint")
+        return last
+    if args.resume_from_checkpoint is not None:
+        return Path(args.resume_from_checkpoint)
+    if last and unfinished and not args.eval_only:
+        raise FileExistsError(
+            f"{checkpoints.parent} holds the checkpoints of an unfinished run: set --resume_from_checkpoint latest to "
+            "go on, or another --output_dir, or delete it"
+        )
+    return None
+
+
+def check_batch(args: Arguments, replicas: int, micro_steps: int, mixes: bool) -> None:
+    """Raise ValueError for a batch size that the parts of a step, or what happens to them, cannot share."""
+    parts = f"{micro_steps} parts" if args.gradient_accumulation_steps > 1 else "halves, a clean and a perturbed one"
+    if args.batch_size % micro_steps:
+        raise ValueError(f"batch_size={args.batch_size} cannot be cut into {parts}: set a multiple of {micro_steps}")
+    part = args.batch_size // micro_steps
+    if (args.mixup or args.cutmix) and part % 2:
+        raise ValueError(
+            f"batch_size={args.batch_size} makes parts of {part} images, and Mixup and CutMix mix pairs of one part: "
+            f"set a multiple of {2 * micro_steps}"
+        )
+    together = args.batch_size if replicas > 1 else part
+    if mixes and together % args.aug_repeats:
+        raise ValueError(
+            f"aug_repeats={args.aug_repeats} and {together} images to a gradient: copies of one image would land in "
+            "the clean and in the perturbed gradient, which RWP needs from different images. Set batch_size to a "
+            f"multiple of {args.aug_repeats * args.batch_size // together}, or aug_repeats to 1"
+        )
+
+
+def create_model(args: Arguments, num_classes: int) -> tuple[nn.Module, dict]:
+    """The model, and the arguments that make it again, beside the classes."""
+    model_args = yaml.safe_load(args.model_kwargs)
+    name = args.model
+    if args.pretrained not in (None, "timm"):
+        name = f"local-dir:{args.pretrained}" if Path(args.pretrained).is_dir() else f"hf-hub:{args.pretrained}"
+    rates = {"drop_rate": args.drop, "drop_path_rate": args.drop_path}
+    rates = {rate: value for rate, value in rates.items() if value is not None}
+    model = timm.create_model(
+        name, pretrained=args.pretrained is not None, num_classes=num_classes, **rates, **model_args
+    )
+    config = model.pretrained_cfg
+    if args.eval_only and args.pretrained and config["num_classes"] != num_classes:
+        raise ValueError(
+            f"{args.pretrained} tells {config['num_classes']} classes apart and the data has {num_classes}: "
+            "eval_only needs the data that the weights were trained for"
+        )
+    if config.get("fixed_input_size") and args.img_size:
+        model.set_input_size(img_size=args.img_size)
+        model_args["img_size"] = args.img_size
+    return model, model_args
+
+
+def sync_batch_norm(module: nn.Module, accelerator: Accelerator, alpha: float | None) -> nn.Module:
+    """`module` with SyncBatchNorm over the replicas of this one's role; over all where RWP mixes none (alpha None)."""
+    replicas, replica = accelerator.num_processes, accelerator.process_index
+    if accelerator.device.type == "cpu":
+        raise ValueError("sync_bn needs GPUs: PyTorch has no SyncBatchNorm for CPUs")
+    if replicas == 1:
+        return module
+    roles = [alpha is not None and role(index, 0, replicas, 1, alpha).perturbed for index in range(replicas)]
+    # Every process has to make every group.
+    groups = {kind: dist.new_group([i for i in range(replicas) if roles[i] is kind]) for kind in sorted(set(roles))}
+    return convert_sync_batchnorm(module, groups[roles[replica]])
+
+
+def create_criterion(args: Arguments, mixed: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss; mixed: targets are probabilities (B, C), and smooth already."""
+    smoothing = 0.0 if mixed else args.smoothing
+    if args.bce_loss:
+        return BinaryCrossEntropy(smoothing, target_threshold=args.bce_target_thresh, sum_classes=args.bce_sum)
+    return partial(cross_entropy, label_smoothing=smoothing)
+
+
 @torch.no_grad()
-def validate(accelerator: Accelerator, model: torch.nn.Module, loader: torch.utils.data.DataLoader) -> dict[str, float]:
-    """Top-1 and top-5 over all replicas, on the main process; empty on the others."""
-    model.eval()
-    metrics = evaluate.combine([Top1(), Top5()])
+def validate(
+    accelerator: Accelerator, module: nn.Module, loader: ImageLoader, prepare: BatchTransform
+) -> dict[str, float]:
+    """Top-1, top-5 and mean cross-entropy over all replicas, each image once; empty but on the main process.
+
+    No replica waits for another before the end, so that they may hold any number of images.
+    """
+    module.eval()
+    seen = []
     for images, labels in loader:
-        logits, labels = accelerator.gather_for_metrics((model(images), labels))
-        if accelerator.is_main_process:
-            metrics.add_batch(predictions=logits, references=labels)
-    return metrics.compute() if accelerator.is_main_process else {}
+        labels = labels.to(accelerator.device)
+        with accelerator.autocast():
+            logits = module(prepare(images)).float()
+        readable = labels >= 0
+        logits, labels = logits[readable], labels[readable]
+        seen.append(torch.stack([label_rank(logits, labels), labels], 1).double())
+        seen[-1] = torch.cat([seen[-1], cross_entropy(logits, labels, reduction="none")[:, None].double()], 1)
+    mine = torch.cat(seen).cpu() if seen else torch.empty(0, 3)
+    everyone = torch.cat(gather_object([mine]))
+    if not accelerator.is_main_process:
+        return {}
+    if not len(everyone):
+        raise ValueError("no image for evaluation could be read: see the warnings above for what is wrong with them")
+    metrics = evaluate.combine([Top1(), Top5()])
+    metrics.add_batch(predictions=everyone[:, 0].long(), references=everyone[:, 1].long())
+    return {**metrics.compute(), "eval_loss": everyone[:, 2].mean().item()}
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, history: list[dict]) -> None:
-    """Write this epoch's checkpoint, which exists whole or not at all, and keep no more than the last two."""
-    folder = output_dir / "checkpoints" / f"epoch_{len(history)}"
-    partial = folder.with_suffix(".partial")
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(partial)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (partial / "history.json").write_text(json.dumps(history))
-        partial.rename(folder)
-        for old in list(checkpoints_in(output_dir).values())[:-2]:
-            remove(old)
+def agree(accelerator: Accelerator, loader: ImageLoader, max_bad_images: int, stop: bool = False) -> bool:
+    """Whether any replica is to stop. Raises ValueError on all of them for too many unreadable images. Collective."""
+    mine = loader.unreadable.slots
+    unreadable, stops = accelerator.reduce(torch.tensor([len(mine), stop], device=accelerator.device)).tolist()
+    if unreadable > max_bad_images:  # of which replicas may have met some alike
+        distinct = set().union(*gather_object([mine]))
+        if len(distinct) > max_bad_images:
+            raise ValueError(
+                f"{len(distinct)} images could not be read, more than max_bad_images={max_bad_images}: the warnings "
+                "above name them. Repair or remove them, or raise max_bad_images"
+            )
+    return stops > 0
 
 
-def checkpoints_in(output_dir: Path) -> dict[int, Path]:
-    """The whole checkpoints of a run, by epoch."""
-    folders = [path for path in output_dir.glob("checkpoints/epoch_*") if not path.suffix]
-    return dict(sorted((int(path.name.removeprefix("epoch_")), path) for path in folders))
+class Preempted(SystemExit):
+    """Ends the process with a status of its own, PREEMPTED."""
+
+    def __init__(self, step: int) -> None:
+        print(f"SIGTERM: saved step {step} and stopped; --resume_from_checkpoint latest goes on", file=sys.stderr)
+        super().__init__(PREEMPTED)
 
 
-def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint; a kill on the way leaves nothing that looks like one."""
-    removed = checkpoint.with_suffix(".removed")
-    shutil.rmtree(removed, ignore_errors=True)
-    shutil.rmtree(checkpoint.rename(removed))
+class Preemption:
+    """Notes that SIGTERM came, for the training loop to act on between two steps."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._previous = signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, *_: object) -> None:
+        self.received = True
+
+    def restore(self) -> None:
+        signal.signal(signal.SIGTERM, self._previous)
 
 
 def seed_of(*position: int) -> int:
-    """A seed in [0, 2^32) for a place in a run: (seed, epoch, rank)."""
+    """A seed in [0, 2^32) for a place in a run: (seed, update, replica)."""
     return int(np.random.SeedSequence(position).generate_state(1)[0])
-
-
-def digest(module: torch.nn.Module) -> str:
-    """SHA-256 of all weights and buffers: equal for models that are equal to the bit."""
-    sha = hashlib.sha256()
-    for tensor in module.state_dict().values():
-        sha.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return sha.hexdigest()
-
-
-def unlocated(value):
-    """An argument without the place of its file on this machine."""
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-
-
-def environment(accelerator: Accelerator) -> dict:
-    """What the run ran on and with."""
-    packages = ("accelerate", "timm", "transformers", "datasets", "hf-rwp")
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    cuda = accelerator.device.type == "cuda"
-    return {
-        "hardware": {
-            "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "replicas": accelerator.num_processes,
-            "mixed_precision": accelerator.mixed_precision,
-        },
-        "versions": {"python": platform.python_version(), "torch": torch.__version__}
-        | {name: importlib.metadata.version(name) for name in packages},
-        "git_commit": commit or None,
-    }
 
 
 def noise_sizes(report: dict) -> str:
@@ -401,6 +718,10 @@ def table(results: dict) -> str:
         "epochs": final["epoch"],
         "top-1": f"{final['top1']:.2%}",
         "top-5": f"{final['top5']:.2%}",
+    }
+    if "top1_ema" in final:
+        rows |= {"top-1, average of weights": f"{final['top1_ema']:.2%}"}
+    rows |= {
         "training loss": f"{final['train_loss']:.4f}",
         "training seconds": f"{results['seconds']:.1f}",
         "images per second": f"{final['images_per_second']:.0f}",
@@ -414,6 +735,10 @@ def table(results: dict) -> str:
             "loss, clean / perturbed": " / ".join(losses),
             "noise / weights": noise_sizes(rwp) or "-",
         }
+    return aligned(rows)
+
+
+def aligned(rows: dict) -> str:
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
