@@ -1,19 +1,52 @@
-"""Images for training: `datasets` splits in one form, plain PyTorch loaders over them, and the embedded digits."""
+"""Images for training, from `datasets`: splits in one form, and batches that come again to the bit.
 
-import functools
-from collections.abc import Callable, Iterable, Sequence
+1. `load_images` brings a folder, tar shards, parquet files or a Hub dataset into one form, and refuses bad data early.
+2. `BatchPlan` says which rows make which batch: a function of seed, epoch and position, for any number of replicas.
+3. `ImageDataset` (rows in reach) and `ImageStream` (rows read once, in order) decode and augment them, in whatever
+   process: the random numbers of a batch are a function of its place in training too.
+4. `ImageLoader`, from `build_loader`, is what a training loop iterates over.
+"""
+
+import contextlib
+import itertools
+import logging
+import random
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import PIL.Image
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, concatenate_datasets, load_dataset
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+)
+from datasets.distributed import split_dataset_by_node
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, get_worker_info
+
+logger = logging.getLogger(__name__)
+
+Transform: TypeAlias = Callable[[PIL.Image.Image], Any]  # from an RGB image to (3, H, W), a tensor or a numpy array
+Batch: TypeAlias = tuple[Tensor, Tensor]
+Key: TypeAlias = tuple[int, int, int]  # row, epoch, position in the epoch
 
 _TRAIN = ("train", "training")
 _VALIDATION = ("validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")  # the first found is taken
+_STREAM_SLOTS = 2**20
+_ENCODED = Image(decode=False)
+_DECODER = Image()
 
 
 def load_digits(seed: int = 0) -> DatasetDict:
@@ -33,53 +66,50 @@ def load_digits(seed: int = 0) -> DatasetDict:
     return DatasetDict(train=parts["train"], validation=parts["test"])
 
 
-def load_images(data_dir: str | None = None, dataset: str | None = None) -> DatasetDict:
-    """Images and labels as splits "train" and "validation", each with the columns image (Image), label (ClassLabel).
+def load_images(
+    data_dir: str | None = None,
+    dataset: str | None = None,
+    *,
+    dataset_config: str | None = None,
+    train_split: str | None = None,
+    validation_split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    num_classes: int | None = None,
+    streaming: bool = False,
+) -> DatasetDict | IterableDatasetDict:
+    """Images and labels as splits "train" and "validation", each with the columns image and label (ClassLabel).
 
-    data_dir: a folder, either train/CLASS/IMAGE and validation/CLASS/IMAGE (or val, test, ...), or parquet files with
-    the split in their name. dataset: an id on the Hub. Neither: the digits. Columns are found by type, not by name.
+    image holds {"path", "bytes"}, not decoded: a broken file is met where it can be counted, not here.
+    data_dir: a folder, either train/CLASS/IMAGE and validation/CLASS/IMAGE (or val, test, ...), or parquet files or
+    WebDataset tar shards with the split in their name or folder. dataset: an id on the Hub, dataset_config its
+    configuration. Neither: the digits. Splits are found by name, columns by type, where they are not named.
+    num_classes: of plain integer labels; a ClassLabel, or a scan of all labels without streaming, tells it too.
+    streaming: rows are read when used, from disk or the Hub; then only the first row of each split is looked at.
     Raises ValueError for splits, columns and labels that are missing, empty, ambiguous or out of range.
     """
     if data_dir is not None and dataset is not None:
         raise ValueError(f"both data_dir={data_dir!r} and dataset={dataset!r} are set: set only one of them")
+    if data_dir is None and dataset is None:
+        digits = load_digits().cast_column("image", _ENCODED)
+        return IterableDatasetDict({n: s.to_iterable_dataset() for n, s in digits.items()}) if streaming else digits
+    names = {
+        "train": _TRAIN if train_split is None else (train_split,),
+        "validation": _VALIDATION if validation_split is None else (validation_split,),
+    }
     if data_dir is not None:
-        return _normalized(_load_folder(Path(data_dir).expanduser()))
-    if dataset is not None:
+        found = _load_folder(Path(data_dir).expanduser(), names, name=dataset_config, streaming=streaming)
+    else:
         hint = "Check the id, your access (`hf auth login`) and the connection, or set data_dir to a folder with a copy"
-        return _normalized(_load(dataset, hint))
-    return load_digits()
-
-
-def build_loader(
-    split: Dataset,
-    *,
-    transform: Callable[[PIL.Image.Image], Tensor],
-    batch_size: int,
-    training: bool,
-    seed: int = 0,
-    workers: int = 0,
-) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Batches of images (B, 3, H, W), float, and labels (B,), int64, from a split that `load_images` gave.
-
-    transform: from an RGB image to (3, H, W), as timm.data.create_transform makes. training: shuffled by `seed`, anew
-    every epoch and alike on all ranks, a short last batch dropped; else in order, with all images. Accelerate's
-    use_seedable_sampler ignores `seed` and shuffles by its data_seed: set that, or ranks seeded apart shuffle apart.
-    Random transforms draw from the global generators, in workers too: seed those by rank, or all ranks draw alike.
-    Raises ValueError if `training` would drop every image.
-    """
-    if training and len(split) < batch_size:
-        raise ValueError(f"{len(split)} images make no whole batch of {batch_size}: set a batch_size of at most that")
-    # The sampler has a generator to itself: Accelerate makes its state alike on all ranks.
-    sampler = RandomSampler(split, generator=torch.Generator().manual_seed(seed)) if training else None
-    return DataLoader(
-        split.with_transform(functools.partial(_transformed, transform=transform)),
-        batch_size=batch_size,
-        sampler=sampler,
-        num_workers=workers,
-        collate_fn=_collated,
-        pin_memory=torch.cuda.is_available(),
-        drop_last=training,
-    )
+        found = _load(str(dataset), hint, name=dataset_config, streaming=streaming)
+    splits = {role: _split(found, role, candidates) for role, candidates in names.items()}
+    columns = {role: _columns(role, split, image_column, label_column) for role, split in splits.items()}
+    features = {role: splits[role].features[label] for role, (_, label) in columns.items()}
+    splits = {role: _two_columns(split, *columns[role]) for role, split in splits.items()}
+    classes = _class_names(splits, features, {role: label for role, (_, label) in columns.items()}, num_classes)
+    if streaming:
+        return IterableDatasetDict({k: s.cast_column("label", ClassLabel(names=classes)) for k, s in splits.items()})
+    return DatasetDict({role: _with_classes(split, classes) for role, split in splits.items()})
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -89,16 +119,332 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     return image.convert("RGB")
 
 
-def _transformed(batch: dict[str, Any], transform: Callable[[PIL.Image.Image], Tensor]) -> dict[str, Any]:
-    return {"image": [transform(to_rgb(image)) for image in batch["image"]], "label": batch["label"]}
+class UnreadableImages:
+    """The distinct images that could not be read, shared by a loader's worker processes and the main one.
+
+    slots: how many there can be. An image's slot is its row in a split of known size, else a hash of what it is.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self._flags = torch.zeros(slots, dtype=torch.uint8).share_memory_()
+
+    def add(self, slot: int, name: str, error: Exception | str) -> None:
+        """Count the image; the first time, name it and the reason in the log."""
+        if not self._flags[slot]:
+            self._flags[slot] = 1
+            reason = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else error
+            logger.warning("unreadable image, %s: %s", name, reason)
+
+    @property
+    def slots(self) -> list[int]:
+        """Those flagged so far, in order; alike on all replicas for the same image."""
+        slots: list[int] = self._flags.nonzero().flatten().tolist()
+        return slots
 
 
-def _collated(examples: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-    images = torch.stack([example["image"] for example in examples])
-    return images, torch.tensor([example["label"] for example in examples])
+class ImageDataset(torch.utils.data.Dataset[tuple[Any, int]]):
+    """A split in memory or on disk, decoded, in RGB and transformed: (image, label) by row.
+
+    A key is a row, or (row, epoch, position) from a `BatchPlan`; then a whole batch is transformed with random numbers
+    that depend on (seed, epoch, position of the first key) alone, and the global generators stay as they were.
+    A row that cannot be read is added to `unreadable`. In training the next readable row takes its place (a black
+    image of class 0 once more than max_bad_images rows in a row have failed); else it is black, its label -1.
+    """
+
+    def __init__(
+        self, split: Dataset, transform: Transform, *, training: bool, seed: int = 0, max_bad_images: int = 10
+    ) -> None:
+        self.split = split
+        self.transform = transform
+        self.training = training
+        self.seed = seed
+        self.max_bad_images = max_bad_images
+        self.unreadable = UnreadableImages(len(split))
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, key: int | Key) -> tuple[Any, int]:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[int | Key]) -> list[tuple[Any, int]]:
+        if isinstance(keys[0], tuple):
+            _, epoch, position = keys[0]
+            with _seeded(self.seed, epoch, position):
+                return self._items([key[0] for key in keys])  # type: ignore[index]
+        return self._items(keys)  # type: ignore[arg-type]
+
+    def _items(self, rows: Sequence[int]) -> list[tuple[Any, int]]:
+        batch = self.split[rows]
+        items = []
+        for row, encoded, label in zip(rows, batch["image"], batch["label"], strict=True):
+            image = self._decoded(row, encoded)
+            if image is None:
+                image, label = self._substitute(row)
+            items.append((self.transform(image), label))
+        return items
+
+    def _decoded(self, row: int, encoded: Mapping[str, Any] | None) -> PIL.Image.Image | None:
+        try:
+            return _decoded(encoded)
+        except Exception as error:  # Pillow's decoders raise nearly anything
+            path = encoded and encoded["path"]
+            self.unreadable.add(row, f"row {row} ({path})" if path else f"row {row}", error)
+            return None
+
+    def _substitute(self, row: int) -> tuple[PIL.Image.Image, int]:
+        for offset in range(1, self.max_bad_images + 1) if self.training else ():
+            other = (row + offset) % len(self.split)
+            found = self.split[other]
+            image = self._decoded(other, found["image"])
+            if image is not None:
+                return image, found["label"]
+        return PIL.Image.new("RGB", (256, 256)), 0 if self.training else -1
 
 
-def _load_folder(folder: Path) -> DatasetDict:
+class ImageStream(torch.utils.data.IterableDataset[Batch]):
+    """A streaming split's share of one replica, in whole batches: decoded, in RGB, transformed, collated.
+
+    Training: shuffled by (seed, epoch) through a buffer of shuffle_buffer rows in each worker, each worker's short last
+    batch dropped. Replicas and workers share the files; where replicas do not divide them, every replica reads all
+    files and takes its part of the rows. Rows that cannot be read, or whose label is out of range, are added to
+    `unreadable` and skipped. Random transforms depend on (seed, epoch, replica, worker, number of the batch) alone.
+    """
+
+    def __init__(
+        self,
+        split: IterableDataset,
+        transform: Transform,
+        *,
+        batch_size: int,
+        training: bool,
+        seed: int = 0,
+        replica: int = 0,
+        replicas: int = 1,
+        shuffle_buffer: int = 10_000,
+    ) -> None:
+        self.classes: int = split.features["label"].num_classes
+        split = _with_plain_labels(split, "label")
+        if training:
+            split = split.shuffle(seed, buffer_size=shuffle_buffer)
+        self.split = split_dataset_by_node(split, replica, replicas)
+        self.transform = transform
+        self.batch_size = batch_size
+        self.training = training
+        self.seed = seed
+        self.replica = replica
+        self.replicas = replicas
+        self.unreadable = UnreadableImages(_STREAM_SLOTS)
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, passes: int = 0, discard: int = 0) -> None:
+        """What the next iteration reads.
+
+        passes: how often this epoch's share has been read before; then it is augmented differently. discard: batches
+        that will not be used: they are read, for the same rows to make the same batches, but come as empty tensors.
+        """
+        self.split.set_epoch(epoch)
+        self.epoch, self.passes, self.discard = epoch, passes, discard
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        rows = self._readable(worker)
+        # Workers take turns: batch k comes from worker k % workers, or earlier where another one has run out.
+        discard = (self.discard + workers - 1 - worker) // workers
+        for number in itertools.count():
+            with _seeded(self.seed, self.epoch, self.passes, self.replica, worker, number):
+                items = [
+                    (None if number < discard else self.transform(image), label)
+                    for image, label in itertools.islice(rows, self.batch_size)
+                ]
+            if not items or (self.training and len(items) < self.batch_size):
+                return
+            yield (torch.empty(0), torch.empty(0)) if number < discard else _collated(items)
+
+    def _readable(self, worker: int) -> Iterator[tuple[PIL.Image.Image, int]]:
+        for number, row in enumerate(self.split):
+            encoded, label = row["image"], row["label"]
+            try:
+                if label is None or not 0 <= label < self.classes:
+                    raise ValueError(f"label {label} is none of the {self.classes} classes, 0 to {self.classes - 1}")
+                image = _decoded(encoded)
+            except Exception as error:  # Pillow's decoders raise nearly anything
+                path, content = (encoded["path"], encoded["bytes"]) if encoded else (None, None)
+                # Rows change their number when shuffled; what they hold is the same in every epoch.
+                slot = zlib.crc32(content or b"", zlib.crc32(f"{path} {label}".encode())) % _STREAM_SLOTS
+                self.unreadable.add(slot, path or f"row {number} of replica {self.replica}, worker {worker}", error)
+                continue
+            yield image, label
+
+
+class BatchPlan(torch.utils.data.Sampler[list[Key]]):
+    """The batches of one replica, as lists of (row, epoch, position); positions run over all replicas.
+
+    Training: the rows shuffled by (seed, epoch), each `repeats` times in a row, len(split) draws in all; what makes no
+    whole batch for every replica is dropped. Else: every row once, in order; then replicas differ by up to a batch.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        batch_size: int,
+        training: bool,
+        seed: int = 0,
+        replica: int = 0,
+        replicas: int = 1,
+        repeats: int = 1,
+    ) -> None:
+        self.size = size
+        self.batch_size = batch_size
+        self.training = training
+        self.seed = seed
+        self.replica = replica
+        self.replicas = replicas
+        self.repeats = repeats
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """start: images of this epoch, over all replicas, that have been used before."""
+        self.epoch, self.start = epoch, start
+
+    def batches(self, start: int = 0) -> int:
+        """How many batches this replica has left once `start` images of an epoch have been used."""
+        step = self.batch_size * self.replicas
+        if self.training:
+            return max(0, self.size - start) // step
+        return len(range(start + self.replica * self.batch_size, self.size, step))
+
+    def __len__(self) -> int:
+        return self.batches(self.start)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order = torch.arange(self.size)
+        if self.training:
+            order = torch.randperm(self.size, generator=torch.Generator().manual_seed(_mixed(self.seed, self.epoch)))
+            order = order.repeat_interleave(self.repeats)[: self.size]
+        epoch, start = self.epoch, self.start
+        for batch in range(self.batches(start)):
+            first = start + (batch * self.replicas + self.replica) * self.batch_size
+            rows = order[first : first + self.batch_size].tolist()
+            yield [(row, epoch, first + place) for place, row in enumerate(rows)]
+
+
+class ImageLoader:
+    """One replica's batches: images (B, 3, H, W) as the transform makes them, labels (B,), int64; on the CPU, pinned
+    if there is a GPU. `unreadable`: the images that could not be read so far.
+
+    Iterating gives the epoch last set, from its start on. It moves no global random generator.
+    """
+
+    def __init__(
+        self, images: ImageDataset | ImageStream, plan: BatchPlan | None, batches: int | None, workers: int
+    ) -> None:
+        self.images = images
+        self.plan = plan
+        self.unreadable = images.unreadable
+        self._batches = batches
+        self._epoch = self._start = 0
+        self._loader: DataLoader[Any] = DataLoader(
+            images,
+            batch_size=None if plan is None else 1,
+            batch_sampler=plan,
+            collate_fn=_unchanged if plan is None else _collated,
+            num_workers=workers,
+            persistent_workers=plan is not None and workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else each iterator's seed comes from the global one
+        )
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """What the next iteration gives. start: images of the epoch, over all replicas, that have been used before.
+
+        A stream reads and discards up to there; it continues exactly on the same number of replicas and workers alone.
+        """
+        self._epoch, self._start = epoch, start
+        if self.plan is not None:
+            self.plan.set_epoch(epoch, start)
+
+    def __len__(self) -> int:
+        """This replica's batches in a whole epoch. TypeError for a stream's evaluation: it ends where the data ends."""
+        if self._batches is None:
+            raise TypeError("how many batches a stream gives in evaluation is not known before it ends")
+        return self._batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._loader) if isinstance(self.images, ImageDataset) else self._stream(self.images)
+
+    def _stream(self, stream: ImageStream) -> Iterator[Batch]:
+        discard = self._start // (stream.batch_size * stream.replicas)
+        if self._batches is not None and discard >= self._batches:
+            return
+        given, begin = 0, time.perf_counter()
+        for passes in itertools.count():
+            before = given
+            stream.set_epoch(self._epoch, passes, max(0, discard - given))
+            for batch in self._loader:
+                given += 1
+                if given > discard:
+                    yield batch
+                elif given == discard:
+                    seconds = time.perf_counter() - begin
+                    logger.info("read and discarded %d images in %.1f s", discard * stream.batch_size, seconds)
+                if given == self._batches:
+                    return
+            if not stream.training:
+                return
+            if given == before:
+                raise ValueError(
+                    f"replica {stream.replica} finds no whole batch of {stream.batch_size} readable images in its "
+                    "share of the stream: set fewer workers or replicas, or a smaller batch_size"
+                )
+
+
+def build_loader(
+    split: Dataset | IterableDataset,
+    *,
+    transform: Transform,
+    batch_size: int,
+    training: bool,
+    seed: int = 0,
+    workers: int = 0,
+    replica: int = 0,
+    replicas: int = 1,
+    repeats: int = 1,
+    shuffle_buffer: int = 10_000,
+    max_bad_images: int = 10,
+    num_samples: int | None = None,
+) -> ImageLoader:
+    """Batches of batch_size images of a split from `load_images`, for one of `replicas` that share it.
+
+    transform: from an RGB image to (3, H, W), as timm.data.create_transform makes; a tensor or a numpy array, of any
+    dtype. seed: of shuffle and augmentation, at least 0, alike on all replicas. workers: processes, 0 is this one.
+    repeats: repeated augmentation, how often each drawn image comes, in a row; not for a stream. num_samples: images
+    in a stream's training epoch, over all replicas, where the split does not know. Raises ValueError where training
+    would drop every image, or has no known length.
+    """
+    if isinstance(split, Dataset):
+        images = ImageDataset(split, transform, training=training, seed=seed, max_bad_images=max_bad_images)
+        options = {"seed": seed, "replica": replica, "replicas": replicas, "repeats": repeats}
+        plan = BatchPlan(len(split), batch_size=batch_size, training=training, **options)
+        _refuse_no_batch(len(split), batch_size, replicas, training)
+        return ImageLoader(images, plan, plan.batches(), workers)
+    if repeats != 1:
+        raise ValueError(f"repeats={repeats} needs rows that can be drawn again, and a stream's cannot: set it to 1")
+    batches = None
+    if training:
+        size = _known_size(split) if num_samples is None else num_samples
+        if size is None:
+            raise ValueError("the stream does not know how many images an epoch has: set it, --train_num_samples")
+        _refuse_no_batch(size, batch_size, replicas, training)
+        batches = size // (batch_size * replicas)
+    shared = {"seed": seed, "replica": replica, "replicas": replicas, "shuffle_buffer": shuffle_buffer}
+    stream = ImageStream(split, transform, batch_size=batch_size, training=training, **shared)
+    return ImageLoader(stream, None, batches, workers)
+
+
+def _load_folder(folder: Path, names: Mapping[str, Sequence[str]], **options: Any) -> dict[str, Any]:
     if not folder.is_dir():
         raise FileNotFoundError(
             f"data_dir={str(folder)!r} is not a folder: set the one that holds train and validation"
@@ -106,65 +452,175 @@ def _load_folder(folder: Path) -> DatasetDict:
     # Named here: `datasets` alone takes a class folder called train or test for a split, and gives no labels at all if
     # an unlabelled test folder lies beside the others.
     present = [path.name for path in folder.iterdir() if path.is_dir()]
-    names = [name for name in (_first(_TRAIN, present), _first(_VALIDATION, present)) if name]
-    hint = "It needs train/CLASS/IMAGE and validation/CLASS/IMAGE, or parquet files, with images for both splits"
-    return _load(str(folder.resolve()), hint, data_files={name: f"{name}/**" for name in names} or None)
+    files = {name: f"{name}/**" for name in (_first(wanted, present) for wanted in names.values()) if name}
+    hint = (
+        "It needs train/CLASS/IMAGE and validation/CLASS/IMAGE, or parquet files or tar shards, with images for both "
+        "splits"
+    )
+    return _load(str(folder.resolve()), hint, data_files=files or None, **options)
 
 
-def _load(path: str, hint: str, **options: Any) -> DatasetDict:
+def _load(path: str, hint: str, **options: Any) -> dict[str, Any]:
     try:
-        return load_dataset(path, **options)
+        found: dict[str, Any] = load_dataset(path, **options)
     except (ConnectionError, FileNotFoundError, ValueError) as error:
         raise ValueError(f"{path!r} could not be loaded: {error}. {hint}") from error
+    return found
 
 
-def _normalized(found: DatasetDict) -> DatasetDict:
-    splits = DatasetDict(train=_split(found, _TRAIN), validation=_split(found, _VALIDATION))
-    columns = splits["train"].features.items()
-    classes = [name for name, feature in columns if isinstance(feature, ClassLabel)]
-    integers = [name for name, feature in columns if isinstance(feature, Value) and "int" in feature.dtype]
-    image = _only("image", [name for name, feature in columns if isinstance(feature, Image)], splits)
-    label = _only("ClassLabel or integer", classes or integers, splits)
-    names = _class_names(splits, label)
-    splits = splits.select_columns([image, label]).rename_columns({image: "image", label: "label"})
-    return splits if classes else DatasetDict({name: _with_names(split, names) for name, split in splits.items()})
-
-
-def _first(names: Sequence[str], present: Iterable[str]) -> str | None:
+def _first(names: Iterable[str], present: Iterable[str]) -> str | None:
     return next((name for name in names if name in present), None)
 
 
-def _split(found: DatasetDict, names: Sequence[str]) -> Dataset:
+def _split(found: Mapping[str, Any], role: str, names: Sequence[str]) -> Any:
     name = _first(names, found)
     if name is None:
-        raise ValueError(f"no {names[0]} split among {', '.join(found)}: give it one of the names {', '.join(names)}")
+        raise ValueError(
+            f"no {role} split among {', '.join(found)}, of {', '.join(names)}: set {role}_split to one there is"
+        )
     return found[name]
 
 
-def _only(kind: str, candidates: list[str], splits: DatasetDict) -> str:
-    if len(candidates) != 1:
-        raise ValueError(
-            f"one {kind} column is needed, and these are: {', '.join(candidates) or 'none'} (of "
-            f"{', '.join(splits['train'].features)}). Keep one; an image folder needs class folders of equal depth"
-        )
-    return candidates[0]
+def _columns(role: str, split: Any, image: str | None, label: str | None) -> tuple[str, str]:
+    """The names of the columns with the images and the labels."""
+    features = split.features or {}
+    images = [name for name, feature in features.items() if isinstance(feature, Image)]
+    classes = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    integers = [name for name, feature in features.items() if isinstance(feature, Value) and "int" in feature.dtype]
+
+    def only(kind: str, argument: str, named: str | None, possible: list[str], preferred: list[str]) -> str:
+        if named in possible:
+            return str(named)
+        if named is not None or len(preferred) != 1:
+            asked = f"{argument}={named!r} is not one" if named is not None else f"set {argument} to the one to use"
+            raise ValueError(
+                f"one {kind} column is needed, and these are: {', '.join(preferred) or 'none'} (of "
+                f"{', '.join(features)}, in the {role} split): {asked}; class folders must lie equally deep"
+            )
+        return preferred[0]
+
+    return (
+        only("image", "image_column", image, images, images),
+        only("ClassLabel or integer", "label_column", label, classes + integers, classes or integers),
+    )
 
 
-def _class_names(splits: DatasetDict, column: str) -> list[str]:
+def _two_columns(split: Any, image: str, label: str) -> Any:
+    if isinstance(split, Dataset):
+        split = split.cast_column(image, _ENCODED).select_columns([image, label])
+        return split.rename_columns({image: "image", label: "label"})
+    # Not `cast_column`: a remote stream comes with a step that decodes, which this takes away.
+    split = _with_plain_labels(split.decode(False), label).select_columns([image, label])
+    renamed = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
+    return split.rename_columns(renamed) if renamed else split
+
+
+def _with_plain_labels(split: IterableDataset, column: str) -> IterableDataset:
+    # As a ClassLabel, one label out of range would end the whole stream. Class folders give names, all in range.
+    return split if split.info.builder_name == "imagefolder" else split.cast_column(column, Value("int64"))
+
+
+def _labels_seen(role: str, split: Any) -> set[Any] | None:
+    """The split's labels; None for a stream, of which one row is read. Raises ValueError if it is empty."""
+    streaming = isinstance(split, IterableDataset)
+    if (next(iter(split), None) is None) if streaming else len(split) == 0:
+        raise ValueError(f"the {role} split holds no rows: it needs some, or set {role}_split to another one")
+    return None if streaming else set(split.unique("label"))
+
+
+def _class_names(
+    splits: Mapping[str, Any], features: Mapping[str, Any], columns: Mapping[str, str], num_classes: int | None
+) -> list[str]:
     """The classes' names ("0", "1", ... where the labels are plain integers), once every label is one of them."""
-    labels = {label for split in splits.values() for label in split.unique(column)}
-    feature = splits["train"].features[column]
-    names = feature.names if isinstance(feature, ClassLabel) else [str(label) for label in range(len(labels))]
-    strays = sorted(labels - set(range(len(names))), key=str)
-    if strays:
+    seen = {role: _labels_seen(role, split) for role, split in splits.items()}
+    named = {role: feature.names for role, feature in features.items() if isinstance(feature, ClassLabel)}
+    if len(named) == 2 and named["train"] != named["validation"]:
+        ours, theirs = next(pair for pair in itertools.zip_longest(*named.values()) if pair[0] != pair[1])
         raise ValueError(
-            f"column {column!r} holds {', '.join(map(str, strays[:5]))}, but its {len(names)} classes are 0 to "
-            f"{len(names) - 1}: relabel these rows, or drop them"
+            f"the label names differ: where train (column {columns['train']!r}) has {ours!r}, validation has {theirs!r}"
+            f" ({len(named['train'])} and {len(named['validation'])} names): bring both into one order"
+        )
+    known = next(iter(named.values()), None)
+    if known is not None and num_classes not in (None, len(known)):
+        raise ValueError(
+            f"num_classes={num_classes}, but column {columns['train']!r} has {len(known)} classes: leave it out"
+        )
+    if known is None and num_classes is None and seen["train"] is None:
+        raise ValueError(
+            f"column {columns['train']!r} holds plain integers, and a stream does not tell how many classes they stand "
+            "for: set num_classes"
+        )
+    labels = set().union(*(some or () for some in seen.values()))
+    names: list[str] = known or [str(label) for label in range(num_classes or len(labels))]
+    for role, some in seen.items():
+        strays = sorted((some or set()) - set(range(len(names))), key=str)
+        if strays:
+            raise ValueError(
+                f"column {columns[role]!r} holds {', '.join(map(str, strays[:5]))} in the {role} split, but its "
+                f"{len(names)} classes are 0 to {len(names) - 1}: relabel these rows, or drop them"
+            )
+    unlearned = sorted((seen["validation"] or set()) - (seen["train"] or set()))
+    if unlearned and seen["train"] and splits["train"].info.builder_name == "imagefolder":
+        raise ValueError(
+            f"validation has images of class {', '.join(names[label] for label in unlearned[:5])}, and train has none: "
+            "the class folders must have the same names"
         )
     return names
 
 
-def _with_names(split: Dataset, names: list[str]) -> Dataset:
+def _with_classes(split: Dataset, names: list[str]) -> Dataset:
+    if isinstance(split.features["label"], ClassLabel):
+        return split
     # Set beside the images: `cast_column` would write the images anew.
     labels = Dataset.from_dict({"label": split["label"][:]}, features=Features(label=ClassLabel(names=names)))
     return concatenate_datasets([split.select_columns("image"), labels], axis=1)
+
+
+def _known_size(split: IterableDataset) -> int | None:
+    known = (split.info.splits or {}).get(str(split.split))
+    return known.num_examples or None if known else None
+
+
+def _refuse_no_batch(size: int, batch_size: int, replicas: int, training: bool) -> None:
+    if training and size < batch_size * replicas:
+        raise ValueError(
+            f"{size} images make no whole batch of {batch_size} for each of {replicas} replica(s): set a batch_size of "
+            f"at most {size // replicas}"
+        )
+
+
+def _mixed(*place: int) -> int:
+    """A 64-bit seed from several numbers, each at least 0."""
+    return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0])
+
+
+@contextlib.contextmanager
+def _seeded(*place: int) -> Iterator[None]:
+    """The three generators that transforms draw from, a function of `place` inside, as they were before outside."""
+    kept = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    seed = _mixed(*place)
+    try:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would move CUDA's too
+        yield
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+        torch.default_generator.set_state(kept[2])
+
+
+def _decoded(encoded: Mapping[str, Any] | None) -> PIL.Image.Image:
+    if encoded is None:
+        raise ValueError("the row holds no image")
+    return to_rgb(_DECODER.decode_example(encoded))
+
+
+def _collated(items: Sequence[tuple[Any, int]]) -> Batch:
+    images = [image for image, _ in items]
+    stacked = torch.stack(images) if isinstance(images[0], Tensor) else torch.from_numpy(np.stack(images))
+    return stacked, torch.tensor([label for _, label in items])
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
