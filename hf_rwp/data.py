@@ -617,9 +617,12 @@ def _decoded(encoded: Mapping[str, Any] | None) -> PIL.Image.Image:
 
 
 def _collated(items: Sequence[tuple[Any, int]]) -> Batch:
-    images = [image for image, _ in items]
-    stacked = torch.stack(images) if isinstance(images[0], Tensor) else torch.from_numpy(np.stack(images))
-    return stacked, torch.tensor([label for _, label in items])
+    images, labels = zip(*items, strict=True)
+    if isinstance(images[0], Tensor):
+        stacked = torch.stack(images)
+    else:  # timm's arrays are views of (H, W, 3) memory: without `out` the batch would be laid out so too
+        stacked = torch.from_numpy(np.stack(images, out=np.empty((len(images), *images[0].shape), images[0].dtype)))
+    return stacked, torch.tensor(labels)
 
 
 def _unchanged(batch: Any) -> Any:
