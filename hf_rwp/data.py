@@ -494,8 +494,8 @@ def _columns(role: str, split: Any, image: str | None, label: str | None) -> tup
         if named is not None or len(preferred) != 1:
             asked = f"{argument}={named!r} is not one" if named is not None else f"set {argument} to the one to use"
             raise ValueError(
-                f"one {kind} column is needed, and these are: {', '.join(preferred) or 'none'} (of "
-                f"{', '.join(features)}, in the {role} split): {asked}; class folders must lie equally deep"
+                f"one {kind} column is needed, and the {role} split has these: {', '.join(preferred) or 'none'} (of "
+                f"{', '.join(features)}): {asked}. An image folder needs class folders of equal depth"
             )
         return preferred[0]
 
