@@ -41,6 +41,7 @@ SIGTERM saves a checkpoint and exits with status 75.
 import difflib
 import importlib.util
 import json
+import logging
 import math
 import signal
 import sys
@@ -207,6 +208,7 @@ class Arguments(ImageArguments, RWPArguments):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} leaves nothing to train on: it has to be at least 1")
         for name, valid, valid_range in (
+            ("seed", 0 <= self.seed < 2**32, "in [0, 2^32)"),
             ("sam_rho", self.sam_rho > 0, "above 0"),
             ("clip_grad", self.clip_grad is None or self.clip_grad > 0, "above 0"),
             ("sched", self.sched != "plateau", "a schedule of the number of updates alone"),
@@ -249,7 +251,7 @@ def main(args: Arguments) -> None:
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         dynamo_backend="inductor" if args.torch_compile else None,
-        log_with=[] if args.eval_only else args.report_to,
+        log_with=None if args.eval_only else args.report_to or None,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
     )
     if accelerator.gradient_accumulation_steps > 1:
@@ -257,6 +259,8 @@ def main(args: Arguments) -> None:
     if args.method == "sam" and accelerator.scaler is not None:
         raise ValueError("fp16's gradient scaler cannot work between SAM's two passes: set --mixed_precision bf16")
     replicas, replica, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("hf_rwp.data").setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
 
     # The gradients of one step on one replica. RWP mixes two, so a replica that is alone halves its batch.
     accumulation = args.gradient_accumulation_steps

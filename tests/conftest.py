@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import imagenet
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -23,3 +24,11 @@ def _reset() -> None:
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     PartialState._reset_state()
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    """recipes/imagenet_rwp.py as a module, on a hundred of the digits."""
+    loaded = imagenet.load_recipe()
+    monkeypatch.setattr(loaded, "load_images", imagenet.few_digits)
+    return loaded

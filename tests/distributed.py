@@ -55,6 +55,11 @@ def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 3
     return [value for value, _ in outcomes]
 
 
+def rank() -> int:
+    """In a function that `run` calls: which rank this is."""
+    return int(os.environ["RANK"])
+
+
 def stop() -> None:
     """End the processes; the next `run` starts new ones."""
     while _workers:

@@ -1,0 +1,72 @@
+"""Start recipes/imagenet_rwp.py: in this process on a hundred of the digits, or as a user does."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from datasets import DatasetDict
+
+from hf_rwp.arguments import parse_arguments
+from hf_rwp.data import load_images
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPE = RECIPES / "imagenet_rwp.py"
+SMALL = ["--img_size=16", "--batch_size=32", "--lr=0.02", "--report_to=none"]  # three steps an epoch
+
+
+def load_recipe():
+    if RECIPE.stem not in sys.modules:
+        spec = importlib.util.spec_from_file_location(RECIPE.stem, RECIPE)
+        module = sys.modules[RECIPE.stem] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[RECIPE.stem]
+
+
+def few_digits(**_):
+    """100 to train on and 41 for evaluation."""
+    return DatasetDict(
+        {name: split.select(range(size)) for (name, split), size in zip(load_images().items(), (100, 41), strict=True)}
+    )
+
+
+def train(recipe, folder, *flags):
+    recipe.main(parse_arguments(recipe.Arguments, [*SMALL, "--epochs=2", *flags, f"--output_dir={folder}"]))
+
+
+def train_on_rank(folder, *flags, few=True):
+    """`train` on each of the ranks of `distributed.run`; returns what it ended with, "" for success."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    recipe = load_recipe()
+    recipe.load_images = few_digits if few else load_images
+    try:
+        train(recipe, folder, *flags)
+    except (Exception, SystemExit) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def results(folder):
+    return json.loads((Path(folder) / "results.json").read_text())
+
+
+def results_of(recipe, folder, *flags):
+    train(recipe, folder, *flags)
+    return results(folder)
+
+
+def weights(results):
+    (sha,) = results["weights_sha256"]
+    return sha
+
+
+def launch(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
