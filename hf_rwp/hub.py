@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from timm.models import save_for_hf
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
 from torch import nn
 
 
@@ -35,18 +36,20 @@ def save_model(
     # What timm knows of its own weights, and its recommendations for testing them, are not true of these.
     others = dict.fromkeys(("tag", "license", "origin_url", "paper_ids", "notes", "description"))
     others |= dict.fromkeys(("test_input_size", "test_crop_pct", "pool_size"))
+    partial.mkdir(parents=True)
+    weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}  # not channels_last
+    save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+    config_file = partial / "config.json"
     try:
         model.pretrained_cfg = {**source, **others, **data_config, "num_classes": len(label_names)}
-        save_for_hf(
+        save_config_for_hf(
             model,
-            str(partial),
+            str(config_file),
             model_config={"label_names": list(label_names)},
             model_args={**(model_args or {})},
-            safe_serialization=True,
         )
     finally:
         model.pretrained_cfg = source
-    config_file = partial / "config.json"
     config = json.loads(config_file.read_text())
     # transformers passes model_args on beside the number of classes, and timm knows that from num_classes alone.
     (config.get("model_args") or {}).pop("num_classes", None)

@@ -38,7 +38,7 @@ def image_transforms(
     if args.crop_padding is not None:  # in place of timm's random resized crop
         training.transforms[0] = Compose([Resize(size), RandomCrop(size, padding=args.crop_padding)])
     if args.cutout and normalized:
-        training.transforms.append(_cutout(args.cutout, size, "cpu"))
+        training.transforms.append(_cutout(args.cutout, size, torch.device("cpu")))
     return training, create_transform(**options)
 
 
@@ -81,6 +81,8 @@ class BatchTransform:
         return images.contiguous(memory_format=self._memory_format)
 
 
-def _cutout(side: int, size: Sequence[int], device: Any) -> RandomErasing:
+def _cutout(side: int, size: Sequence[int], device: torch.device) -> RandomErasing:
+    if side >= min(size):
+        raise ValueError(f"cutout={side} would erase all of an image of {min(size)} pixels: set less")
     area = side**2 / (size[0] * size[1])
     return RandomErasing(1.0, min_area=area, max_area=area, min_aspect=1, max_aspect=1, mode="const", device=device)

@@ -602,9 +602,16 @@ def create_model(args: Arguments, num_classes: int) -> tuple[nn.Module, dict]:
         name = f"local-dir:{args.pretrained}" if Path(args.pretrained).is_dir() else f"hf-hub:{args.pretrained}"
     rates = {"drop_rate": args.drop, "drop_path_rate": args.drop_path}
     rates = {rate: value for rate, value in rates.items() if value is not None}
-    model = timm.create_model(
-        name, pretrained=args.pretrained is not None, num_classes=num_classes, **rates, **model_args
-    )
+    options = {"num_classes": num_classes, **rates, **model_args}
+    try:
+        model = timm.create_model(name, pretrained=args.pretrained is not None, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        if args.pretrained is None:
+            raise
+        raise ValueError(
+            f"pretrained={args.pretrained!r} could not be loaded as {name}: {error}. Set a folder that holds a model, or "
+            "an id on the Hub, and check the connection and your access (`hf auth login`)"
+        ) from error
     config = model.pretrained_cfg
     if args.eval_only and args.pretrained and config["num_classes"] != num_classes:
         raise ValueError(

@@ -19,9 +19,21 @@ import pytest
 import timm
 import torch
 from datasets import Image
-from imagenet import RECIPE, RECIPES, few_digits, launch, results, results_of, train, train_on_rank, weights
+from imagenet import (
+    RECIPE,
+    RECIPES,
+    few_digits,
+    launch,
+    load_recipe,
+    results,
+    results_of,
+    train,
+    train_on_rank,
+    weights,
+)
 from safetensors.torch import load_file
 from sklearn.metrics import top_k_accuracy_score
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import cross_entropy
 
 from hf_rwp.arguments import parse_arguments
@@ -255,6 +267,129 @@ def test_an_interrupt_leaves_clean_weights(recipe, fixed, monkeypatch, tmp_path)
         assert torch.equal(actual, clean)
 
 
+# timm's parts, where they meet RWP's
+
+
+def test_mixup_pairs_images_of_one_gradient(recipe, fixed, monkeypatch, tmp_path):
+    """timm mixes image i with image B-1-i: on the whole batch, each half would hold the other's images."""
+    mixed, original = [], recipe.Mixup.__call__
+
+    def spy(self, images, targets):
+        before = images.clone()
+        after, soft = original(self, images, targets)
+        mixed.append((before, after, targets, soft))
+        return after, soft
+
+    monkeypatch.setattr(recipe.Mixup, "__call__", spy)
+    train(recipe, tmp_path, "--epochs=1", "--mixup=1", "--smoothing=0.1")
+    assert len(mixed) == 6
+    for number, (before, after, targets, soft) in enumerate(mixed):
+        part = fixed.batches[number // 2][0].chunk(2)[number % 2]
+        torch.testing.assert_close(before, part, rtol=1e-4, atol=1e-4)
+        lam = ((after - before.flip(0)).flatten(1).norm() / (before - before.flip(0)).flatten(1).norm()).item()
+        torch.testing.assert_close(after, lam * before + (1 - lam) * before.flip(0), rtol=1e-3, atol=1e-3)
+        smooth = torch.full((16, 10), 0.01).scatter(1, targets[:, None], 0.91)
+        torch.testing.assert_close(soft, lam * smooth + (1 - lam) * smooth.flip(0), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["norm", "value"])
+def test_gradients_are_clipped_once_a_step(recipe, fixed, tmp_path, mode):
+    train(recipe, tmp_path, "--method=base", "--epochs=1", "--clip_grad=0.01", f"--clip_mode={mode}")
+    optimizer = sgd(fixed.model)
+    for images, labels in fixed.batches:
+        gradients = gradient(fixed.model, images, labels)
+        if mode == "norm":
+            norm = torch.cat([value.flatten() for value in gradients]).norm()
+            gradients = [value * (0.01 / norm).clamp(max=1) for value in gradients]
+        else:
+            gradients = [value.clamp(-0.01, 0.01) for value in gradients]
+        step(fixed.model, optimizer, gradients)
+    assert_same(fixed.trained, fixed.model)
+
+
+def test_layer_decay_scales_the_learning_rate_of_every_layer(recipe, monkeypatch, tmp_path):
+    seen = []
+    original = recipe.RWP.step
+
+    def spy(self, *arguments):
+        seen.append({group["lr_scale"]: group["lr"] for group in self.param_groups})
+        return original(self, *arguments)
+
+    monkeypatch.setattr(recipe.RWP, "step", spy)
+    flags = ["--model=test_vit", "--opt=adamw", "--layer_decay=0.5", "--lr=0.01", "--warmup_epochs=0", "--epochs=1"]
+    train(recipe, tmp_path, *flags)
+    assert len(seen[0]) > 3
+    for scales in seen:
+        rates = {lr / scale for scale, lr in scales.items()}
+        assert max(rates) == pytest.approx(min(rates))
+    assert seen[0][1.0] == 0.01 > seen[-1][1.0]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_losses_are_timms(recipe, mixed):
+    logits = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    targets = torch.rand(6, 10).softmax(1) if mixed else torch.arange(6)
+    one_hot = targets if mixed else torch.nn.functional.one_hot(targets, 10).float()
+    for flags, smooth in (([], 0.0), (["--smoothing=0.2"], 0.2)):
+        loss = recipe.create_criterion(parse_arguments(recipe.Arguments, flags), mixed)(logits, targets)
+        expected = one_hot if mixed else one_hot * (1 - smooth) + smooth / 10
+        torch.testing.assert_close(loss, -(expected * logits.log_softmax(1)).sum(1).mean())
+    flags = ["--bce_loss", "--bce_target_thresh=0.1", "--bce_sum"]
+    loss = recipe.create_criterion(parse_arguments(recipe.Arguments, flags), mixed)(logits, targets)
+    hard = (one_hot > 0.1).float()
+    elements = torch.nn.functional.binary_cross_entropy_with_logits(logits, hard, reduction="none")
+    torch.testing.assert_close(loss, elements.sum(1).mean())
+
+
+def sync_groups(alpha):
+    """The ranks whose BatchNorm statistics this one shares."""
+    recipe = load_recipe()
+    accelerator = SimpleNamespace(
+        num_processes=4, process_index=distributed.rank(), device=SimpleNamespace(type="cuda")
+    )
+    module = recipe.sync_batch_norm(timm.create_model("test_resnet"), accelerator, alpha)
+    groups = {layer.process_group for layer in module.modules() if isinstance(layer, torch.nn.SyncBatchNorm)}
+    assert len(groups) == 1
+    assert not any(type(layer) is torch.nn.BatchNorm2d for layer in module.modules())
+    return torch.distributed.get_process_group_ranks(groups.pop())
+
+
+def test_sync_bn_joins_the_replicas_of_one_role():
+    """On gloo ranks that say they have GPUs: the layers themselves run on those alone."""
+    assert distributed.run(4, sync_groups, 0.5) == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert distributed.run(4, sync_groups, None) == [[0, 1, 2, 3]] * 4
+
+
+def test_sync_bn_needs_gpus(recipe, tmp_path):
+    with pytest.raises(ValueError, match="sync_bn needs GPUs"):
+        train(recipe, tmp_path, "--sync_bn")
+
+
+def test_channels_last_learns_the_same(recipe, tmp_path):
+    plain = results_of(recipe, tmp_path / "plain")["final"]["train_loss"]
+    assert results_of(recipe, tmp_path / "last", "--channels_last")["final"]["train_loss"] == pytest.approx(
+        plain, rel=1e-3
+    )
+
+
+@pytest.mark.slow
+def test_a_compiled_model_learns_the_same_and_resumes(recipe, tmp_path):
+    flags = ["--torch_compile", "--epochs=2"]
+    plain = results_of(recipe, tmp_path / "plain")["final"]["train_loss"]
+    whole = results_of(recipe, tmp_path / "compiled", *flags)
+    assert whole["final"]["train_loss"] == pytest.approx(plain, rel=1e-2)
+
+
+def test_trackers_get_the_figures(recipe, tmp_path):
+    found = results_of(recipe, tmp_path, "--report_to=tensorboard", "--logging_steps=2")
+    events = EventAccumulator(str(tmp_path / "logs" / "hf_rwp")).Reload()
+    assert {"loss", "loss_clean", "loss_perturbed", "loss_gap", "learning_rate", "top1", "top5"} <= set(
+        events.Tags()["scalars"]
+    )
+    assert [event.step for event in events.Scalars("loss")] == [2, 3, 4, 6]
+    assert [event.value for event in events.Scalars("top1")] == pytest.approx([row["top1"] for row in found["history"]])
+
+
 # What it writes
 
 
@@ -327,12 +462,24 @@ def test_a_file_of_flags(recipe, tmp_path):
         (["--epochs=0"], "epochs=0"),
         (["--rwp_alpha=2"], "rwp_alpha=2"),
         (["--seed=-1"], "seed=-1"),
+        (["--opt=agd"], "none of timm's optimizers.*adagrad"),
+        (["--sched=plateau"], "sched='plateau'"),
+        (["--batch_size=34", "--mixup=1"], "parts of 17 images.*multiple of 4"),
+        (["--aug_repeats=3"], "clean and in the perturbed.*multiple of 6"),
+        (["--report_to=mlflow"], "mlflow.*no tracker"),
+        (["--model_kwargs=[1]"], "no mapping"),
+        (["--model_kwargs={nothing: 1}"], "nothing"),
+        (["--eval_only"], "nothing to evaluate"),
+        (["--sam_rho=0"], "sam_rho=0"),
+        (["--cutout=16"], "cutout=16.*16 pixels"),
+        (["--pretrained=absent/folder"], "absent/folder"),
         (["--resume_from_checkpoint=latest"], "holds no checkpoint"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(recipe, tmp_path, flags, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
         train(recipe, tmp_path, *flags)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_odd_batch_is_fine_where_nothing_is_split(recipe, tmp_path):
@@ -343,6 +490,18 @@ def test_an_odd_batch_is_fine_where_nothing_is_split(recipe, tmp_path):
         "perturbed": 3,
     }
     train(recipe, tmp_path / "gamma", "--batch_size=33", "--epochs=1", "--rwp_gamma=0")
+
+
+def test_repeats_that_stay_in_one_gradient_are_fine(recipe, tmp_path):
+    """Three parts of ten images, five images twice each; and plain training, which has one gradient."""
+    train(recipe, tmp_path / "parts", "--aug_repeats=2", "--batch_size=30", "--gradient_accumulation_steps=3")
+    train(recipe, tmp_path / "base", "--aug_repeats=3", "--method=base")
+
+
+def test_a_tracker_that_is_not_installed_is_refused(recipe, monkeypatch):
+    monkeypatch.setattr(recipe.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        recipe.Arguments(report_to=["wandb"])
 
 
 def test_accumulation_by_accelerate_is_refused(recipe, tmp_path, monkeypatch):

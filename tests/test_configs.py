@@ -1,0 +1,94 @@
+"""Every file in recipes/configs and recipes/accelerate is read whole, and starts what it is for."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+import yaml
+from accelerate.commands.config import load_config_from_file
+from imagenet import RECIPES, load_recipe, results
+
+from hf_rwp.arguments import parse_arguments
+from hf_rwp.data import load_images
+
+CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
+LAUNCHES = sorted((RECIPES / "accelerate").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder, generator = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for number in range(32):
+        path = folder / ("train" if number < 24 else "validation") / str(number % 2) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(generator.integers(0, 256, (40, 48, 3), np.uint8)).save(path)
+    return folder
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_a_configuration_starts(config, pictures, tmp_path):
+    """Two steps of it, on small images, a CPU and in full precision; what it says of the rest is taken as it is."""
+    recipe = load_recipe()
+    recipe.load_images = load_images
+    settings = yaml.safe_load(config.read_text())
+    small = ["--epochs=1", "--batch_size=12", "--mixed_precision=no", "--workers=0", "--report_to=none"]
+    small += [f"--data_dir={pictures}", f"--img_size={min(settings['img_size'], 32)}", f"--output_dir={tmp_path}"]
+    args = parse_arguments(recipe.Arguments, [f"--config={config}", *small])
+    for name, value in settings.items():
+        if not any(flag.startswith(f"--{name}=") for flag in small):
+            kept = getattr(args, name)
+            if isinstance(kept, float):
+                value = float(value)  # 1e-4 is a string to YAML 1.1
+            assert (json.loads(kept) if isinstance(value, dict) else kept) == value, name
+    recipe.main(args)
+    assert results(tmp_path)["final"]["rwp"]["slots"] == {"clean": 2, "perturbed": 2}
+
+
+def test_the_digits_file_says_what_no_flag_means():
+    recipe = load_recipe()
+    spelled = parse_arguments(recipe.Arguments, [f"--config={RECIPES / 'configs' / 'digits.yaml'}"])
+    plain = parse_arguments(recipe.Arguments, [])
+    plain.rwp_gamma = 0.01  # its default depends on the mode of the noise
+    assert spelled == plain
+
+
+@pytest.mark.parametrize("config", LAUNCHES, ids=lambda path: path.stem)
+def test_a_launch_file_starts_its_replicas(config, tmp_path):
+    """On CPUs, with at most two processes; several machines are two launches on this one."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from accelerate import Accelerator\n"
+        "accelerator = Accelerator()\n"
+        "print('started', accelerator.num_processes, accelerator.process_index, accelerator.mixed_precision)\n"
+    )
+    expected = load_config_from_file(str(config))
+    assert vars(expected)["num_processes"] == {"cpu_2": 2, "gpu_1": 1, "gpu_8": 8, "multi_node": 16}[config.stem]
+    processes = min(expected.num_processes, 2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={config}"]
+    command += [f"--num_processes={processes}"]
+    if processes > 1:
+        command += [f"--main_process_port={port}", "--main_process_ip=127.0.0.1"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launches = [
+        subprocess.Popen(
+            [*command, *([f"--machine_rank={rank}"] if expected.num_machines > 1 else []), str(script)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(expected.num_machines)
+    ]
+    said = "".join(launch.communicate(timeout=200)[0] for launch in launches)
+    assert [launch.returncode for launch in launches] == [0] * expected.num_machines, said
+    precision = expected.mixed_precision or "no"
+    for rank in range(processes):
+        assert f"started {processes} {rank} {precision}" in said
