@@ -203,6 +203,7 @@ class ImageArguments:
             ("vflip", 0 <= self.vflip <= 1, "in [0, 1]"),
             ("reprob", 0 <= self.reprob <= 1, "in [0, 1]"),
             ("recount", self.recount >= 1, "at least 1"),
+            ("crop_padding", self.crop_padding is None or self.crop_padding >= 0, "at least 0"),
             ("cutout", self.cutout is None or self.cutout >= 1, "at least 1"),
         ):
             if not valid:
@@ -211,8 +212,8 @@ class ImageArguments:
     @property
     def data_options(self) -> dict[str, Any]:
         """Keyword arguments for `hf_rwp.data.load_images`."""
-        names = ("data_dir", "dataset", "dataset_config", "train_split", "validation_split")
-        names += ("image_column", "label_column", "num_classes", "streaming")
+        names = ["data_dir", "dataset", "dataset_config", "train_split", "validation_split"]
+        names += ["image_column", "label_column", "num_classes", "streaming"]
         return {name: getattr(self, name) for name in names}
 
 

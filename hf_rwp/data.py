@@ -618,10 +618,12 @@ def _decoded(encoded: Mapping[str, Any] | None) -> PIL.Image.Image:
 
 def _collated(items: Sequence[tuple[Any, int]]) -> Batch:
     images, labels = zip(*items, strict=True)
-    if isinstance(images[0], Tensor):
+    if isinstance(images[0], Tensor) and images[0].dtype != torch.uint8:
         stacked = torch.stack(images)
-    else:  # timm's arrays are views of (H, W, 3) memory: without `out` the batch would be laid out so too
-        stacked = torch.from_numpy(np.stack(images, out=np.empty((len(images), *images[0].shape), images[0].dtype)))
+    else:
+        # timm's images are views of (H, W, 3) memory: numpy reorders them faster than torch, and only with `out`.
+        arrays = [np.asarray(image) for image in images]
+        stacked = torch.from_numpy(np.stack(arrays, out=np.empty((len(arrays), *arrays[0].shape), arrays[0].dtype)))
     return stacked, torch.tensor(labels)
 
 

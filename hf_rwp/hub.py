@@ -32,7 +32,7 @@ def save_model(
     partial, old = target.with_suffix(".partial"), target.with_suffix(".removed")
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    source = model.pretrained_cfg
+    source: Any = model.pretrained_cfg
     # What timm knows of its own weights, and its recommendations for testing them, are not true of these.
     others = dict.fromkeys(("tag", "license", "origin_url", "paper_ids", "notes", "description"))
     others |= dict.fromkeys(("test_input_size", "test_crop_pct", "pool_size"))
@@ -41,7 +41,8 @@ def save_model(
     save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
     config_file = partial / "config.json"
     try:
-        model.pretrained_cfg = {**source, **others, **data_config, "num_classes": len(label_names)}
+        of_ours: Any = {**source, **others, **data_config, "num_classes": len(label_names)}
+        model.pretrained_cfg = of_ours
         save_config_for_hf(
             model,
             str(config_file),

@@ -22,6 +22,7 @@ class LossTracker:
     def __init__(self, optimizer: RWP | None) -> None:
         self._optimizer = optimizer
         self._recent: Tensor | None = None
+        self._sums: list[list[float]] = []
         self.reset()
 
     @torch.no_grad()
@@ -55,6 +56,7 @@ class LossTracker:
         return _means(self._sums)
 
     def reset(self) -> None:
+        """Begin anew, for `total`."""
         self._sums = [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
 
     def state_dict(self) -> dict[str, list[list[float]]]:

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms_factory import create_transform
 from torch import Tensor
 from torchvision.transforms import Compose, RandomCrop, Resize
 
@@ -21,19 +21,19 @@ def image_transforms(
     erased in batches by `BatchTransform`; with `normalized` a float tensor that is so already.
     """
     options = {**data_config, "use_prefetcher": not normalized}
-    training = create_transform(
-        **{**options, "interpolation": args.train_interpolation or data_config["interpolation"]},
-        is_training=True,
-        scale=tuple(args.scale or ()),
-        ratio=tuple(args.ratio or ()),
-        hflip=args.hflip,
-        vflip=args.vflip,
-        color_jitter=args.color_jitter,
-        auto_augment=args.aa,
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-    )
+    augmentation = {
+        "interpolation": args.train_interpolation or data_config["interpolation"],
+        "scale": args.scale,
+        "ratio": args.ratio,
+        "hflip": args.hflip,
+        "vflip": args.vflip,
+        "color_jitter": args.color_jitter,
+        "auto_augment": args.aa,
+        "re_prob": args.reprob,
+        "re_mode": args.remode,
+        "re_count": args.recount,
+    }
+    training: Any = create_transform(**{**options, **augmentation}, is_training=True)
     size = tuple(data_config["input_size"][-2:])
     if args.crop_padding is not None:  # in place of timm's random resized crop
         training.transforms[0] = Compose([Resize(size), RandomCrop(size, padding=args.crop_padding)])

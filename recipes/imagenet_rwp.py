@@ -609,8 +609,8 @@ def create_model(args: Arguments, num_classes: int) -> tuple[nn.Module, dict]:
         if args.pretrained is None:
             raise
         raise ValueError(
-            f"pretrained={args.pretrained!r} could not be loaded as {name}: {error}. Set a folder that holds a model, or "
-            "an id on the Hub, and check the connection and your access (`hf auth login`)"
+            f"pretrained={args.pretrained!r} could not be loaded as {name}: {error}. Set a folder that holds a model, "
+            "or an id on the Hub, and check the connection and your access (`hf auth login`)"
         ) from error
     config = model.pretrained_cfg
     if args.eval_only and args.pretrained and config["num_classes"] != num_classes:

@@ -4,7 +4,8 @@ import inspect
 import pytest
 
 from hf_rwp import RWP, RWPArguments, noise
-from hf_rwp.arguments import parse_arguments
+from hf_rwp.arguments import ImageArguments, parse_arguments
+from hf_rwp.data import load_images
 
 
 @dataclasses.dataclass
@@ -116,3 +117,55 @@ def test_flags_are_not_abbreviated():
 def test_a_file_of_something_else_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no flags"):
         parse_arguments(Recipe, [write(tmp_path, "- rwp\n")])
+
+
+# Images
+
+
+def test_defaults_of_images_follow_the_data():
+    digits = ImageArguments()
+    assert (digits.img_size, digits.crop_pct, digits.scale, digits.hflip) == (32, 1.0, [0.7, 1.0], 0.0)
+    other = ImageArguments(data_dir="pets", hflip=0.1)
+    assert (other.img_size, other.scale, other.hflip, other.color_jitter) == (None, [0.08, 1.0], 0.1, 0.4)
+
+
+def test_data_options_are_those_of_load_images():
+    assert set(ImageArguments().data_options) == set(inspect.signature(load_images).parameters)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"data_dir": "a", "dataset": "b"}, "data_dir='a'"),
+        ({"streaming": True}, "streaming=True"),
+        ({"data_dir": "a", "shuffle_buffer": 0}, "shuffle_buffer=0"),
+        ({"max_bad_images": -1}, "max_bad_images=-1"),
+        ({"workers": -1}, "workers=-1"),
+        ({"img_size": 0}, "img_size=0"),
+        ({"crop_pct": 1.5}, "crop_pct=1.5"),
+        ({"scale": [1.0, 0.5]}, "scale="),
+        ({"scale": [0.5]}, "scale="),
+        ({"ratio": [0.0, 1.0]}, "ratio="),
+        ({"hflip": 2.0}, "hflip=2.0"),
+        ({"vflip": -1.0}, "vflip=-1.0"),
+        ({"reprob": 1.1}, "reprob=1.1"),
+        ({"recount": 0}, "recount=0"),
+        ({"cutout": 0}, "cutout=0"),
+        ({"crop_padding": -1}, "crop_padding=-1"),
+    ],
+)
+def test_image_flags_out_of_range_are_refused(settings, named):
+    with pytest.raises(ValueError, match=f"{named}.* has to be"):
+        ImageArguments(**settings)
+
+
+def test_lists_and_mappings_in_a_file(tmp_path):
+    @dataclasses.dataclass
+    class Images(ImageArguments):
+        model_kwargs: str = "{}"
+
+    config = write(tmp_path, "scale: [0.2, 0.9]\nmodel_kwargs: {depth: 2, act: relu}\nworkers: 3\n")
+    parsed = parse_arguments(Images, [config])
+    assert (parsed.scale, parsed.workers) == ([0.2, 0.9], 3)
+    assert parsed.model_kwargs == '{"depth": 2, "act": "relu"}'
+    assert parse_arguments(Images, [config, "--scale", "0.5", "1"]).scale == [0.5, 1.0]

@@ -72,7 +72,7 @@ def test_a_failure_leaves_the_earlier_ones_alone(accelerator, tmp_path, monkeypa
         raise error
 
     monkeypatch.setattr(Accelerator, "save_state", full)
-    with pytest.raises(OSError, match="step_2 could not be written .*step_1 is intact"):
+    with pytest.raises(OSError, match=r"step_2 could not be written .*step_1 is intact"):
         save_checkpoint(accelerator, tmp_path / "step_2", {})
     assert names(tmp_path) == ["step_1"]
 

@@ -1,6 +1,7 @@
 import functools
 import io
 import logging
+import multiprocessing
 import pickle
 import random
 import struct
@@ -751,6 +752,16 @@ def test_workers_outlive_an_epoch_left_early():
     assert all(torch.equal(*pair) for pair in zip(whole(loader, 1), expected, strict=True))
 
 
+def test_workers_are_started_once():
+    loader = build_loader(numbered(8), transform=noisy, batch_size=4, training=True, workers=1)
+    started = []
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        list(loader)
+        started.append({process.pid for process in multiprocessing.active_children()})
+    assert started[0] == started[1]
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(("fast", "dtype"), [(True, torch.uint8), (False, torch.float32)])
 def test_batches_keep_the_dtype_of_timms_transform(fast, dtype, workers):
@@ -765,3 +776,20 @@ def test_batches_keep_the_dtype_of_timms_transform(fast, dtype, workers):
     )
     for image, (expected, _) in zip(images, items, strict=True):
         np.testing.assert_array_equal(image.numpy(), np.asarray(expected))
+
+
+class AsArray:
+    """Old timm's form of an image: a numpy view (3, H, W) of (H, W, 3) memory."""
+
+    def __call__(self, image):
+        return np.rollaxis(np.array(image), 2)
+
+
+@pytest.mark.parametrize("transform", [AsArray(), pil_to_tensor, as_float])
+def test_batches_are_contiguous_whatever_the_images_are(transform):
+    colors = np.arange(2 * 5 * 4 * 3, dtype=np.uint8).reshape(2, 5, 4, 3)
+    split = without_path([encoded(PIL.Image.fromarray(image), "PNG") for image in colors])
+    ((images, _),) = build_loader(split, transform=transform, batch_size=2, training=False)
+    assert images.is_contiguous()
+    assert images.dtype == (torch.float32 if transform is as_float else torch.uint8)
+    assert images.tolist() == colors.transpose(0, 3, 1, 2).tolist()

@@ -94,3 +94,13 @@ def test_metrics_in_use_together_stay_apart():
             metric.add_batch(predictions=logits[half], references=labels[half])
     for metric, drawn in zip(metrics, samples, strict=True):
         assert metric.compute() == pytest.approx(scikit_learn(*drawn))
+
+
+def test_ranks_of_labels_can_come_in_place_of_logits():
+    logits, labels = torch.randn(20, 7, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 7
+    figures = []
+    for predictions in (logits, label_rank(logits, labels)):
+        metrics = evaluate.combine([Top1(), Top5()])
+        metrics.add_batch(predictions=predictions, references=labels)
+        figures.append(metrics.compute())
+    assert figures[0] == figures[1]

@@ -18,17 +18,18 @@ LAYERS = [
     {"noise", "placement", "hooks", "wrapper", "environment"},
     {"perturbation"},
     {"optimizer"},
-    {"tracking", "arguments", "data", "metrics", "sharpness", "plots", "hub"},
+    {"tracking", "arguments", "data", "metrics", "sharpness", "plots", "hub", "checkpoints", "records"},
+    {"transforms"},
     {"trainer"},
 ]
 ALONE = {  # the modules that may import a package of their own choice
     "transformers": {"trainer", "arguments"},
     "huggingface_hub": {"hub"},
     "matplotlib": {"plots"},
-    "timm": {"data", "hub"},
+    "timm": {"data", "hub", "transforms"},
     "datasets": {"data", "metrics"},
     "evaluate": {"metrics"},
-    "accelerate": {"environment", "optimizer", "trainer"},
+    "accelerate": {"environment", "optimizer", "trainer", "checkpoints", "records"},
 }
 
 SOURCES = {path.stem: ast.parse(path.read_text()) for path in Path(hf_rwp.__file__).parent.glob("*.py")}

@@ -1,5 +1,6 @@
 """LossTracker in one process: the loss of clean and of perturbed micro-steps, apart; nothing is read back before."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -77,7 +78,7 @@ def test_update_keeps_no_graph_and_reads_nothing_back():
         tracker.update(loss)
     assert operations.names
     assert not any("_local_scalar_dense" in name for name in operations.names)  # .item(): it waits for the device
-    assert not tracker._totals.requires_grad
+    assert not tracker._recent.requires_grad
 
 
 def test_it_follows_the_wrappers_roles_in_a_loop():
@@ -97,3 +98,17 @@ def test_it_follows_the_wrappers_roles_in_a_loop():
     means["loss"] = sum(map(sum, losses.values())) / 12
     means["loss_gap"] = means["loss_perturbed"] - means["loss_clean"]
     assert tracker.compute() == pytest.approx(means, rel=1e-5)
+
+
+def test_the_total_is_of_all_that_was_computed_since_the_reset_and_survives_a_checkpoint():
+    tracker, resumed = tracked((CLEAN, 1.0), (PERTURBED, 2.0)), tracked((CLEAN, 9.0))
+    tracker.compute()
+    resumed.load_state_dict(json.loads(json.dumps(tracker.state_dict())))
+    for each in (tracker, resumed):
+        each._optimizer.role = CLEAN
+        each.update(torch.tensor(4.0))
+        assert each.compute() == {"loss": 4.0, "loss_clean": 4.0}
+        total = {"loss": 7 / 3, "loss_clean": 2.5, "loss_perturbed": 2.0, "loss_gap": -0.5}
+        assert each.total() == pytest.approx(total)
+        each.reset()
+        assert each.total() == {}
