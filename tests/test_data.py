@@ -754,11 +754,13 @@ def test_workers_outlive_an_epoch_left_early():
 
 def test_workers_are_started_once():
     loader = build_loader(numbered(8), transform=noisy, batch_size=4, training=True, workers=1)
+    before = {process.pid for process in multiprocessing.active_children()}
     started = []
     for epoch in range(2):
         loader.set_epoch(epoch)
         list(loader)
-        started.append({process.pid for process in multiprocessing.active_children()})
+        started.append({process.pid for process in multiprocessing.active_children()} - before)
+    assert len(started[0]) == 1
     assert started[0] == started[1]
 
 
