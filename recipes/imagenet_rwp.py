@@ -212,6 +212,7 @@ class Arguments(ImageArguments, RWPArguments):
             ("sam_rho", self.sam_rho > 0, "above 0"),
             ("clip_grad", self.clip_grad is None or self.clip_grad > 0, "above 0"),
             ("sched", self.sched != "plateau", "a schedule of the number of updates alone"),
+            ("sched", self.sched != "none" or self.layer_decay is None, "`constant` or another one with layer_decay"),
             ("smoothing", 0 <= self.smoothing < 1, "in [0, 1)"),
             ("mixup", self.mixup >= 0, "at least 0"),
             ("cutmix", self.cutmix >= 0, "at least 0"),
@@ -279,19 +280,7 @@ def main(args: Arguments) -> None:
     data_config = resolve_data_config(
         {"img_size": args.img_size, "crop_pct": args.crop_pct, "interpolation": args.interpolation}, model=module
     )
-    train_transform, eval_transform = image_transforms(args, data_config)
-    loading = {"batch_size": args.batch_size, "workers": args.workers, "max_bad_images": args.max_bad_images}
-    loading |= {"replica": replica, "replicas": replicas, "seed": args.seed}
-    train_loader = build_loader(
-        splits["train"],
-        transform=train_transform,
-        training=True,
-        repeats=args.aug_repeats,
-        shuffle_buffer=args.shuffle_buffer,
-        num_samples=args.train_num_samples,
-        **loading,
-    )
-    eval_loader = build_loader(splits["validation"], transform=eval_transform, training=False, **loading)
+    train_loader, eval_loader = create_loaders(args, splits, data_config, accelerator)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     train_batch = BatchTransform(data_config, device, erasings(args, data_config, device), memory_format)
     eval_batch = BatchTransform(data_config, device, memory_format=memory_format)
@@ -301,16 +290,7 @@ def main(args: Arguments) -> None:
         module = sync_batch_norm(module, accelerator, args.rwp_alpha if mixes else None)
     module.to(device, memory_format=memory_format)
     ema = ModelEmaV3(module, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
-    own = {"eps": args.opt_eps, "betas": args.opt_betas}
-    base = create_optimizer_v2(
-        module,
-        opt=args.opt,
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        momentum=args.momentum,
-        layer_decay=args.layer_decay,
-        **{name: value for name, value in own.items() if value is not None},
-    )
+    base = create_optimizer(args, module)
     rwp = RWP(base, module, accumulation_steps=micro_steps, **args.rwp_options) if args.rwp else None
     sam = None
     if args.method == "sam":
@@ -320,31 +300,8 @@ def main(args: Arguments) -> None:
     model, optimizer = accelerator.prepare(module, rwp or sam or base)
     if ema:
         accelerator.register_for_checkpointing(ema)
-    scheduler, epochs = create_scheduler_v2(
-        optimizer,
-        sched=args.sched,
-        num_epochs=args.epochs,
-        decay_epochs=args.decay_epochs,
-        **({"decay_milestones": args.decay_milestones} if args.decay_milestones else {}),
-        cooldown_epochs=args.cooldown_epochs,
-        decay_rate=args.decay_rate,
-        min_lr=args.min_lr,
-        warmup_lr=args.warmup_lr,
-        warmup_epochs=args.warmup_epochs,
-        step_on_epochs=False,
-        updates_per_epoch=updates,
-    )
-    mixup = None
-    if args.mixup or args.cutmix:
-        mixup = Mixup(
-            mixup_alpha=args.mixup,
-            cutmix_alpha=args.cutmix,
-            prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob,
-            mode=args.mixup_mode,
-            label_smoothing=args.smoothing,
-            num_classes=len(label_names),
-        )
+    scheduler, epochs = create_scheduler(args, optimizer, updates)
+    mixup = create_mixup(args, len(label_names))
     criterion = create_criterion(args, mixed=mixup is not None)
     tracker = LossTracker(rwp)
 
@@ -356,7 +313,7 @@ def main(args: Arguments) -> None:
         if ema:
             averaged = validate(accelerator, ema.module, eval_loader, eval_batch)
             figures |= {f"{name}_ema": value for name, value in averaged.items()}
-        agree(accelerator, eval_loader, args.max_bad_images)
+        _, figures["unreadable_eval_images"] = agree(accelerator, eval_loader, args.max_bad_images)
         return figures
 
     history, done, start, seconds_before, slots_before = [], 0, 0, 0.0, {"clean": 0, "perturbed": 0}
@@ -428,8 +385,8 @@ def main(args: Arguments) -> None:
             if track:
                 tracker.update(loss.detach())
 
-    def report(step: int) -> bool:
-        """Log the losses since the last time; whether to stop, as all replicas agree."""
+    def report(step: int) -> tuple[bool, int]:
+        """Log the losses since the last time; returns what `agree` does."""
         losses = tracker.compute()
         if not all(map(math.isfinite, losses.values())):
             raise FloatingPointError(
@@ -454,6 +411,11 @@ def main(args: Arguments) -> None:
             kept = list(checkpoints_in(checkpoints))[-args.save_total_limit :]
             best = [max(history, key=lambda row: row.get("top1_ema", row["top1"]))["step"]] if history else []
             remove_checkpoints(checkpoints, keep=kept + best)
+
+    def stop() -> None:
+        accelerator.print(f"SIGTERM: saved step {done}; --resume_from_checkpoint latest goes on", file=sys.stderr)
+        accelerator.end_training()
+        raise SystemExit(PREEMPTED)
 
     preempted = Preemption()
     try:
@@ -491,14 +453,14 @@ def main(args: Arguments) -> None:
                 saves = bool(args.checkpointing_steps) and done % args.checkpointing_steps == 0
                 stops = replicas == 1 and preempted.received
                 if saves or stops or done % args.logging_steps == 0:
-                    stops = report(done)
+                    stops, _ = report(done)
                 if saves or stops:
                     seen = start + (update + 1 - first) * images_per_update
                     slots = figures_of_rwp()["slots"] if rwp else slots_before
                     save(seen, time.perf_counter() - started, slots)
                 if stops:
-                    raise Preempted(done)
-            report(done)
+                    stop()
+            stops, unreadable = report(done)
             seconds = time.perf_counter() - started
             progress.close()
 
@@ -511,6 +473,7 @@ def main(args: Arguments) -> None:
                 "learning_rate": max(group["lr"] for group in optimizer.param_groups),
                 "seconds": seconds,
                 "images_per_second": updates * images_per_update / seconds,
+                "unreadable_images": unreadable,
             }
             if rwp:
                 row |= losses | {"rwp": figures_of_rwp()}
@@ -526,11 +489,9 @@ def main(args: Arguments) -> None:
                     print(f"noise / weights: {noise_sizes(row['rwp']) or 'none yet'}")
                 shown = {name: row[name] for name in ("train_loss", "top1", "top1_ema") if name in row}
                 print(f"epoch {epoch + 1}: " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
-            if agree(accelerator, train_loader, args.max_bad_images, preempted.received) and epoch + 1 < epochs:
-                raise Preempted(done)
-    except Preempted:
-        accelerator.end_training()
-        raise
+            stops |= agree(accelerator, train_loader, args.max_bad_images, preempted.received)[0]
+            if stops and epoch + 1 < epochs:
+                stop()
     finally:
         optimizer.eval()  # an interrupt may have left noise in the weights
         preempted.restore()
@@ -624,6 +585,73 @@ def create_model(args: Arguments, num_classes: int) -> tuple[nn.Module, dict]:
     return model, model_args
 
 
+def create_loaders(
+    args: Arguments, splits: dict, data_config: dict, accelerator: Accelerator
+) -> tuple[ImageLoader, ImageLoader]:
+    """This replica's share of the images for training and for evaluation."""
+    train_transform, eval_transform = image_transforms(args, data_config)
+    shared = {"batch_size": args.batch_size, "workers": args.workers, "max_bad_images": args.max_bad_images}
+    shared |= {"replica": accelerator.process_index, "replicas": accelerator.num_processes, "seed": args.seed}
+    train_loader = build_loader(
+        splits["train"],
+        transform=train_transform,
+        training=True,
+        repeats=args.aug_repeats,
+        shuffle_buffer=args.shuffle_buffer,
+        num_samples=args.train_num_samples,
+        **shared,
+    )
+    return train_loader, build_loader(splits["validation"], transform=eval_transform, training=False, **shared)
+
+
+def create_optimizer(args: Arguments, module: nn.Module) -> torch.optim.Optimizer:
+    own = {"eps": args.opt_eps, "betas": args.opt_betas}
+    return create_optimizer_v2(
+        module,
+        opt=args.opt,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        momentum=args.momentum,
+        layer_decay=args.layer_decay,
+        **{name: value for name, value in own.items() if value is not None},
+    )
+
+
+def create_scheduler(
+    args: Arguments, optimizer: torch.optim.Optimizer, updates: int
+) -> tuple[timm.scheduler.scheduler.Scheduler | None, int]:
+    """timm's schedule per update, and how many epochs it lasts. updates: of an epoch."""
+    milestones = {"decay_milestones": args.decay_milestones} if args.decay_milestones else {}
+    return create_scheduler_v2(
+        optimizer,
+        sched=args.sched,
+        num_epochs=args.epochs,
+        decay_epochs=args.decay_epochs,
+        cooldown_epochs=args.cooldown_epochs,
+        decay_rate=args.decay_rate,
+        min_lr=args.min_lr,
+        warmup_lr=args.warmup_lr,
+        warmup_epochs=args.warmup_epochs,
+        step_on_epochs=False,
+        updates_per_epoch=updates,
+        **milestones,
+    )
+
+
+def create_mixup(args: Arguments, num_classes: int) -> Mixup | None:
+    if not (args.mixup or args.cutmix):
+        return None
+    return Mixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
+
+
 def sync_batch_norm(module: nn.Module, accelerator: Accelerator, alpha: float | None) -> nn.Module:
     """`module` with SyncBatchNorm over the replicas of this one's role; over all where RWP mixes none (alpha None)."""
     replicas, replica = accelerator.num_processes, accelerator.process_index
@@ -674,26 +702,21 @@ def validate(
     return {**metrics.compute(), "eval_loss": everyone[:, 2].mean().item()}
 
 
-def agree(accelerator: Accelerator, loader: ImageLoader, max_bad_images: int, stop: bool = False) -> bool:
-    """Whether any replica is to stop. Raises ValueError on all of them for too many unreadable images. Collective."""
+def agree(accelerator: Accelerator, loader: ImageLoader, max_bad_images: int, stop: bool = False) -> tuple[bool, int]:
+    """Whether any replica is to stop, and how many images none of them could read. Collective.
+
+    Raises ValueError on all of them for too many unreadable images.
+    """
     mine = loader.unreadable.slots
-    unreadable, stops = accelerator.reduce(torch.tensor([len(mine), stop], device=accelerator.device)).tolist()
-    if unreadable > max_bad_images:  # of which replicas may have met some alike
-        distinct = set().union(*gather_object([mine]))
-        if len(distinct) > max_bad_images:
-            raise ValueError(
-                f"{len(distinct)} images could not be read, more than max_bad_images={max_bad_images}: the warnings "
-                "above name them. Repair or remove them, or raise max_bad_images"
-            )
-    return stops > 0
-
-
-class Preempted(SystemExit):
-    """Ends the process with a status of its own, PREEMPTED."""
-
-    def __init__(self, step: int) -> None:
-        print(f"SIGTERM: saved step {step} and stopped; --resume_from_checkpoint latest goes on", file=sys.stderr)
-        super().__init__(PREEMPTED)
+    stops, unreadable = accelerator.reduce(torch.tensor([stop, len(mine)], device=accelerator.device)).tolist()
+    if unreadable:  # replicas may have met some alike
+        unreadable = len(set().union(*gather_object([mine])))
+    if unreadable > max_bad_images:
+        raise ValueError(
+            f"{unreadable} images could not be read, more than max_bad_images={max_bad_images}: the warnings above "
+            "name them. Repair or remove them, or raise max_bad_images"
+        )
+    return stops > 0, unreadable
 
 
 class Preemption:
@@ -730,6 +753,9 @@ def table(results: dict) -> str:
         "top-1": f"{final['top1']:.2%}",
         "top-5": f"{final['top5']:.2%}",
     }
+    unreadable = final["unreadable_images"] + final["unreadable_eval_images"]
+    if unreadable:
+        rows["unreadable images"] = unreadable
     if "top1_ema" in final:
         rows |= {"top-1, average of weights": f"{final['top1_ema']:.2%}"}
     rows |= {

@@ -245,7 +245,7 @@ def preempted_on_rank(folder):
 
 
 def test_a_sigterm_to_one_replica_stops_all(tmp_path):
-    assert distributed.run(2, preempted_on_rank, tmp_path) == ["Preempted: 75", "Preempted: 75"]
+    assert distributed.run(2, preempted_on_rank, tmp_path) == ["SystemExit: 75", "SystemExit: 75"]
     assert steps(tmp_path) == [5]
 
 
@@ -384,11 +384,13 @@ def pictures(tmp_path):
     return folder
 
 
-def test_unreadable_images_are_named_and_skipped(loaded, pictures, tmp_path, caplog):
+def test_unreadable_images_are_named_and_skipped(loaded, pictures, tmp_path, caplog, capsys):
     found = results_of(loaded, tmp_path / "out", f"--data_dir={pictures}", "--batch_size=8", "--logging_steps=1")
     for name in ("0.png", "1.png", "2.png", "25.png"):
         assert sum(f"{os.sep}{name}" in record.message for record in caplog.records) == 1
     assert found["history"][-1]["epoch"] == 2
+    assert [found["final"][name] for name in ("unreadable_images", "unreadable_eval_images")] == [3, 1]
+    assert "unreadable images" in capsys.readouterr().out
     assert found["final"]["top1"] * 7 == pytest.approx(round(found["final"]["top1"] * 7))  # of the 7 readable ones
 
 
@@ -468,7 +470,8 @@ def test_evaluation_only_finds_the_same_figures(recipe, tmp_path):
     ):
         train(recipe, tmp_path / "eval", source, "--eval_only")
         found = json.loads((tmp_path / "eval" / "eval.json").read_text())
-        assert found == pytest.approx({name: final[name] for name in ("top1", "top5", "eval_loss")}, rel=1e-5)
+        names = ("top1", "top5", "eval_loss", "unreadable_eval_images")
+        assert found == pytest.approx({name: final[name] for name in names}, rel=1e-5)
     assert [path.name for path in (tmp_path / "eval").iterdir()] == ["eval.json"]
 
 
