@@ -74,8 +74,9 @@ from tqdm import tqdm
 from hf_rwp import RWP, LossTracker, RWPArguments
 from hf_rwp.arguments import ImageArguments, parse_arguments
 from hf_rwp.checkpoints import checkpoints_in, newest, read_state, remove_checkpoints, save_checkpoint
-from hf_rwp.data import ImageLoader, build_loader, load_images
+from hf_rwp.data import load_images
 from hf_rwp.hub import save_model
+from hf_rwp.loading import ImageLoader, build_loader
 from hf_rwp.metrics import Top1, Top5, label_rank
 from hf_rwp.placement import role
 from hf_rwp.plots import training_curves
@@ -169,7 +170,11 @@ class Arguments(ImageArguments, RWPArguments):
     seed: int = field(default=0, metadata={"help": "Seed of weights, shuffling and augmentation, at least 0."})
     # Output
     eval_only: bool = field(
-        default=False, metadata={"help": "Whether to evaluate alone: `--pretrained` weights, or a checkpoint."}
+        default=False,
+        metadata={
+            "help": "Whether to evaluate alone, `--pretrained` weights or a checkpoint; data of a single split is fine if "
+            "`--validation_split` names it."
+        },
     )
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder for all that is written; outputs/DATA_METHOD_seedN if not set."}
@@ -245,6 +250,8 @@ class Arguments(ImageArguments, RWPArguments):
             raise ValueError(f"model_kwargs={self.model_kwargs!r} is no mapping: write it as {{name: value}}")
         if self.eval_only and not (self.pretrained or self.resume_from_checkpoint):
             raise ValueError("eval_only has nothing to evaluate: set pretrained or resume_from_checkpoint")
+        if self.eval_only and self.train_split is None:
+            self.train_split = self.validation_split
 
 
 def main(args: Arguments) -> None:
@@ -261,7 +268,7 @@ def main(args: Arguments) -> None:
         raise ValueError("fp16's gradient scaler cannot work between SAM's two passes: set --mixed_precision bf16")
     replicas, replica, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("hf_rwp.data").setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
+    logging.getLogger("hf_rwp.loading").setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
 
     # The gradients of one step on one replica. RWP mixes two, so a replica that is alone halves its batch.
     accumulation = args.gradient_accumulation_steps

@@ -17,7 +17,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor
 
-from hf_rwp.data import BatchPlan, ImageDataset, UnreadableImages, build_loader, load_digits, load_images, to_rgb
+from hf_rwp.data import load_digits, load_images
+from hf_rwp.loading import BatchPlan, ImageDataset, UnreadableImages, build_loader, to_rgb
 
 
 @pytest.fixture(autouse=True)
@@ -498,7 +499,7 @@ def test_unreadable_images_are_named_once_with_the_reason(kinds, caplog):
     for epoch in range(3):
         loader.set_epoch(epoch)
         list(loader)
-    messages = sorted(record.getMessage() for record in caplog.records if record.name == "hf_rwp.data")
+    messages = sorted(record.getMessage() for record in caplog.records if record.name == "hf_rwp.loading")
     assert len(messages) == len(BROKEN) + 1
     for name in (*(list(KINDS)[row] for row in BROKEN), "12-gone.png"):
         assert sum(name in message for message in messages) == 1

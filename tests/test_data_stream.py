@@ -11,7 +11,8 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, IterableDatasetDict, Value
 from torchvision.transforms.functional import pil_to_tensor
 
-from hf_rwp.data import ImageStream, build_loader, load_images
+from hf_rwp.data import load_images
+from hf_rwp.loading import ImageStream, build_loader
 
 ENCODED = Image(decode=False)
 
@@ -318,7 +319,7 @@ def read_or_none(loader):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_later_start_gives_exactly_the_rest_of_the_epoch(tmp_path, workers, caplog):
-    caplog.set_level(logging.INFO, "hf_rwp.data")
+    caplog.set_level(logging.INFO, "hf_rwp.loading")
     root = shards(tmp_path / "tars", [5, 7, 4], broken=[3, 8])
     load = functools.partial(
         build_loader, transform=noisy, batch_size=2, training=True, num_samples=30, workers=workers, shuffle_buffer=4
@@ -379,7 +380,7 @@ def test_bad_rows_are_named_with_the_reason(tmp_path, caplog):
     loader = build_loader(stream(root), transform=noisy, training=False, batch_size=4)
     for _ in range(2):
         list(loader)
-    messages = [record.getMessage() for record in caplog.records if record.name == "hf_rwp.data"]
+    messages = [record.getMessage() for record in caplog.records if record.name == "hf_rwp.loading"]
     assert [message.split(": ")[0] for message in messages] == [f"unreadable image, {n:03d}.png" for n in (2, 4, 7)]
     assert "UnidentifiedImageError" in messages[0]
     assert "label 3 is none of the 3 classes, 0 to 2" in messages[1]
@@ -394,7 +395,7 @@ def test_rows_without_a_path_count_once_however_shuffled(tmp_path, caplog):
         loader.set_epoch(epoch)
         assert set(flat(read(loader))) <= {0, 1, 5, 6}
     assert len(loader.unreadable.slots) == 3
-    names = [record.getMessage() for record in caplog.records if record.name == "hf_rwp.data"]
+    names = [record.getMessage() for record in caplog.records if record.name == "hf_rwp.loading"]
     assert len(names) == 3
     assert all("row " in name for name in names)
 

@@ -475,6 +475,15 @@ def test_evaluation_only_finds_the_same_figures(recipe, tmp_path):
     assert [path.name for path in (tmp_path / "eval").iterdir()] == ["eval.json"]
 
 
+def test_evaluation_needs_no_training_images(loaded, pictures, tmp_path):
+    flags = [f"--data_dir={pictures}", "--batch_size=8", "--epochs=1"]
+    final = results_of(loaded, tmp_path / "run", *flags)["final"]
+    shutil.rmtree(pictures / "train")
+    source = f"--pretrained={tmp_path / 'run' / 'model'}"
+    train(loaded, tmp_path / "eval", *flags[:1], "--eval_only", source, "--validation_split=val", "--batch_size=4")
+    assert json.loads((tmp_path / "eval" / "eval.json").read_text())["top1"] == final["top1"]
+
+
 def test_evaluation_of_weights_for_other_classes_is_refused(recipe, loaded, pictures, tmp_path):
     recipe.load_images = few_digits
     train(recipe, tmp_path / "run", "--epochs=1")

@@ -18,7 +18,7 @@ LAYERS = [
     {"noise", "placement", "hooks", "wrapper", "environment"},
     {"perturbation"},
     {"optimizer"},
-    {"tracking", "arguments", "data", "metrics", "sharpness", "plots", "hub", "checkpoints", "records"},
+    {"tracking", "arguments", "data", "metrics", "sharpness", "plots", "hub", "checkpoints", "records", "loading"},
     {"transforms"},
     {"trainer"},
 ]
@@ -27,7 +27,7 @@ ALONE = {  # the modules that may import a package of their own choice
     "huggingface_hub": {"hub"},
     "matplotlib": {"plots"},
     "timm": {"data", "hub", "transforms"},
-    "datasets": {"data", "metrics"},
+    "datasets": {"data", "loading", "metrics"},
     "evaluate": {"metrics"},
     "accelerate": {"environment", "optimizer", "trainer", "checkpoints", "records"},
 }
