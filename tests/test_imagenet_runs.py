@@ -58,6 +58,7 @@ def assert_same_run(again, whole):
         ["--gradient_accumulation_steps=4", "--mixup=0.8", "--cutmix=1", "--drop=0.3", "--aug_repeats=2"],
         ["--method=base", "--model=test_vit", "--mixed_precision=bf16"],
         ["--method=sam"],
+        pytest.param(["--torch_compile"], marks=pytest.mark.slow),
     ],
     ids=lambda flags: flags[-1],
 )

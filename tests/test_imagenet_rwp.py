@@ -372,12 +372,11 @@ def test_channels_last_learns_the_same(recipe, tmp_path):
     )
 
 
-@pytest.mark.slow
-def test_a_compiled_model_learns_the_same_and_resumes(recipe, tmp_path):
-    flags = ["--torch_compile", "--epochs=2"]
-    plain = results_of(recipe, tmp_path / "plain")["final"]["train_loss"]
-    whole = results_of(recipe, tmp_path / "compiled", *flags)
-    assert whole["final"]["train_loss"] == pytest.approx(plain, rel=1e-2)
+def test_a_compiled_model_learns_the_same(recipe, tmp_path):
+    plain = results_of(recipe, tmp_path / "plain")["final"]
+    compiled = results_of(recipe, tmp_path / "compiled", "--torch_compile")["final"]
+    for name in ("train_loss", "loss_clean", "loss_perturbed"):
+        assert compiled[name] == pytest.approx(plain[name], rel=1e-3)
 
 
 def test_trackers_get_the_figures(recipe, tmp_path):
