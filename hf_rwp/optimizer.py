@@ -222,8 +222,12 @@ class RWP(OptimizerWrapper):
         None where it averages all of them. See `placement.role` and `placement.shares_of`.
         """
         _check("micro_steps", micro_steps, Integral, lambda value: value >= 1, "an integer from 1 on")
-        self._close()  # what an interrupt left open
+        self.abort()
         self._completed, self._announced = 0, (micro_steps, shares)
+
+    def abort(self) -> None:
+        """Give up the micro-step that an interrupt or an error left open: its noise, and the weight of its gradient."""
+        self._close()
 
     @property
     def active(self) -> bool:

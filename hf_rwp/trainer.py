@@ -98,6 +98,7 @@ class RWPTrainerMixin(_AnyTrainer):
             return output
         finally:
             if self.rwp is not None:
+                self.rwp.abort()
                 self.rwp.eval()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
