@@ -8,8 +8,9 @@
 4. Buffers are made equal before evaluation and saving, and the weights are clean however training ends.
 """
 
+import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,7 +61,7 @@ class RWPTrainerMixin(_AnyTrainer):
     optimizer: Any
     rwp: RWP | None = None
     _items: list[float] | None = None  # tokens by replica, or by micro-step on one; None where Trainer counts none
-    _parts: list[float]  # how much of this replica's loss each coming micro-step is
+    _parts: Sequence[float] = ()  # how much of this replica's loss each coming micro-step is
     _splits = False  # whether the window's one batch is to be split
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -113,8 +114,10 @@ class RWPTrainerMixin(_AnyTrainer):
             self._parts = [1 / len(batches)] * len(batches)
             if self._items:
                 total = sum(self._items) or 1
-                of_replica = self._items[index] * replicas / total / len(batches)
-                self._parts = [of_replica] * len(batches) if replicas > 1 else [n / total for n in self._items]
+                mine = self._items[index] * replicas / total
+                self._parts = (
+                    [part * mine for part in self._parts] if replicas > 1 else [n / total for n in self._items]
+                )
             if not self._splits:
                 self.rwp.begin_window(len(batches), shares_of(self._items) if self._items else None)
         return batches, count
@@ -150,8 +153,13 @@ class RWPTrainerMixin(_AnyTrainer):
         if self.rwp is None:
             return step(model, inputs, num_items_in_batch)
         if not self._splits:
+            if not self._parts:
+                raise RuntimeError(
+                    "training_step runs more often than get_batch_samples has fetched batches, so RWP cannot know how "
+                    "many gradients make a step: call both once a batch, as Trainer does"
+                )
             loss = step(model, inputs, num_items_in_batch)
-            part = self._parts.pop(0)
+            part, *self._parts = self._parts
             if part:
                 self._losses.update(loss / part, part)
             return loss
@@ -248,7 +256,7 @@ def _halves(inputs: Any, smallest: int) -> tuple[list[Any], list[int]]:
         return value[part]
 
     if 0 < length < 2 * smallest:
-        return [inputs, inputs], [length, length]
+        return [inputs, copy.copy(inputs)], [length, length]
     middle = (length + 1) // 2
     halves = [cut(inputs, "inputs", part) for part in (slice(middle), slice(middle, None))]
     return halves, [middle, length - middle]

@@ -117,6 +117,27 @@ def test_every_gradient_is_perturbed_at_alpha_one_and_no_batch_split(tmp_path):
     assert all(step.roles == [True] for step in watch.steps)
 
 
+def test_tensorboard_shows_the_losses(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trainer = make(Tagger(), tmp_path, **LOUD, report_to=["tensorboard"], train_dataset=sentences(13))
+    trainer.train()
+    (file,) = tmp_path.rglob("events.out.*")
+    events = accumulator.EventAccumulator(str(file)).Reload()
+    for name in ("loss", "loss_clean", "loss_perturbed", "loss_gap"):
+        assert [event.value for event in events.Scalars(f"train/{name}")] == pytest.approx(logged(trainer, name)), name
+
+
+class Twice(RWPTrainer):
+    def training_step(self, *inputs):
+        return super().training_step(*inputs) + super().training_step(*inputs)
+
+
+def test_a_trainer_that_takes_more_gradients_than_batches_is_refused(tmp_path):
+    trainer = make(Tagger(), tmp_path, Twice, **LOUD, gradient_accumulation_steps=2, train_dataset=sentences(10))
+    with pytest.raises(RuntimeError, match=r"more often than get_batch_samples has fetched batches"):
+        trainer.train()
+
+
 # The split of a batch
 
 
