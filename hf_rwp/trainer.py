@@ -10,7 +10,8 @@
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,7 +61,7 @@ class RWPTrainerMixin(_AnyTrainer):
     model: Any
     optimizer: Any
     rwp: RWP | None = None
-    _items: list[float] | None = None  # tokens by replica, or by micro-step on one; None where Trainer counts none
+    _items: list[float] | None = None  # tokens by replica, or by micro-step on one; None where Trainer adds none up
     _parts: Sequence[float] = ()  # how much of this replica's loss each coming micro-step is
     _splits = False  # whether the window's one batch is to be split
 
@@ -123,29 +124,18 @@ class RWPTrainerMixin(_AnyTrainer):
         return batches, count
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Trainer's count, taken apart by slot. Trainer's loss is a sum over all tokens divided by that count."""
+        """Trainer's count, as it is; how it divides between the slots is remembered for the mix."""
         count = super()._get_num_items_in_batch
         if not self._mixes or not batch_samples:
             return count(batch_samples, device)
-        if this_replica()[1] == 1:
-            counts = [count([batch], device) for batch in batch_samples]
-            if any(n is None for n in counts):
-                return count(batch_samples, device)
-            items = torch.stack([torch.as_tensor(n) for n in counts])
-        elif self.args.average_tokens_across_devices:
-            # Trainer would gather the counts and add them up in one go: here what is gathered is still needed.
-            self.args.average_tokens_across_devices = False
-            try:
-                mine = count(batch_samples, device)
-            finally:
-                self.args.average_tokens_across_devices = True
-            if mine is None:
-                return None
-            items = self.accelerator.gather(torch.as_tensor(mine, device=device))
+        if this_replica()[1] > 1:
+            with _gathered(self.accelerator) as items:
+                total = count(batch_samples, device)
         else:
-            return count(batch_samples, device)
-        self._items = items.tolist()
-        return items.sum()
+            total = count(batch_samples, device)
+            items = [] if total is None else [count([batch], device) for batch in batch_samples]
+        self._items = [float(n or 0) for n in items] or None
+        return total
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """One gradient, or two where the batch is split; returns the plain loss as Trainer does."""
@@ -230,6 +220,23 @@ def _check_supported(args: Any, model: nn.Module) -> None:
             "a clean one, so it can run out alone, and the others would wait for it forever. Set "
             "per_device_train_batch_size, and gradient_accumulation_steps to keep the images per step"
         )
+
+
+@contextmanager
+def _gathered(accelerator: Any) -> Iterator[list[Any]]:
+    """What `accelerator.gather` returns meanwhile: asking the replicas again would cost a collective of our own."""
+    gather, values = accelerator.gather, []
+
+    def recording(tensor: Any) -> Any:
+        result = gather(tensor)
+        values.extend(result)
+        return result
+
+    accelerator.gather = recording
+    try:
+        yield values
+    finally:
+        accelerator.gather = gather
 
 
 def _halves(inputs: Any, smallest: int) -> tuple[list[Any], list[int]]:

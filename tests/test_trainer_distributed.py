@@ -23,7 +23,7 @@ from trainer_runs import (
 )
 from transformers import Trainer, TrainerCallback
 
-from hf_rwp import RWP, RWPTrainer
+from hf_rwp import RWP, RWPTrainer, RWPTrainerMixin
 
 BATCHES = {1: 3, 2: 3, 3: 4}  # on every replica, by accumulation: the last window is short
 REMAINDER = 3  # sentences in the last batch, so that halves are odd
@@ -210,6 +210,31 @@ def test_an_unmodified_trainer_takes_the_mix(tmp_path):
         assert [noise is not None for noise, _ in slots] == [False, False, True, True]
         for step in steps:
             assert_gradient(step, paper(Tagger(), step.clean, slots, 0.7, tokens=False))
+
+
+class CountsItself(Trainer):
+    """Counts across replicas in its own way, whatever the arguments say."""
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        tokens = sum((batch["labels"] != -100).sum() for batch in batch_samples)
+        return self.accelerator.gather(tokens).sum()
+
+
+class RWPCountsItself(RWPTrainerMixin, CountsItself): ...
+
+
+def count_itself(folder):
+    watch = Watch()
+    options = {"train_dataset": sentences(20), "callbacks": [watch], "gradient_accumulation_steps": 2}
+    make(Tagger(), folder, RWPCountsItself, **LOUD, **options).train()
+    return watch.steps
+
+
+def test_a_trainer_that_counts_tokens_in_its_own_way_keeps_its_count(tmp_path):
+    for steps in zip(*run(2, count_itself, tmp_path), strict=True):
+        slots = [slot for step in steps for slot in step.slots]
+        for step in steps:
+            assert_gradient(step, paper(Tagger(), step.clean, slots, 0.5, tokens=True))
 
 
 def stop_and_resume(folder):
