@@ -192,6 +192,14 @@ class RWP(OptimizerWrapper):
         self._armed = False
         super().eval()
 
+    def disarm(self) -> None:
+        """End it all, after training or whatever cut it off: clean weights, no micro-step left open, until `train`.
+
+        Unlike `eval()` it gives up a backward pass that is to come, and leaves alone a base that speaks that protocol.
+        """
+        self._close()
+        self._armed = False
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._raise_if_removed()
         hid = self._hide()
@@ -222,12 +230,8 @@ class RWP(OptimizerWrapper):
         None where it averages all of them. See `placement.role` and `placement.shares_of`.
         """
         _check("micro_steps", micro_steps, Integral, lambda value: value >= 1, "an integer from 1 on")
-        self.abort()
+        self._close()  # what an interrupt left open
         self._completed, self._announced = 0, (micro_steps, shares)
-
-    def abort(self) -> None:
-        """Give up the micro-step that an interrupt or an error left open: its noise, and the weight of its gradient."""
-        self._close()
 
     @property
     def active(self) -> bool:

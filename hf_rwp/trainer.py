@@ -100,8 +100,7 @@ class RWPTrainerMixin(_AnyTrainer):
             return output
         finally:
             if self.rwp is not None:
-                self.rwp.abort()
-                self.rwp.eval()
+                self.rwp.disarm()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Trainer's batches of one optimizer step and their number of tokens; begins RWP's window."""

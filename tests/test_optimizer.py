@@ -1775,6 +1775,29 @@ def test_one_gradient_announced_has_nothing_to_mix():
         optimizer.begin_window(0)
 
 
+def test_disarm_gives_up_an_open_micro_step_and_leaves_the_base_alone():
+    model = network()
+    before = tensors(model)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    base.eval = lambda: pytest.fail("the base is not to be told")
+    optimizer = wrap(model, base, alpha=0.3)
+    loss_of(model, inputs(1)[0]).backward()
+    optimizer.base.zero_grad()
+    loss_of(model, inputs(1)[0])  # perturbed, and never to see its backward pass
+    assert differs(tensors(model), before)
+    optimizer.disarm()
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    x = inputs(1, seed=1)[0]
+    loss_of(model, x).backward()  # an ordinary gradient, of no weight but its own
+    for name, expected in gradient(model, snapshot(model), (x, labels(x)), F.cross_entropy).items():
+        torch.testing.assert_close(model.get_parameter(name).grad, expected)
+    optimizer.base.zero_grad()
+    optimizer.train()
+    watch = Watch(model, base)
+    run_windows(model, optimizer, inputs(2))
+    watch.check(0.3, [2])
+
+
 # Frozen weights, perturbed on demand
 
 

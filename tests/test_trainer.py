@@ -681,6 +681,15 @@ def test_training_again_goes_on_with_the_same_wrapper(tmp_path):
         assert_gradient(step, paper(Tagger(), step.clean, step.slots, 0.5, tokens=True))
 
 
+def test_passes_after_training_are_ordinary_ones(tmp_path):
+    trainer, _ = halves_of(tmp_path, Tagger(), sentences(10))
+    model, seen = trainer.model.train(), []
+    model.head.register_forward_pre_hook(lambda *_: seen.append(snapshot(model)))
+    weights = snapshot(model)
+    model(**trainer.data_collator(sentences(5)))["loss"].backward()
+    assert same(seen[0], weights)
+
+
 def test_a_given_optimizer_and_scheduler_are_wrapped_and_used(tmp_path):
     model = Tagger()
     base = torch.optim.SGD(model.parameters(), lr=0.4)
