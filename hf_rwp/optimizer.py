@@ -198,7 +198,7 @@ class RWP(OptimizerWrapper):
         Unlike `eval()` it gives up a backward pass that is to come, and leaves alone a base that speaks that protocol.
         """
         self._close()
-        self._armed = False
+        self._armed, self._completed = False, 0
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._raise_if_removed()
