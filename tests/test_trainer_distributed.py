@@ -164,24 +164,15 @@ class Buffers(TrainerCallback):
 
 
 def batch_norm(folder, kind):
-    buffers, model = Buffers(), Classifier()
-    flags = LOUD if kind is RWPTrainer else {}
-    trainer = make(
-        model,
-        folder / kind.__name__,
-        kind,
-        **flags,
-        train_dataset=images(20),
-        eval_dataset=images(4),
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        callbacks=[buffers],
-        learning_rate=0.01,
-    )
-    trainer.train()
-    return [*buffers.seen, tensors(model)]
+    """The buffers at every evaluation, at every save, and at the end of a run with neither."""
+    seen = []
+    for when in ({"eval_strategy": "steps", "eval_steps": 1}, {"save_strategy": "steps", "save_steps": 1}, {}):
+        buffers, model = Buffers(), Classifier()
+        flags = {**when, **(LOUD if kind is RWPTrainer else {}), "callbacks": [buffers], "learning_rate": 0.01}
+        data = {"train_dataset": images(20), "eval_dataset": images(4)}
+        make(model, folder / kind.__name__, kind, **flags, **data).train()
+        seen += buffers.seen if when else [tensors(model)]
+    return seen
 
 
 def test_batch_norm_buffers_agree_at_every_evaluation_and_save_and_at_the_end(tmp_path):
