@@ -27,32 +27,36 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, state: dict[str, Any
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    failure = None
-    try:
+
+    def write() -> None:
         accelerator.save_state(str(partial))
         if accelerator.is_main_process:
             (partial / STATE).write_text(json.dumps(state))
         for file in partial.iterdir():
             _flush(file)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
-        failure = f"{type(error).__name__}: {error}"
-    failures = [text for text in gather_object([failure]) if text]
-    if accelerator.is_main_process:
-        if failures:
-            shutil.rmtree(partial, ignore_errors=True)
+
+    def publish() -> None:
+        if not accelerator.is_main_process:
+            return
+        if folder.exists():  # by a run on other replicas, at this same step
+            shutil.rmtree(partial)
         else:
-            if folder.exists():  # a run that went on with other replicas came to this step again
-                replaced = folder.with_suffix(".removed")
-                shutil.rmtree(replaced, ignore_errors=True)
-                folder.rename(replaced)
             partial.rename(folder)
-    if failures:
-        last = newest(folder.parent)
-        raise OSError(
-            f"{folder.name} could not be written ({failures[0]}): is the disk full? "
-            + (f"{last.name} is intact: make room and go on with --resume_from_checkpoint latest" if last else "")
-        )
-    accelerator.wait_for_everyone()
+            _flush(folder.parent)
+
+    for part in (write, publish):
+        failure = None
+        try:
+            part()
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+            failure = f"{type(error).__name__}: {error}"
+        failures = [text for text in gather_object([failure]) if text]
+        if failures:
+            if accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+            last = newest(folder.parent)
+            intact = f"{last.name} is intact: make room and go on with --resume_from_checkpoint latest" if last else ""
+            raise OSError(f"{folder.name} could not be written ({failures[0]}): is the disk full? {intact}")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -68,8 +72,8 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def checkpoints_in(folder: Path) -> dict[int, Path]:
     """The whole checkpoints in a folder by step, the oldest first."""
-    found = [path for path in folder.glob("step_*") if not path.suffix]
-    return dict(sorted((int(path.name.removeprefix("step_")), path) for path in found))
+    found = ((path.name.removeprefix("step_"), path) for path in folder.glob("step_*"))
+    return dict(sorted((int(step), path) for step, path in found if step.isdigit()))
 
 
 def newest(folder: Path) -> Path | None:

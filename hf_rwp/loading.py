@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import logging
 import random
+import signal
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ Batch: TypeAlias = tuple[Tensor, Tensor]
 Key: TypeAlias = tuple[int, int, int]  # row, epoch, position in the epoch
 
 _STREAM_SLOTS = 2**20
+_GRACE = 30  # seconds that a worker outlives a SIGTERM, as long as launchers wait before they kill
 _DECODER = Image()
 
 
@@ -276,6 +278,7 @@ class ImageLoader:
             collate_fn=_unchanged if plan is None else _collated,
             num_workers=workers,
             persistent_workers=plan is not None and workers > 0,
+            worker_init_fn=_outlive_sigterm,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else each iterator's seed comes from the global one
         )
@@ -416,6 +419,11 @@ def _collated(items: Sequence[tuple[Any, int]]) -> Batch:
         arrays = [np.asarray(image) for image in images]
         stacked = torch.from_numpy(np.stack(arrays, out=np.empty((len(arrays), *arrays[0].shape), arrays[0].dtype)))
     return stacked, torch.tensor(labels)
+
+
+def _outlive_sigterm(_: int) -> None:
+    """A cluster sends SIGTERM to workers too, and torch ends a process whose worker dies: it may be about to save."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
 
 
 def _unchanged(batch: Any) -> Any:

@@ -11,7 +11,7 @@ from hf_rwp.optimizer import RWP
 class LossTracker:
     """Averages the loss by role; replicas talk to each other only when asked, so that a step takes no longer.
 
-    optimizer: the RWP wrapper; None in the plain training that RWP is compared to.
+    optimizer: the RWP wrapper; None in the plain training that RWP is compared to. device: where the losses are.
 
     tracker = LossTracker(optimizer)
     tracker.update(loss)                   # after every forward pass
@@ -19,8 +19,9 @@ class LossTracker:
     tracker.total()                        # all that was computed since the last reset(), after an epoch
     """
 
-    def __init__(self, optimizer: RWP | None) -> None:
+    def __init__(self, optimizer: RWP | None, device: torch.device | None = None) -> None:
         self._optimizer = optimizer
+        self._device = device
         self._recent: Tensor | None = None
         self._sums: list[list[float]] = []
         self.reset()
@@ -43,7 +44,7 @@ class LossTracker:
         """
         recent, self._recent = self._recent, None
         if recent is None:  # another replica may have losses, and waits
-            device = next(self._optimizer.model.parameters()).device if self._optimizer else None
+            device = next(self._optimizer.model.parameters()).device if self._optimizer else self._device
             recent = torch.zeros(3, 2, device=device)
         if this_replica()[1] > 1:
             dist.all_reduce(recent)

@@ -22,7 +22,7 @@ accelerate launch recipes/imagenet_rwp.py --data_dir path/to/pets --pretrained t
 accelerate launch recipes/imagenet_rwp.py --data_dir path/to/pets --pretrained outputs/pets_rwp_seed0/model --eval_only
 ```
 
-# After a crash or a preemption: on from the last checkpoint, bit for bit
+# After a crash or a preemption: on from the last checkpoint, bit for bit (on GPUs with --deterministic)
 ```bash
 accelerate launch recipes/imagenet_rwp.py ... --resume_from_checkpoint latest
 ```
@@ -35,7 +35,7 @@ ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 accelerate launch --config_file recipe
 
 Every flag can also stand in a file, `--config FILE.yaml`. On several replicas the odd ones take the perturbed gradient.
 A single one takes both: from the two halves of each batch, or by turns where it accumulates gradients.
-SIGTERM saves a checkpoint and exits with status 75.
+SIGTERM saves a checkpoint, and this process exits with status 75; a launcher reports failures in its own way.
 """
 
 import difflib
@@ -43,6 +43,7 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import signal
 import sys
 import time
@@ -60,6 +61,7 @@ import torch.distributed as dist
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast, gather_object, set_seed
+from safetensors.torch import load_file
 from timm.data import Mixup, resolve_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.loss import BinaryCrossEntropy
@@ -83,6 +85,11 @@ from hf_rwp.plots import training_curves
 from hf_rwp.records import environment, weights_digest, without_places
 from hf_rwp.transforms import BatchTransform, erasings, image_transforms
 
+# Flags that may change on resuming; and those whose old values come back with the optimizer's state.
+HARMLESS = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "logging_steps"}
+HARMLESS |= {"checkpointing_steps", "save_total_limit", "max_bad_images", "eval_only"}
+KEPT_BY_CHECKPOINTS = {"rwp_gamma", "rwp_seed", "opt", "opt_eps", "opt_betas", "momentum", "weight_decay"}
+KEPT_BY_CHECKPOINTS |= {"weight_decay_1d", "layer_decay", "model", "model_kwargs", "model_ema"}
 PREEMPTED = 75  # the exit status after SIGTERM, once a checkpoint is saved: EX_TEMPFAIL, "try again later"
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
@@ -127,9 +134,12 @@ class Arguments(ImageArguments, RWPArguments):
     aug_repeats: int = field(
         default=1, metadata={"help": "Repeated augmentation: how often an epoch shows an image, beside fewer others."}
     )
-    opt: str = field(default="sgd", metadata={"help": "A timm optimizer; sgd has Nesterov momentum."})
+    opt: str = field(
+        default="sgd", metadata={"help": "A timm optimizer; sgd has Nesterov momentum, momentum the classical one."}
+    )
     lr: float = field(default=0.1, metadata={"help": "Peak learning rate, for the batch as it is."})
-    weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay, except of biases and norm weights."})
+    weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay."})
+    weight_decay_1d: bool = field(default=False, metadata={"help": "Whether biases and norm weights decay as well."})
     momentum: float = field(default=0.9, metadata={"help": "Momentum, where the optimizer has one."})
     opt_eps: float | None = field(default=None, metadata={"help": "The optimizer's epsilon; its own if not set."})
     opt_betas: list[float] | None = field(default=None, metadata={"help": "Its betas; its own if not set."})
@@ -168,6 +178,9 @@ class Arguments(ImageArguments, RWPArguments):
     model_ema_decay: float = field(default=0.9998, metadata={"help": "Decay of that average, in (0, 1)."})
     model_ema_warmup: bool = field(default=False, metadata={"help": "Whether that decay begins small."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, shuffling and augmentation, at least 0."})
+    deterministic: bool = field(
+        default=False, metadata={"help": "Whether GPUs compute the same bits each time, which takes them longer."}
+    )
     # Output
     eval_only: bool = field(
         default=False,
@@ -179,6 +192,9 @@ class Arguments(ImageArguments, RWPArguments):
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder for all that is written; outputs/DATA_METHOD_seedN if not set."}
     )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Whether a run that output_dir holds may be deleted for this one."}
+    )
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "A checkpoint's path, or `latest` for the last one in output_dir."}
     )
@@ -189,10 +205,10 @@ class Arguments(ImageArguments, RWPArguments):
         default=2, metadata={"help": "How many of the last checkpoints are kept, at least 1, beside the best one."}
     )
     logging_steps: int = field(
-        default=50,
+        default=10,
         metadata={
-            "help": "Optimizer steps from one report of the loss to the next; replicas also agree then on unreadable "
-            "images and on SIGTERM."
+            "help": "Optimizer steps from one report of the loss to the next; several replicas also agree then on "
+            "unreadable images and on SIGTERM."
         },
     )
     report_to: list[str] = field(
@@ -217,6 +233,15 @@ class Arguments(ImageArguments, RWPArguments):
             ("sam_rho", self.sam_rho > 0, "above 0"),
             ("clip_grad", self.clip_grad is None or self.clip_grad > 0, "above 0"),
             ("sched", self.sched != "plateau", "a schedule of the number of updates alone"),
+            ("drop", self.drop is None or 0 <= self.drop < 1, "in [0, 1)"),
+            ("drop_path", self.drop_path is None or 0 <= self.drop_path < 1, "in [0, 1)"),
+            ("layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "in (0, 1]"),
+            ("model_ema_decay", 0 < self.model_ema_decay < 1, "in (0, 1)"),
+            ("warmup_epochs", self.warmup_epochs >= 0, "at least 0"),
+            ("cooldown_epochs", self.cooldown_epochs >= 0, "at least 0"),
+            ("mixup_prob", 0 <= self.mixup_prob <= 1, "in [0, 1]"),
+            ("mixup_switch_prob", 0 <= self.mixup_switch_prob <= 1, "in [0, 1]"),
+            ("opt", self.opt != "adahessian", "one that needs no second derivatives"),
             ("sched", self.sched != "none" or self.layer_decay is None, "`constant` or another one with layer_decay"),
             ("smoothing", 0 <= self.smoothing < 1, "in [0, 1)"),
             ("mixup", self.mixup >= 0, "at least 0"),
@@ -231,7 +256,7 @@ class Arguments(ImageArguments, RWPArguments):
             ("model", "models", timm.list_models()),
             ("opt", "optimizers", list_optimizers()),
         ):
-            value = getattr(self, name)
+            value = getattr(self, name).removeprefix("lookahead_" if name == "opt" else "")
             if ":" not in value and value.split(".")[0] not in known:
                 similar = ", ".join(difflib.get_close_matches(value, known, n=5, cutoff=0))
                 raise ValueError(f"{name}={value!r} is none of timm's {kind}. Similar names: {similar}")
@@ -267,6 +292,7 @@ def main(args: Arguments) -> None:
     if args.method == "sam" and accelerator.scaler is not None:
         raise ValueError("fp16's gradient scaler cannot work between SAM's two passes: set --mixed_precision bf16")
     replicas, replica, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+    use_fast_kernels(args.deterministic)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hf_rwp.loading").setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
 
@@ -274,11 +300,14 @@ def main(args: Arguments) -> None:
     accumulation = args.gradient_accumulation_steps
     mixes = args.rwp and 0 < args.rwp_alpha < 1 and args.rwp_gamma != 0
     micro_steps = 2 if mixes and replicas == accumulation == 1 else accumulation
-    check_batch(args, replicas, micro_steps, mixes)
-
     results_file, checkpoints = output_dir / "results.json", output_dir / "checkpoints"
-    resume_from = checkpoint_to_resume(args, checkpoints, unfinished=not results_file.exists())
+    resume_from = checkpoint_to_resume(args, checkpoints, finished=results_file.exists())
     state = read_state(resume_from) if resume_from else None
+    facts = {name: without_places(value) for name, value in asdict(args).items()}
+    if not args.eval_only:
+        check_batch(args, replicas, micro_steps, mixes)
+        if state:
+            check_arguments(facts, state["arguments"], replicas, state["replicas"], accelerator)
 
     set_seed(args.seed)
     splits = load_images(**args.data_options)
@@ -287,16 +316,32 @@ def main(args: Arguments) -> None:
     data_config = resolve_data_config(
         {"img_size": args.img_size, "crop_pct": args.crop_pct, "interpolation": args.interpolation}, model=module
     )
-    train_loader, eval_loader = create_loaders(args, splits, data_config, accelerator)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    train_batch = BatchTransform(data_config, device, erasings(args, data_config, device), memory_format)
-    eval_batch = BatchTransform(data_config, device, memory_format=memory_format)
-    updates, images_per_update = len(train_loader), args.batch_size * replicas  # updates: in an epoch
-
-    if args.sync_bn:
-        module = sync_batch_norm(module, accelerator, args.rwp_alpha if mixes else None)
     module.to(device, memory_format=memory_format)
+    eval_loader = create_loader(args, splits, data_config, accelerator, training=False)
+    eval_batch = BatchTransform(data_config, device, memory_format=memory_format)
+
+    def evaluate_weights(module: nn.Module) -> dict[str, float]:
+        """Accuracy on the main process, and how many images could not be read."""
+        figures = validate(accelerator, module, eval_loader, eval_batch)
+        return figures | {"unreadable_eval_images": agree(accelerator, eval_loader, args.max_bad_images)[1]}
+
+    if args.eval_only:
+        if resume_from:
+            module.load_state_dict(load_file(resume_from / "model.safetensors", device=str(device)))
+        figures = evaluate_weights(module)
+        if accelerator.is_main_process:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            (output_dir / "eval.json").write_text(json.dumps(figures, indent=2))
+            print(aligned({name: f"{value:.4f}" for name, value in figures.items()}))
+        return
+
+    train_loader = create_loader(args, splits, data_config, accelerator, training=True)
+    train_batch = BatchTransform(data_config, device, erasings(args, data_config, device), memory_format)
+    updates, images_per_update = len(train_loader), args.batch_size * replicas  # updates: in an epoch
     ema = ModelEmaV3(module, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
+    if args.sync_bn:  # after the copy: process groups cannot be copied
+        module = sync_batch_norm(module, accelerator, args.rwp_alpha if mixes else None)
     base = create_optimizer(args, module)
     rwp = RWP(base, module, accumulation_steps=micro_steps, **args.rwp_options) if args.rwp else None
     sam = None
@@ -310,18 +355,7 @@ def main(args: Arguments) -> None:
     scheduler, epochs = create_scheduler(args, optimizer, updates)
     mixup = create_mixup(args, len(label_names))
     criterion = create_criterion(args, mixed=mixup is not None)
-    tracker = LossTracker(rwp)
-
-    def evaluate_weights() -> dict[str, float]:
-        """Of the weights and of their average, on the main process."""
-        # Replicas update BatchNorm's buffers apart, and DDP gives them replica 0's at its next forward pass alone.
-        broadcast([*module.buffers(), *(ema.module.buffers() if ema else ())])
-        figures = validate(accelerator, module, eval_loader, eval_batch)
-        if ema:
-            averaged = validate(accelerator, ema.module, eval_loader, eval_batch)
-            figures |= {f"{name}_ema": value for name, value in averaged.items()}
-        _, figures["unreadable_eval_images"] = agree(accelerator, eval_loader, args.max_bad_images)
-        return figures
+    tracker = LossTracker(rwp, device)
 
     history, done, start, seconds_before, slots_before = [], 0, 0, 0.0, {"clean": 0, "perturbed": 0}
     if state:  # done: optimizer steps. start: images of the epoch that are behind us, over all replicas.
@@ -334,35 +368,17 @@ def main(args: Arguments) -> None:
         accelerator.load_state(str(resume_from))
         tracker.load_state_dict(state["losses"])
         slots_before = state["slots"]
-        if (state["replicas"], state["batch_size"]) != (replicas, args.batch_size) and accelerator.is_main_process:
-            print(
-                f"warning: {resume_from.name} was written by {state['replicas']} replicas with {state['batch_size']} "
-                f"images each, and these are {replicas} with {args.batch_size}. Training goes on after the images that "
-                "were seen; batches, the step count of the schedule, the noise and which gradients are perturbed "
-                "change, so that it will not end in the same bits",
-                file=sys.stderr,
-            )
     accelerator.wait_for_everyone()
-
-    if args.eval_only:
-        optimizer.eval()
-        figures = evaluate_weights()
-        if accelerator.is_main_process:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            (output_dir / "eval.json").write_text(json.dumps(figures, indent=2))
-            print(aligned({name: f"{value:.4f}" for name, value in figures.items()}))
-        return
-
     if accelerator.is_main_process:
         results_file.unlink(missing_ok=True)
         remove_checkpoints(checkpoints, keep=[step for step in checkpoints_in(checkpoints) if step <= done])
-    facts = {name: without_places(value) for name, value in asdict(args).items()}
     accelerator.init_trackers("hf_rwp", config={name: str(value) for name, value in facts.items()})
 
     def take_step(images: Tensor, labels: Tensor) -> None:
         """One optimizer step."""
         parts = micro_steps if rwp and rwp.active else accumulation
-        batches = list(zip(train_batch(images).chunk(parts), labels.to(device).chunk(parts), strict=True))
+        images, labels = train_batch(images), labels.to(device, non_blocking=True)
+        batches = list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
         if mixup:  # which pairs image i with image -i: the two gradients of RWP are to share none
             batches = [mixup(*batch) for batch in batches]
         if sam:
@@ -394,8 +410,10 @@ def main(args: Arguments) -> None:
 
     def report(step: int) -> tuple[bool, int]:
         """Log the losses since the last time; returns what `agree` does."""
+        nonlocal diverged
         losses = tracker.compute()
-        if not all(map(math.isfinite, losses.values())):
+        diverged = 0 if all(map(math.isfinite, losses.values())) else diverged + 1
+        if diverged > (2 if accelerator.scaler else 0):  # fp16's scaler skips a step that overflows
             raise FloatingPointError(
                 f"the loss is {losses} by step {step}: nothing was saved since it diverged. Try a smaller lr"
                 + (" or rwp_gamma" if rwp else "")
@@ -412,7 +430,7 @@ def main(args: Arguments) -> None:
 
     def save(images: int, seconds: float, slots: dict[str, int]) -> None:
         position = {"step": done, "images": images, "seconds": seconds, "slots": slots, "history": history}
-        run = {"method": args.method, "replicas": replicas, "batch_size": args.batch_size}
+        run = {"method": args.method, "replicas": replicas, "arguments": facts}
         save_checkpoint(accelerator, checkpoints / f"step_{done}", position | run | {"losses": tracker.state_dict()})
         if accelerator.is_main_process:
             kept = list(checkpoints_in(checkpoints))[-args.save_total_limit :]
@@ -424,6 +442,7 @@ def main(args: Arguments) -> None:
         accelerator.end_training()
         raise SystemExit(PREEMPTED)
 
+    diverged = 0  # reports in a row whose loss was no number
     preempted = Preemption()
     try:
         for epoch in range(len(history), epochs):
@@ -452,7 +471,7 @@ def main(args: Arguments) -> None:
                     rwp.scale_gamma(args.rwp_gamma_factor(update / (epochs * updates)))
                 take_step(images, labels)
                 if ema:
-                    ema.update(module, step=update)
+                    ema.update(module, step=update + 1)
                 done += 1
                 progress.update(images_per_update)
                 if update + 1 == (epoch + 1) * updates:
@@ -485,7 +504,11 @@ def main(args: Arguments) -> None:
             if rwp:
                 row |= losses | {"rwp": figures_of_rwp()}
             optimizer.eval()
-            row |= evaluate_weights()
+            # Replicas update BatchNorm's buffers apart; DDP gives them replica 0's at its next forward pass alone.
+            broadcast([*module.buffers(), *(ema.module.buffers() if ema else ())])
+            row |= evaluate_weights(module)
+            if ema:
+                row |= {f"{name}_ema": value for name, value in evaluate_weights(ema.module).items()}
             history.append(row)
             start, seconds_before = 0, 0.0
             tracker.reset()
@@ -525,21 +548,44 @@ def main(args: Arguments) -> None:
     accelerator.end_training()
 
 
-def checkpoint_to_resume(args: Arguments, checkpoints: Path, unfinished: bool) -> Path | None:
-    """The checkpoint that the flags name. Raises where they name none, and where going without would lose some."""
-    last = newest(checkpoints)
+def checkpoint_to_resume(args: Arguments, checkpoints: Path, finished: bool) -> Path | None:
+    """The checkpoint that the flags name. Raises where they name none, and where a run would be lost that is there."""
+    last, output_dir = newest(checkpoints), checkpoints.parent
     if args.resume_from_checkpoint == "latest":
         if last is None:
-            raise FileNotFoundError(f"{checkpoints.parent} holds no checkpoint: start without --resume_from_checkpoint")
+            raise FileNotFoundError(f"{output_dir} holds no checkpoint: start without --resume_from_checkpoint")
         return last
-    if args.resume_from_checkpoint is not None:
-        return Path(args.resume_from_checkpoint)
-    if last and unfinished and not args.eval_only:
+    resume_from = Path(args.resume_from_checkpoint) if args.resume_from_checkpoint else None
+    inside = resume_from is not None and resume_from.resolve().parent == checkpoints.resolve()
+    if (last or finished) and not (inside or args.eval_only or args.overwrite_output_dir):
+        what = "a finished run" if finished else "the checkpoints of an unfinished run"
         raise FileExistsError(
-            f"{checkpoints.parent} holds the checkpoints of an unfinished run: set --resume_from_checkpoint latest to "
-            "go on, or another --output_dir, or delete it"
+            f"{output_dir} holds {what}: set another --output_dir, or --resume_from_checkpoint latest to go on, or "
+            "--overwrite_output_dir to delete it"
         )
-    return None
+    return resume_from
+
+
+def check_arguments(facts: dict, saved: dict, replicas: int, saved_replicas: int, accelerator: Accelerator) -> None:
+    """Raise ValueError for a flag that the checkpoint would silently override, warn of others that changed."""
+    changed = [name for name in facts if name in saved and facts[name] != saved[name] and name not in HARMLESS]
+    if not facts["streaming"] and "workers" in changed:
+        changed.remove("workers")
+    kept = [name for name in changed if name in KEPT_BY_CHECKPOINTS]
+    if kept:
+        raise ValueError(
+            f"the checkpoint was written with {', '.join(f'{name}={saved[name]!r}' for name in kept)}, and keeps that: "
+            "resume with the same, or start anew from the weights (--pretrained .../model)"
+        )
+    if changed or replicas != saved_replicas:
+        was = [f"{saved_replicas} replicas and not {replicas}"] if replicas != saved_replicas else []
+        was += [f"{name}={saved[name]!r} and not {facts[name]!r}" for name in changed]
+        accelerator.print(
+            f"warning: the checkpoint was written with {', '.join(was)}. Training goes on after the images that were "
+            "seen; what else depends on it (batches, the schedule, noise, which gradients are perturbed) changes, and "
+            "it will not end in the same bits",
+            file=sys.stderr,
+        )
 
 
 def check_batch(args: Arguments, replicas: int, micro_steps: int, mixes: bool) -> None:
@@ -592,23 +638,37 @@ def create_model(args: Arguments, num_classes: int) -> tuple[nn.Module, dict]:
     return model, model_args
 
 
-def create_loaders(
-    args: Arguments, splits: dict, data_config: dict, accelerator: Accelerator
-) -> tuple[ImageLoader, ImageLoader]:
-    """This replica's share of the images for training and for evaluation."""
-    train_transform, eval_transform = image_transforms(args, data_config)
-    shared = {"batch_size": args.batch_size, "workers": args.workers, "max_bad_images": args.max_bad_images}
-    shared |= {"replica": accelerator.process_index, "replicas": accelerator.num_processes, "seed": args.seed}
-    train_loader = build_loader(
-        splits["train"],
-        transform=train_transform,
-        training=True,
-        repeats=args.aug_repeats,
-        shuffle_buffer=args.shuffle_buffer,
-        num_samples=args.train_num_samples,
-        **shared,
+def create_loader(
+    args: Arguments, splits: dict, data_config: dict, accelerator: Accelerator, training: bool
+) -> ImageLoader:
+    """This replica's share of the images."""
+    transform = image_transforms(args, data_config)[0 if training else 1]
+    options = {
+        "repeats": args.aug_repeats,
+        "shuffle_buffer": args.shuffle_buffer,
+        "num_samples": args.train_num_samples,
+    }
+    return build_loader(
+        splits["train" if training else "validation"],
+        transform=transform,
+        batch_size=args.batch_size,
+        training=training,
+        seed=args.seed,
+        workers=args.workers,
+        replica=accelerator.process_index,
+        replicas=accelerator.num_processes,
+        max_bad_images=args.max_bad_images,
+        **(options if training else {}),
     )
-    return train_loader, build_loader(splits["validation"], transform=eval_transform, training=False, **shared)
+
+
+def use_fast_kernels(deterministic: bool) -> None:
+    """On GPUs what timm's train.py uses: the fastest kernels found by trial, and TF32; or those of the same bits."""
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cuda.matmul.allow_tf32 = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def create_optimizer(args: Arguments, module: nn.Module) -> torch.optim.Optimizer:
@@ -619,6 +679,7 @@ def create_optimizer(args: Arguments, module: nn.Module) -> torch.optim.Optimize
         lr=args.lr,
         weight_decay=args.weight_decay,
         momentum=args.momentum,
+        filter_bias_and_bn=not args.weight_decay_1d,
         layer_decay=args.layer_decay,
         **{name: value for name, value in own.items() if value is not None},
     )
@@ -689,21 +750,20 @@ def validate(
     No replica waits for another before the end, so that they may hold any number of images.
     """
     module.eval()
-    seen = []
+    seen = []  # (rank of the label, label, loss) of each image
     for images, labels in loader:
         labels = labels.to(accelerator.device)
         with accelerator.autocast():
             logits = module(prepare(images)).float()
-        readable = labels >= 0
-        logits, labels = logits[readable], labels[readable]
-        seen.append(torch.stack([label_rank(logits, labels), labels], 1).double())
-        seen[-1] = torch.cat([seen[-1], cross_entropy(logits, labels, reduction="none")[:, None].double()], 1)
-    mine = torch.cat(seen).cpu() if seen else torch.empty(0, 3)
-    everyone = torch.cat(gather_object([mine]))
-    if not accelerator.is_main_process:
-        return {}
+        own = labels.clamp(min=0)  # -1 where the image could not be read
+        losses = cross_entropy(logits, own, reduction="none")
+        seen.append(torch.stack([label_rank(logits, own).double(), labels.double(), losses.double()], 1))
+    everyone = torch.cat(gather_object([torch.cat(seen).cpu() if seen else torch.empty(0, 3, dtype=torch.float64)]))
+    everyone = everyone[everyone[:, 1] >= 0]
     if not len(everyone):
         raise ValueError("no image for evaluation could be read: see the warnings above for what is wrong with them")
+    if not accelerator.is_main_process:
+        return {}
     metrics = evaluate.combine([Top1(), Top5()])
     metrics.add_batch(predictions=everyone[:, 0].long(), references=everyone[:, 1].long())
     return {**metrics.compute(), "eval_loss": everyone[:, 2].mean().item()}

@@ -22,7 +22,7 @@ def names(folder):
 
 
 def test_steps_are_in_order_and_leftovers_are_none_of_them(tmp_path):
-    for name in ("step_10", "step_9", "step_11.partial", "step_8.removed", "logs"):
+    for name in ("step_10", "step_9", "step_11.partial", "step_8.removed", "step_best", "logs"):
         (tmp_path / name).mkdir()
     assert list(checkpoints_in(tmp_path)) == [9, 10]
     assert newest(tmp_path) == tmp_path / "step_10"
@@ -39,11 +39,10 @@ def test_a_checkpoint_is_whole_and_takes_the_place_of_leftovers(accelerator, tmp
     accelerator.load_state(tmp_path / "step_3")
 
 
-def test_a_step_can_be_written_again(accelerator, tmp_path):
+def test_a_step_that_is_there_is_never_without_a_checkpoint(accelerator, tmp_path):
     save_checkpoint(accelerator, tmp_path / "step_3", {"images": 7})
     save_checkpoint(accelerator, tmp_path / "step_3", {"images": 8})
-    assert read_state(tmp_path / "step_3") == {"images": 8}
-    remove_checkpoints(tmp_path, keep=[3])
+    assert read_state(tmp_path / "step_3") == {"images": 7}
     assert names(tmp_path) == ["step_3"]
 
 
@@ -75,6 +74,16 @@ def test_a_failure_leaves_the_earlier_ones_alone(accelerator, tmp_path, monkeypa
     with pytest.raises(OSError, match=r"step_2 could not be written .*step_1 is intact"):
         save_checkpoint(accelerator, tmp_path / "step_2", {})
     assert names(tmp_path) == ["step_1"]
+
+
+def test_a_failure_to_publish_is_one_too(accelerator, tmp_path, monkeypatch):
+    def fails(self, target):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match=r"step_2 could not be written .PermissionError"):
+        save_checkpoint(accelerator, tmp_path / "step_2", {})
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("event", range(1, 9))

@@ -6,6 +6,8 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import distributed
@@ -116,7 +118,7 @@ def test_other_replicas_go_on_where_the_checkpoint_was(recipe, tmp_path, capsys)
     capsys.readouterr()
     train(recipe, folder, *resumed)
     said = capsys.readouterr().err
-    assert "written by 2 replicas with 10 images each, and these are 1 with 10" in said
+    assert "written with 2 replicas and not 1. Training goes on after the images that were seen" in said
     assert "not end in the same bits" in said
 
 
@@ -264,6 +266,25 @@ def test_a_preempted_process_exits_with_75(tmp_path):
     assert steps(tmp_path) == [1]
 
 
+def test_sigterm_to_everybody_saves_before_the_workers_end(tmp_path):
+    """As a cluster or torchrun sends it: to the whole group, the processes that load data among them."""
+    code = (
+        f"import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r}); import imagenet\n"
+        "recipe = imagenet.load_recipe(); recipe.load_images = imagenet.few_digits\n"
+        "step = recipe.RWP.step\n"
+        "recipe.RWP.step = lambda self, *a: (print('step', flush=True), time.sleep(0.3), step(self, *a))[2]\n"
+        f"imagenet.train(recipe, {str(tmp_path)!r}, '--workers=2', '--epochs=50', '--batch_size=10')"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, **options) as process:
+        assert process.stdout.readline() == "step\n"
+        os.killpg(process.pid, signal.SIGTERM)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, said
+    assert len(steps(tmp_path)) == 1
+
+
 # What is kept, and when writing fails
 
 
@@ -323,13 +344,35 @@ def test_a_full_disk_stops_all_replicas(tmp_path):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
 
 
-def test_a_new_run_replaces_a_finished_one_but_not_an_unfinished_one(recipe, tmp_path):
-    first = results_of(recipe, tmp_path)
-    assert weights(results_of(recipe, tmp_path, "--epochs=1")) != weights(first)
-    assert steps(tmp_path) == [3]
-    (tmp_path / "results.json").unlink()
-    with pytest.raises(FileExistsError, match="--resume_from_checkpoint latest"):
-        train(recipe, tmp_path)
+def test_a_run_is_not_lost_to_another_unless_asked_for(recipe, tmp_path):
+    first = results_of(recipe, tmp_path / "run")
+    flags = [f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoints' / 'step_3'}", "--epochs=3"]
+    train(recipe, tmp_path / "other", *flags)
+    for other in ([], ["--lr=1e30"], flags):
+        with pytest.raises(FileExistsError, match=r"holds a finished run.*--overwrite_output_dir"):
+            train(recipe, tmp_path / ("other" if other is flags else "run"), *other)
+    assert weights(results(tmp_path / "run")) == weights(first)
+    assert steps(tmp_path / "run") == [3, 6]
+    (tmp_path / "run" / "results.json").unlink()
+    with pytest.raises(FileExistsError, match=r"unfinished run.*--resume_from_checkpoint latest"):
+        train(recipe, tmp_path / "run")
+    train(recipe, tmp_path / "run", "--epochs=1", "--overwrite_output_dir")
+    assert steps(tmp_path / "run") == [3]
+    assert results(tmp_path / "run")["final"]["epoch"] == 1
+
+
+def test_flags_that_a_checkpoint_keeps_cannot_change(recipe, tmp_path, capsys):
+    train(recipe, tmp_path, "--weight_decay=0.1")
+    resumed = ["--resume_from_checkpoint=latest", "--epochs=3"]
+    with pytest.raises(ValueError, match=r"written with rwp_gamma=None, weight_decay=0.1, and keeps that"):
+        train(recipe, tmp_path, *resumed, "--weight_decay=0.2", "--rwp_gamma=0.5")
+    capsys.readouterr()
+    train(recipe, tmp_path, *resumed, "--weight_decay=0.1", "--lr=0.01", "--workers=1")
+    said = capsys.readouterr().err
+    assert "lr=0.02 and not 0.01" in said
+    assert "epochs=2 and not 3" in said
+    assert "workers" not in said
+    assert results(tmp_path)["arguments"]["lr"] == 0.01
 
 
 def test_an_earlier_checkpoint_is_a_new_beginning(recipe, tmp_path):
@@ -410,6 +453,18 @@ def train_on_pictures(folder, pictures, limit):
     return train_on_rank(folder, *flags, few=False)
 
 
+def evaluate_nothing_on_rank(folder, pictures):
+    flags = [f"--data_dir={pictures}", "--max_bad_images=99", "--batch_size=4", "--logging_steps=1"]
+    return train_on_rank(folder, *flags, few=False)
+
+
+def test_no_image_to_evaluate_stops_all_replicas(pictures, tmp_path):
+    for path in (pictures / "val").rglob("*.png"):
+        path.write_bytes(b"no image")
+    said = distributed.run(2, evaluate_nothing_on_rank, tmp_path / "out", pictures)
+    assert all("no image for evaluation could be read" in text for text in said), said
+
+
 def test_too_many_unreadable_images_stop_all_replicas(pictures, tmp_path):
     said = distributed.run(2, train_on_pictures, tmp_path / "out", pictures, 2)
     assert all("3 images could not be read" in text for text in said), said
@@ -457,8 +512,8 @@ def test_the_average_of_the_weights_is_what_comes_out(recipe, tmp_path):
     flags = ["--model_ema", "--model_ema_decay=0.9", "--checkpointing_steps=1", "--save_total_limit=9", "--epochs=1"]
     found = results_of(recipe, tmp_path, *flags, "--method=base")
     files = [folder / "model.safetensors" for folder in checkpoints_in(tmp_path / "checkpoints").values()]
-    _, second, third = [load_file(file)["layer1.0.conv1.weight"] for file in files]
-    expected = 0.9 * second + 0.1 * third  # timm copies the weights after the first two steps
+    first, second, third = [load_file(file)["layer1.0.conv1.weight"] for file in files]
+    expected = 0.9 * (0.9 * first + 0.1 * second) + 0.1 * third  # timm copies the weights after the first step
     torch.testing.assert_close(load_file(tmp_path / "model" / "model.safetensors")["layer1.0.conv1.weight"], expected)
     assert "top1_ema" in found["final"]
 
@@ -481,7 +536,8 @@ def test_evaluation_needs_no_training_images(loaded, pictures, tmp_path):
     final = results_of(loaded, tmp_path / "run", *flags)["final"]
     shutil.rmtree(pictures / "train")
     source = f"--pretrained={tmp_path / 'run' / 'model'}"
-    train(loaded, tmp_path / "eval", *flags[:1], "--eval_only", source, "--validation_split=val", "--batch_size=4")
+    # More images to a batch than there are, and an odd number, are fine where nothing is trained.
+    train(loaded, tmp_path / "eval", *flags[:1], "--eval_only", source, "--validation_split=val", "--batch_size=33")
     assert json.loads((tmp_path / "eval" / "eval.json").read_text())["top1"] == final["top1"]
 
 

@@ -3,9 +3,11 @@
 import copy
 import fcntl
 import getpass
+import math
 import os
 import pty
 import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -342,12 +344,16 @@ def test_losses_are_timms(recipe, mixed):
 
 
 def sync_groups(alpha):
-    """The ranks whose BatchNorm statistics this one shares."""
+    """The ranks whose BatchNorm statistics this one shares; an average of the weights, made before, follows them."""
     recipe = load_recipe()
     accelerator = SimpleNamespace(
         num_processes=4, process_index=distributed.rank(), device=SimpleNamespace(type="cuda")
     )
-    module = recipe.sync_batch_norm(timm.create_model("test_resnet"), accelerator, alpha)
+    plain = timm.create_model("test_resnet")
+    ema = recipe.ModelEmaV3(plain, 0.5)
+    module = recipe.sync_batch_norm(plain, accelerator, alpha)
+    ema.update(module, step=1)
+    assert all(map(torch.equal, ema.module.state_dict().values(), module.state_dict().values()))
     groups = {layer.process_group for layer in module.modules() if isinstance(layer, torch.nn.SyncBatchNorm)}
     assert len(groups) == 1
     assert not any(type(layer) is torch.nn.BatchNorm2d for layer in module.modules())
@@ -365,18 +371,66 @@ def test_sync_bn_needs_gpus(recipe, tmp_path):
         train(recipe, tmp_path, "--sync_bn")
 
 
-def test_channels_last_learns_the_same(recipe, tmp_path):
+def test_channels_last_learns_the_same(recipe, tmp_path, monkeypatch):
+    formats, original = [], recipe.BatchTransform.__call__
+
+    def spy(self, images):
+        formats.append(original(self, images).is_contiguous(memory_format=torch.channels_last))
+        return original(self, images)
+
     plain = results_of(recipe, tmp_path / "plain")["final"]["train_loss"]
-    assert results_of(recipe, tmp_path / "last", "--channels_last")["final"]["train_loss"] == pytest.approx(
-        plain, rel=1e-3
-    )
+    monkeypatch.setattr(recipe.BatchTransform, "__call__", spy)
+    last = results_of(recipe, tmp_path / "last", "--channels_last")["final"]["train_loss"]
+    assert last == pytest.approx(plain, rel=1e-3)
+    assert all(formats)
 
 
 def test_a_compiled_model_learns_the_same(recipe, tmp_path):
     plain = results_of(recipe, tmp_path / "plain")["final"]
+    torch._dynamo.utils.counters.clear()
     compiled = results_of(recipe, tmp_path / "compiled", "--torch_compile")["final"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     for name in ("train_loss", "loss_clean", "loss_perturbed"):
         assert compiled[name] == pytest.approx(plain[name], rel=1e-3)
+
+
+def test_mixed_precision_is_what_the_flag_says(recipe, tmp_path):
+    found = results_of(recipe, tmp_path, "--mixed_precision=bf16", "--model=test_vit", "--epochs=1")
+    assert found["hardware"]["mixed_precision"] == "bf16"
+
+
+def test_the_schedule_is_warm_up_and_cosine_per_update_also_after_resuming(recipe, monkeypatch, tmp_path):
+    rates, original = [], recipe.RWP.step
+
+    def spy(self, *arguments):
+        rates.append(self.param_groups[0]["lr"])
+        return original(self, *arguments)
+
+    monkeypatch.setattr(recipe.RWP, "step", spy)
+    train(recipe, tmp_path, "--epochs=3", "--min_lr=0.001", "--warmup_lr=0.002", "--cooldown_epochs=1")
+    warm_up = [0.002 + (0.02 - 0.002) * step / 3 for step in range(3)]
+    cosine = [0.001 + (0.02 - 0.001) * (1 + math.cos(math.pi * step / 9)) / 2 for step in range(3, 9)]
+    assert rates == pytest.approx([*warm_up, *cosine, 0.001, 0.001, 0.001])
+    rates.clear()
+    (tmp_path / "results.json").unlink()
+    shutil.rmtree(tmp_path / "checkpoints" / "step_12")
+    flags = ["--epochs=3", "--min_lr=0.001", "--warmup_lr=0.002", "--cooldown_epochs=1"]
+    train(recipe, tmp_path, *flags, "--resume_from_checkpoint=latest")
+    assert rates == pytest.approx([0.001] * 3)
+
+
+def test_nothing_is_mixed_from_the_epoch_given(recipe, monkeypatch, tmp_path):
+    mixed, original = [], recipe.Mixup.__call__
+
+    def spy(self, images, targets):
+        before = images.clone()
+        after = original(self, images, targets)
+        mixed.append(not torch.equal(after[0], before))
+        return after
+
+    monkeypatch.setattr(recipe.Mixup, "__call__", spy)
+    train(recipe, tmp_path, "--mixup=1", "--mixup_off_epoch=1")
+    assert mixed == [True] * 6 + [False] * 6
 
 
 def test_trackers_get_the_figures(recipe, tmp_path):
@@ -461,6 +515,7 @@ def test_a_file_of_flags(recipe, tmp_path):
         (["--epochs=0"], "epochs=0"),
         (["--rwp_alpha=2"], "rwp_alpha=2"),
         (["--seed=-1"], "seed=-1"),
+        (["--opt=adahessian"], "opt='adahessian'.*second derivatives"),
         (["--opt=agd"], "none of timm's optimizers.*adagrad"),
         (["--sched=plateau"], "sched='plateau'"),
         (["--batch_size=34", "--mixup=1"], "parts of 17 images.*multiple of 4"),
@@ -518,10 +573,3 @@ def test_sam_with_a_gradient_scaler_is_refused(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "Accelerator", Scaled)
     with pytest.raises(ValueError, match="bf16"):
         train(recipe, tmp_path, "--method=sam")
-
-
-def test_a_checkpoint_of_another_method_or_a_longer_run_is_refused(recipe, tmp_path):
-    train(recipe, tmp_path, "--method=base", "--epochs=2")
-    for flags in (["--method=rwp", "--epochs=2"], ["--method=base", "--epochs=1"]):
-        with pytest.raises(ValueError, match="from epoch 2 of method 'base'"):
-            train(recipe, tmp_path, *flags, "--resume_from_checkpoint=latest")
