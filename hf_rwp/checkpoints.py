@@ -59,14 +59,20 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, state: dict[str, Any
             raise OSError(f"{folder.name} could not be written ({failures[0]}): is the disk full? {intact}")
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """The `state` that `save_checkpoint` wrote. Raises ValueError where the folder holds no whole checkpoint."""
+def read_state(folder: Path, needed: Collection[str] = ()) -> dict[str, Any]:
+    """The `state` that `save_checkpoint` wrote. needed: what it has to hold.
+
+    Raises ValueError where the folder holds no whole checkpoint, or one of something else.
+    """
     try:
         state: dict[str, Any] = json.loads((folder / STATE).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder} is no whole checkpoint ({type(error).__name__}: {error}): name a folder step_N that a run wrote"
         ) from error
+    missing = [name for name in needed if name not in state]
+    if missing:
+        raise ValueError(f"{folder} was written by another recipe or version: it lacks {', '.join(missing)}")
     return state
 
 
@@ -83,7 +89,8 @@ def newest(folder: Path) -> Path | None:
 def remove_checkpoints(folder: Path, keep: Collection[int]) -> None:
     """Delete all but the steps in `keep`, and what kills left; a kill on the way leaves nothing that looks whole."""
     old = [path for step, path in checkpoints_in(folder).items() if step not in keep]
-    for path in [*folder.glob("step_*.*"), *old]:
+    left = [path for kind in ("partial", "removed") for path in folder.glob(f"step_*.{kind}")]
+    for path in [*left, *old]:
         shutil.rmtree(path if path.suffix else path.rename(path.with_suffix(".removed")))
 
 

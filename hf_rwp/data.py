@@ -96,6 +96,8 @@ def _load_folder(folder: Path, names: Mapping[str, Sequence[str]], **options: An
         raise FileNotFoundError(
             f"data_dir={str(folder)!r} is not a folder: set the one that holds train and validation"
         )
+    if set("[]*?") & set(str(folder.resolve())):
+        raise ValueError(f"data_dir={str(folder)!r}: `datasets` takes [ ] * ? for a pattern, rename the folder")
     # Named here: `datasets` alone takes a class folder called train or test for a split, and gives no labels at all if
     # an unlabelled test folder lies beside the others.
     present = [path.name for path in folder.iterdir() if path.is_dir()]

@@ -14,14 +14,18 @@ _LOSSES: dict[str, dict[str, Any]] = {
     "loss_perturbed": {"label": "perturbed weights", "color": "#D55E00", "linestyle": "--", "marker": "s"},
     "loss_clean": {"label": "clean weights", "color": "#0072B2", "linestyle": "-", "marker": "o"},
 }
-_TOP1 = {"color": "#009E73", "linestyle": "-", "marker": "o"}
+_TOP1: dict[str, dict[str, Any]] = {
+    "top1": {"label": "weights", "color": "#009E73", "linestyle": "-", "marker": "o"},
+    "top1_ema": {"label": "average of weights", "color": "#CC79A7", "linestyle": "--", "marker": "s"},
+}
 
 
 def training_curves(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
     """Write a PNG: losses on the left, held-out top-1 accuracy in percent on the right, over the epochs.
 
-    history: one mapping an epoch with epoch, train_loss and, where they exist, loss_clean, loss_perturbed and top1 (a
-    fraction in [0, 1]); other keys are ignored. Losses that span more than a factor of ten get a logarithmic axis.
+    history: one mapping an epoch with epoch, train_loss and, where they exist, loss_clean, loss_perturbed, top1 and
+    top1_ema (fractions in [0, 1]); other keys are ignored. Losses that span more than a factor of ten get a
+    logarithmic axis. The last accuracy is written out, top1_ema where there is one.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     losses, accuracy = figure.subplots(1, 2)
@@ -37,7 +41,10 @@ def training_curves(history: Sequence[Mapping[str, Any]], path: str | os.PathLik
         losses.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         losses.yaxis.set_minor_formatter(NullFormatter())
 
-    _plot(accuracy, history, "top1", _TOP1, scale=100)
+    for key, style in _TOP1.items():
+        _plot(accuracy, history, key, style, scale=100)
+    if len(accuracy.lines) > 1:
+        accuracy.legend(frameon=False)
     _finish(accuracy, "Held-out top-1 accuracy (%)")
     for point in [(x, y) for line in accuracy.lines for x, y in line.get_xydata()][-1:]:
         accuracy.annotate(f"{point[1]:.2f} %", point, (0, -8), textcoords="offset points", ha="right", va="top")

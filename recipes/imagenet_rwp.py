@@ -35,7 +35,8 @@ ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 accelerate launch --config_file recipe
 
 Every flag can also stand in a file, `--config FILE.yaml`. On several replicas the odd ones take the perturbed gradient.
 A single one takes both: from the two halves of each batch, or by turns where it accumulates gradients.
-SIGTERM saves a checkpoint, and this process exits with status 75; a launcher reports failures in its own way.
+SIGTERM to this process, or to its group, saves a checkpoint and exits with status 75. `accelerate launch` reports a
+failure of its own then; given the signal alone, it ends and leaves a single process running.
 """
 
 import difflib
@@ -46,6 +47,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -90,6 +92,7 @@ HARMLESS = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "rep
 HARMLESS |= {"checkpointing_steps", "save_total_limit", "max_bad_images", "eval_only"}
 KEPT_BY_CHECKPOINTS = {"rwp_gamma", "rwp_seed", "opt", "opt_eps", "opt_betas", "momentum", "weight_decay"}
 KEPT_BY_CHECKPOINTS |= {"weight_decay_1d", "layer_decay", "model", "model_kwargs", "model_ema"}
+STATE = ("method", "arguments", "replicas", "step", "images", "seconds", "slots", "losses", "history")
 PREEMPTED = 75  # the exit status after SIGTERM, once a checkpoint is saved: EX_TEMPFAIL, "try again later"
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
@@ -241,6 +244,11 @@ class Arguments(ImageArguments, RWPArguments):
             ("cooldown_epochs", self.cooldown_epochs >= 0, "at least 0"),
             ("mixup_prob", 0 <= self.mixup_prob <= 1, "in [0, 1]"),
             ("mixup_switch_prob", 0 <= self.mixup_switch_prob <= 1, "in [0, 1]"),
+            (
+                "opt_betas",
+                self.opt_betas is None or len(self.opt_betas) > 1,
+                "two numbers or more, as the optimizer has",
+            ),
             ("opt", self.opt != "adahessian", "one that needs no second derivatives"),
             ("sched", self.sched != "none" or self.layer_decay is None, "`constant` or another one with layer_decay"),
             ("smoothing", 0 <= self.smoothing < 1, "in [0, 1)"),
@@ -302,7 +310,8 @@ def main(args: Arguments) -> None:
     micro_steps = 2 if mixes and replicas == accumulation == 1 else accumulation
     results_file, checkpoints = output_dir / "results.json", output_dir / "checkpoints"
     resume_from = checkpoint_to_resume(args, checkpoints, finished=results_file.exists())
-    state = read_state(resume_from) if resume_from else None
+    state = read_state(resume_from, needed=STATE) if resume_from else None
+    check_writable(output_dir)
     facts = {name: without_places(value) for name, value in asdict(args).items()}
     if not args.eval_only:
         check_batch(args, replicas, micro_steps, mixes)
@@ -312,7 +321,7 @@ def main(args: Arguments) -> None:
     set_seed(args.seed)
     splits = load_images(**args.data_options)
     label_names = splits["train"].features["label"].names
-    module, model_args = create_model(args, len(label_names))
+    module, model_args = create_model(args, label_names)
     data_config = resolve_data_config(
         {"img_size": args.img_size, "crop_pct": args.crop_pct, "interpolation": args.interpolation}, model=module
     )
@@ -330,8 +339,11 @@ def main(args: Arguments) -> None:
         if resume_from:
             module.load_state_dict(load_file(resume_from / "model.safetensors", device=str(device)))
         figures = evaluate_weights(module)
+        if resume_from and (averaged := resume_from / "custom_checkpoint_0.pkl").exists():
+            state_dict = torch.load(averaged, map_location=device, weights_only=True)
+            module.load_state_dict({name.removeprefix("module."): value for name, value in state_dict.items()})
+            figures |= {f"{name}_ema": value for name, value in evaluate_weights(module).items()}
         if accelerator.is_main_process:
-            output_dir.mkdir(parents=True, exist_ok=True)
             (output_dir / "eval.json").write_text(json.dumps(figures, indent=2))
             print(aligned({name: f"{value:.4f}" for name, value in figures.items()}))
         return
@@ -488,6 +500,9 @@ def main(args: Arguments) -> None:
                     stop()
             stops, unreadable = report(done)
             seconds = time.perf_counter() - started
+            if stops:  # evaluation may take longer than there is time
+                save(updates * images_per_update, seconds, figures_of_rwp()["slots"] if rwp else slots_before)
+                stop()
             progress.close()
 
             losses = tracker.total()
@@ -519,8 +534,7 @@ def main(args: Arguments) -> None:
                     print(f"noise / weights: {noise_sizes(row['rwp']) or 'none yet'}")
                 shown = {name: row[name] for name in ("train_loss", "top1", "top1_ema") if name in row}
                 print(f"epoch {epoch + 1}: " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
-            stops |= agree(accelerator, train_loader, args.max_bad_images, preempted.received)[0]
-            if stops and epoch + 1 < epochs:
+            if agree(accelerator, train_loader, args.max_bad_images, preempted.received)[0] and epoch + 1 < epochs:
                 stop()
     finally:
         optimizer.eval()  # an interrupt may have left noise in the weights
@@ -571,7 +585,7 @@ def check_arguments(facts: dict, saved: dict, replicas: int, saved_replicas: int
     changed = [name for name in facts if name in saved and facts[name] != saved[name] and name not in HARMLESS]
     if not facts["streaming"] and "workers" in changed:
         changed.remove("workers")
-    kept = [name for name in changed if name in KEPT_BY_CHECKPOINTS]
+    kept = [name for name in changed if name in KEPT_BY_CHECKPOINTS or (name == "lr" and facts["sched"] == "none")]
     if kept:
         raise ValueError(
             f"the checkpoint was written with {', '.join(f'{name}={saved[name]!r}' for name in kept)}, and keeps that: "
@@ -586,6 +600,16 @@ def check_arguments(facts: dict, saved: dict, replicas: int, saved_replicas: int
             "it will not end in the same bits",
             file=sys.stderr,
         )
+
+
+def check_writable(output_dir: Path) -> None:
+    """Raise ValueError now, not after the first epoch."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise ValueError(f"output_dir={str(output_dir)!r} cannot be written to ({error}): set another one") from error
 
 
 def check_batch(args: Arguments, replicas: int, micro_steps: int, mixes: bool) -> None:
@@ -608,7 +632,7 @@ def check_batch(args: Arguments, replicas: int, micro_steps: int, mixes: bool) -
         )
 
 
-def create_model(args: Arguments, num_classes: int) -> tuple[nn.Module, dict]:
+def create_model(args: Arguments, label_names: list[str]) -> tuple[nn.Module, dict]:
     """The model, and the arguments that make it again, beside the classes."""
     model_args = yaml.safe_load(args.model_kwargs)
     name = args.model
@@ -616,7 +640,7 @@ def create_model(args: Arguments, num_classes: int) -> tuple[nn.Module, dict]:
         name = f"local-dir:{args.pretrained}" if Path(args.pretrained).is_dir() else f"hf-hub:{args.pretrained}"
     rates = {"drop_rate": args.drop, "drop_path_rate": args.drop_path}
     rates = {rate: value for rate, value in rates.items() if value is not None}
-    options = {"num_classes": num_classes, **rates, **model_args}
+    options = {"num_classes": len(label_names), **rates, **model_args}
     try:
         model = timm.create_model(name, pretrained=args.pretrained is not None, **options)
     except (OSError, RuntimeError, ValueError) as error:
@@ -627,14 +651,30 @@ def create_model(args: Arguments, num_classes: int) -> tuple[nn.Module, dict]:
             "or an id on the Hub, and check the connection and your access (`hf auth login`)"
         ) from error
     config = model.pretrained_cfg
-    if args.eval_only and args.pretrained and config["num_classes"] != num_classes:
-        raise ValueError(
-            f"{args.pretrained} tells {config['num_classes']} classes apart and the data has {num_classes}: "
-            "eval_only needs the data that the weights were trained for"
-        )
-    if config.get("fixed_input_size") and args.img_size:
-        model.set_input_size(img_size=args.img_size)
-        model_args["img_size"] = args.img_size
+    names, count = config.get("label_names") or label_names, config["num_classes"]
+    if args.pretrained and (count != len(label_names) or names != label_names):
+        if args.eval_only:
+            index = next(
+                (i for i, pair in enumerate(zip(names, label_names, strict=False)) if len(set(pair)) > 1), None
+            )
+            first = (
+                "" if index is None else f"; class {index} is {names[index]!r} there and {label_names[index]!r} here"
+            )
+            raise ValueError(
+                f"{args.pretrained} tells {count} classes apart and the data has {len(label_names)}{first}. eval_only "
+                "needs the classes that the weights were trained for, in the same order"
+            )
+        model.reset_classifier(len(label_names))  # as many as before may still be others
+    pixels = args.img_size and (args.img_size, args.img_size)
+    if config.get("fixed_input_size") and pixels and "img_size" not in model_args:
+        if hasattr(model, "set_input_size"):
+            model.set_input_size(img_size=args.img_size)
+            model_args["img_size"] = args.img_size
+        elif tuple(config["input_size"][1:]) != pixels:
+            raise ValueError(
+                f"model={args.model!r} takes images of {config['input_size'][1]} pixels: set img_size to that, or give "
+                "another size in model_kwargs, {img_size: ...}, if timm's model has such an argument"
+            )
     return model, model_args
 
 

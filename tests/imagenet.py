@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from accelerate.state import AcceleratorState
 from datasets import DatasetDict
 
 from hf_rwp.arguments import parse_arguments
@@ -33,6 +34,7 @@ def few_digits(**_):
 
 
 def train(recipe, folder, *flags):
+    AcceleratorState._reset_state(True)  # a process of its own
     recipe.main(parse_arguments(recipe.Arguments, [*SMALL, "--epochs=2", *flags, f"--output_dir={folder}"]))
 
 

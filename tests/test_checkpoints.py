@@ -47,10 +47,10 @@ def test_a_step_that_is_there_is_never_without_a_checkpoint(accelerator, tmp_pat
 
 
 def test_only_what_is_to_be_kept_is_kept(tmp_path):
-    for name in ("step_1", "step_2", "step_3", "step_2.removed", "step_4.partial", "others"):
+    for name in ("step_1", "step_2", "step_3", "step_2.removed", "step_4.partial", "others", "step_1.backup"):
         (tmp_path / name).mkdir()
     remove_checkpoints(tmp_path, keep=[3])
-    assert names(tmp_path) == ["others", "step_3"]
+    assert names(tmp_path) == ["others", "step_1.backup", "step_3"]
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[1"])
@@ -59,6 +59,12 @@ def test_what_is_not_whole_is_refused(tmp_path, content):
         (tmp_path / "state.json").write_text(content)
     with pytest.raises(ValueError, match="is no whole checkpoint"):
         read_state(tmp_path)
+
+
+def test_a_checkpoint_of_something_else_is_refused(accelerator, tmp_path):
+    save_checkpoint(accelerator, tmp_path / "step_1", {"images": 1})
+    with pytest.raises(ValueError, match=r"another recipe or version: it lacks losses"):
+        read_state(tmp_path / "step_1", needed=["images", "losses"])
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])

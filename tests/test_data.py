@@ -796,3 +796,9 @@ def test_batches_are_contiguous_whatever_the_images_are(transform):
     assert images.is_contiguous()
     assert images.dtype == (torch.float32 if transform is as_float else torch.uint8)
     assert images.tolist() == colors.transpose(0, 3, 1, 2).tolist()
+
+
+def test_a_folder_whose_name_is_a_pattern_is_refused(tmp_path):
+    (tmp_path / "pets[1]").mkdir()
+    with pytest.raises(ValueError, match=r"takes \[ \] \* \? for a pattern, rename"):
+        load_images(str(tmp_path / "pets[1]"))

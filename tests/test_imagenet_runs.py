@@ -218,7 +218,26 @@ def test_sigterm_saves_and_exits_with_a_status_of_its_own(recipe, preempting, tm
     assert_same_run(again, results_of(recipe, tmp_path / "whole"))
 
 
-def test_sigterm_in_the_last_step_of_an_epoch_evaluates_first(recipe, monkeypatch, tmp_path):
+def test_sigterm_in_the_last_step_of_an_epoch_saves_before_evaluation(recipe, monkeypatch, tmp_path):
+    """Twice: the first of the two epochs, and the last."""
+    original = recipe.RWP.step
+
+    def step(self, *arguments):
+        if self.state_dict()["rwp"]["windows"] in (3, 6):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(recipe.RWP, "step", step)
+    for resumed in ([], ["--resume_from_checkpoint=latest"]):
+        with pytest.raises(SystemExit):
+            train(recipe, tmp_path / "run", *resumed)
+    assert steps(tmp_path / "run") == [3, 6]
+    monkeypatch.setattr(recipe.RWP, "step", original)
+    again = results_of(recipe, tmp_path / "run", "--resume_from_checkpoint=latest")
+    assert_same_run(again, results_of(recipe, tmp_path / "whole"))
+
+
+def test_sigterm_during_evaluation_saves_after_it(recipe, monkeypatch, tmp_path):
     original = recipe.validate
 
     def validate(*arguments):
@@ -545,8 +564,31 @@ def test_evaluation_of_weights_for_other_classes_is_refused(recipe, loaded, pict
     recipe.load_images = few_digits
     train(recipe, tmp_path / "run", "--epochs=1")
     recipe.load_images = load_images
-    with pytest.raises(ValueError, match="tells 10 classes apart and the data has 2"):
+    with pytest.raises(ValueError, match="10 classes apart and the data has 2; class 0 is '0' there and 'dark' here"):
         train(recipe, tmp_path / "eval", f"--pretrained={tmp_path}/run/model", f"--data_dir={pictures}", "--eval_only")
+
+
+def test_as_many_classes_in_another_order_are_not_evaluated(loaded, pictures, tmp_path):
+    flags = [f"--data_dir={pictures}", "--batch_size=8", "--epochs=1"]
+    train(loaded, tmp_path / "run", *flags)
+    for split in ("train", "val"):
+        (pictures / split / "dark").rename(pictures / split / "shade")
+    source = f"--pretrained={tmp_path / 'run' / 'model'}"
+    with pytest.raises(
+        ValueError, match="2 classes apart and the data has 2; class 0 is 'dark' there and 'light' here"
+    ):
+        train(loaded, tmp_path / "eval", flags[0], "--eval_only", source)
+    head = load_file(tmp_path / "run" / "model" / "model.safetensors")["fc.weight"]
+    train(loaded, tmp_path / "tuned", *flags, source, "--lr=1e-30")
+    assert not torch.allclose(load_file(tmp_path / "tuned" / "model" / "model.safetensors")["fc.weight"], head)
+
+
+def test_evaluation_of_a_checkpoint_has_the_average_too(recipe, tmp_path):
+    final = results_of(recipe, tmp_path / "run", "--model_ema", "--model_ema_decay=0.5")["final"]
+    train(recipe, tmp_path / "eval", f"--resume_from_checkpoint={tmp_path}/run/checkpoints/step_6", "--eval_only")
+    found = json.loads((tmp_path / "eval" / "eval.json").read_text())
+    assert found == pytest.approx({name: final[name] for name in found}, rel=1e-5)
+    assert {"eval_loss", "eval_loss_ema"} <= set(found)
 
 
 def test_fine_tuning_begins_with_the_weights_given_and_a_new_head(recipe, pictures, tmp_path):

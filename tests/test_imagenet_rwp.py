@@ -524,6 +524,10 @@ def test_a_file_of_flags(recipe, tmp_path):
         (["--model_kwargs=[1]"], "no mapping"),
         (["--model_kwargs={nothing: 1}"], "nothing"),
         (["--eval_only"], "nothing to evaluate"),
+        (["--opt_betas=0.9"], "opt_betas=.*two numbers"),
+        (["--aa=trivial"], "aa='trivial'"),
+        (["--model=pit_ti_224"], "takes images of 224 pixels"),
+        (["--drop=1"], "drop=1"),
         (["--sam_rho=0"], "sam_rho=0"),
         (["--cutout=16"], "cutout=16.*16 pixels"),
         (["--pretrained=absent/folder"], "absent/folder"),
@@ -573,3 +577,9 @@ def test_sam_with_a_gradient_scaler_is_refused(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "Accelerator", Scaled)
     with pytest.raises(ValueError, match="bf16"):
         train(recipe, tmp_path, "--method=sam")
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_training(recipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"output_dir=.*file' cannot be written to"):
+        train(recipe, tmp_path / "file")

@@ -94,3 +94,8 @@ def test_cutout_erases_a_square_of_every_image(picture, normalized):
 def test_a_cutout_of_the_whole_image_is_refused():
     with pytest.raises(ValueError, match="cutout=24 would erase all of an image of 24 pixels"):
         erasings(ImageArguments(data_dir="cifar", cutout=24), CONFIG, CPU)
+
+
+def test_an_unknown_augmentation_is_refused():
+    with pytest.raises(ValueError, match="aa='trivial' is no augmentation that timm knows"):
+        image_transforms(ImageArguments(data_dir="pets", aa="trivial"), CONFIG)
