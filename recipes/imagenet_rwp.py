@@ -172,8 +172,8 @@ class Arguments(ImageArguments, RWPArguments):
     eval_only: bool = field(
         default=False,
         metadata={
-            "help": "Whether to evaluate alone, `--pretrained` weights or a checkpoint; data of a single split is fine if "
-            "`--validation_split` names it."
+            "help": "Whether to evaluate alone, `--pretrained` weights or a checkpoint; data of a single split is fine "
+            "if `--validation_split` names it."
         },
     )
     output_dir: str | None = field(

@@ -18,8 +18,8 @@ LAYERS = [
     {"noise", "placement", "hooks", "wrapper", "environment"},
     {"perturbation"},
     {"optimizer"},
-    {"tracking", "arguments", "data", "metrics", "sharpness", "plots", "hub", "checkpoints", "records", "loading"},
-    {"transforms"},
+    {"tracking", "arguments", "data", "metrics", "sharpness", "plots", "hub", "checkpoints", "records"},
+    {"transforms", "loading"},
     {"trainer"},
 ]
 ALONE = {  # the modules that may import a package of their own choice
