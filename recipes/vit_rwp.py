@@ -38,8 +38,10 @@ The flags are Trainer's own (`--num_train_epochs`, `--bf16`, `--push_to_hub`, ..
 that imagenet_rwp.py has as well; all can stand in a file, `--config FILE.yaml`.
 """
 
+import copy
 import difflib
 import importlib.util
+import itertools
 import json
 import math
 import re
@@ -140,7 +142,7 @@ class Arguments(ImageArguments, RWPTrainingArguments):
     mixup: float = field(default=0.0, metadata={"help": "Mixup's alpha; 0 is none."})
     cutmix: float = field(default=0.0, metadata={"help": "CutMix's alpha; 0 is none."})
     dataloader_pin_memory: bool = field(
-        default_factory=torch.cuda.is_available, metadata={"help": "Whether to pin memory; as useful if not set."}
+        default=torch.cuda.is_available(), metadata={"help": "Whether to pin the images' memory, for a GPU."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of weights, shuffling and augmentation, at least 0."})
     # Output
@@ -156,8 +158,7 @@ class Arguments(ImageArguments, RWPTrainingArguments):
     save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
     save_total_limit: int | None = field(default=2, metadata={"help": "How many of the last checkpoints are kept."})
     disable_tqdm: bool | None = field(
-        default_factory=lambda: not sys.stderr.isatty(),
-        metadata={"help": "Whether to show no progress bars; there are some on a terminal alone if not set."},
+        default=None, metadata={"help": "Whether to hide progress bars; shown on a terminal alone if not set."}
     )
     logging_strategy: str = field(default="epoch", metadata={"help": "When to log the losses: no, steps or epoch."})
     logging_nan_inf_filter: bool = field(
@@ -192,6 +193,8 @@ class Arguments(ImageArguments, RWPTrainingArguments):
         if self.output_dir is None:
             data = Path(self.data_dir or self.dataset or "digits").name
             self.output_dir = f"outputs/{data}_vit_{self.method}_seed{self.seed}"
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()
         if self.label_names is None:
             self.label_names = ["labels"]  # which Trainer does not find under a PEFT model
         RWPTrainingArguments.__post_init__(self)
@@ -228,8 +231,8 @@ class Arguments(ImageArguments, RWPTrainingArguments):
             )
         if not isinstance(yaml.safe_load(self.model_kwargs), dict):
             raise ValueError(f"model_kwargs={self.model_kwargs!r} is no mapping: write it as {{name: value}}")
-        if self.mixup or self.cutmix:
-            self.dataloader_drop_last = True  # pairs of images are mixed, and the last batch may be odd
+        if self.dataloader_drop_last:
+            raise ValueError("dataloader_drop_last=True would leave images out of the evaluation, too: set it to false")
 
     @property
     def method(self) -> str:
@@ -320,10 +323,12 @@ def main(args: Arguments) -> None:
 class ImageTrainer(RWPTrainer):
     """RWPTrainer for an `ImageDataset`, with timm's Mixup and CutMix.
 
-    Mixing happens in `compute_loss`, which sees one micro-step's images: RWP's two gradients share none.
+    Mixing happens in `compute_loss`, which sees one micro-step's images: RWP's two gradients share none. As pairs are
+    mixed, and an epoch's last batch may be odd, that is left out then.
     """
 
     mixup: Mixup | None = None
+    rows: Any = None  # the order of the training images
 
     def mix(self, num_classes: int) -> None:
         """Mix from now on, if the arguments say so. Raises ValueError for a batch that does not make pairs."""
@@ -346,7 +351,9 @@ class ImageTrainer(RWPTrainer):
         if self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return ShuffledRows(len(self.train_dataset), seed)
+        together = self.args.train_batch_size * self.args.world_size if self.mixup else 1
+        self.rows = ShuffledRows(len(self.train_dataset), seed, together)
+        return self.rows
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.mixup is None or not model.training:
@@ -355,24 +362,48 @@ class ImageTrainer(RWPTrainer):
         logits = model(pixel_values=images).logits
         return -(targets * log_softmax(logits.float(), dim=1)).sum(1).mean()
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's, without a draw from the generator of training, before or after which a checkpoint may be made."""
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluate(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._restore(resume_from_checkpoint) or super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        self._restore(self.state.best_model_checkpoint) or super()._load_best_model()
+
+    def _restore(self, checkpoint: str) -> bool:
+        """Load a checkpoint's weights, unless they are LoRA's; whether it did.
+
+        Trainer looks for the names that weights have in memory. A ViT's are saved under older ones, in checkpoints too:
+        it would pass them over, with a warning (huggingface/transformers issue 43701).
+        """
+        if not isinstance(self.model, PreTrainedModel):
+            return False
+        saved = type(self.model).from_pretrained(checkpoint, config=copy.deepcopy(self.model.config))
+        self.model.load_state_dict(saved.state_dict())
+        return True
+
 
 class ShuffledRows(torch.utils.data.Sampler):
-    """All rows of an `ImageDataset` in an order of (seed, epoch), as keys that seed the augmentation of each batch.
+    """The rows of an `ImageDataset` in an order of (seed, epoch), as keys that seed the augmentation of each batch.
 
-    A resumed run meets the same images, whatever was loaded ahead of the checkpoint.
+    A resumed run meets the same images, whatever was loaded ahead of the checkpoint. together: as many rows as this
+    divides, those that are left over are left out.
     """
 
-    def __init__(self, size: int, seed: int) -> None:
-        self.plan = BatchPlan(size, batch_size=1, training=True, seed=seed)
+    def __init__(self, size: int, seed: int, together: int = 1) -> None:
+        self.plan = BatchPlan(size, batch_size=together, training=True, seed=seed)
 
     def set_epoch(self, epoch: int) -> None:
         self.plan.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return self.plan.size
+        return len(self.plan) * self.plan.batch_size
 
     def __iter__(self) -> Any:
-        return (key for (key,) in self.plan)
+        return itertools.chain.from_iterable(self.plan)
 
 
 class Record(TrainerCallback):
@@ -396,9 +427,12 @@ class Record(TrainerCallback):
     def on_epoch_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.started = time.perf_counter() - self.seconds
         self.seconds = 0.0
+        if self.trainer.rows is not None:  # Trainer does not reach it on several replicas, in the epoch that it resumes
+            self.trainer.rows.set_epoch(math.floor(round(state.epoch or 0, 6)))
 
     def on_step_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if control.should_save:
+            control.should_log = True  # a checkpoint holds what was logged, not the losses since then
             self.note(state, whole=False)
         elif state.global_step % (state.logging_steps or 1) == 0:
             self.unreadable(self.trainer.train_dataset)
@@ -518,11 +552,10 @@ def create_model(args: Arguments, label_names: list[str]) -> tuple[PreTrainedMod
 def load_weights(args: Arguments, classes: dict, kwargs: dict) -> PreTrainedModel:
     """The model with trained weights, and a new head where the classes differ; ValueError if more would be new."""
     try:
-        config = AutoConfig.from_pretrained(args.weights, num_labels=len(classes["id2label"]), **classes)
+        config = AutoConfig.from_pretrained(args.weights)
         if isinstance(config, TimmWrapperConfig):
-            config.model_args = {**(config.model_args or {}), **kwargs} or None
-        else:
-            config.update(kwargs)
+            kwargs = {"model_args": {**(config.model_args or {}), **kwargs} or None}
+        config.update({**classes, **kwargs})
         model, loading = AutoModelForImageClassification.from_pretrained(
             args.weights,
             config=config,
