@@ -182,6 +182,7 @@ class Arguments(ImageArguments, RWPTrainingArguments):
     shuffle_buffer: int = field(default=1, init=False, repr=False)
     train_num_samples: int | None = field(default=None, init=False, repr=False)
     remove_unused_columns: bool = field(default=False, init=False, repr=False)
+    prediction_loss_only: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         img_size = self.img_size
@@ -291,7 +292,7 @@ def main(args: Arguments) -> None:
 
     history = epochs_of(trainer.state.log_history, len(trainer.train_dataset))
     if "top1" not in history[-1]:
-        history[-1] |= {name.removeprefix("eval_"): value for name, value in accuracies(trainer.evaluate()).items()}
+        history[-1] |= accuracies(trainer.evaluate())
     best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None
     kept = accuracies(trainer.evaluate()) if best else {}
     digests = gather_object([weights_digest(unwrapped(model))])
@@ -433,7 +434,7 @@ class Record(TrainerCallback):
     def on_step_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if control.should_save:
             control.should_log = True  # a checkpoint holds what was logged, not the losses since then
-            self.note(state, whole=False)
+            self.note(state, whole=state.epoch == round(state.epoch))
         elif state.global_step % (state.logging_steps or 1) == 0:
             self.unreadable(self.trainer.train_dataset)
 
@@ -716,7 +717,7 @@ def epochs_of(log_history: list[dict[str, Any]], images: int) -> list[dict[str, 
     """
     rows: dict[int, dict[str, Any]] = {}
     logged: dict[int, list[tuple[int, dict[str, float]]]] = {}
-    last_step, last_epoch = 0, 0.0
+    last_step = 0
     for entry in log_history:
         number = math.ceil(round(entry["epoch"], 6))
         row = rows.setdefault(number, {})
@@ -724,8 +725,6 @@ def epochs_of(log_history: list[dict[str, Any]], images: int) -> list[dict[str, 
             if entry["whole"]:
                 epoch = round(entry["epoch"], 6)
                 row |= {name: value for name, value in entry.items() if name != "whole"} | {"epoch": epoch}
-                row["images_per_second"] = (epoch - last_epoch) * images / entry["seconds"]
-                last_epoch = epoch
         elif {"loss", "learning_rate"} <= entry.keys():
             logged.setdefault(number, []).append((entry["step"] - last_step, entry))
             last_step, row["learning_rate"] = entry["step"], entry["learning_rate"]
@@ -737,7 +736,10 @@ def epochs_of(log_history: list[dict[str, Any]], images: int) -> list[dict[str, 
             if known:
                 mean = sum(steps * value for steps, value in known) / sum(steps for steps, _ in known)
                 rows[number]["train_loss" if name == "loss" else name] = mean
-    return [row for row in rows.values() if "seconds" in row]
+    whole = [row for row in rows.values() if "seconds" in row]
+    for row, begin in zip(whole, [0.0, *(row["epoch"] for row in whole)], strict=False):
+        row["images_per_second"] = (row["epoch"] - begin) * images / row["seconds"]
+    return whole
 
 
 def accuracies(figures: dict[str, float]) -> dict[str, float]:
