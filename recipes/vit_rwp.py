@@ -369,10 +369,12 @@ class ImageTrainer(RWPTrainer):
             return super().evaluate(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._restore(resume_from_checkpoint) or super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self._restore(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        self._restore(self.state.best_model_checkpoint) or super()._load_best_model()
+        if not self._restore(self.state.best_model_checkpoint):
+            super()._load_best_model()
 
     def _restore(self, checkpoint: str) -> bool:
         """Load a checkpoint's weights, unless they are LoRA's; whether it did.
