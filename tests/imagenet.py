@@ -1,4 +1,4 @@
-"""Start recipes/imagenet_rwp.py: in this process on a hundred of the digits, or as a user does."""
+"""Start a recipe, imagenet_rwp.py if not told so: in this process on a hundred of the digits, or as a user does."""
 
 import importlib.util
 import json
@@ -18,12 +18,12 @@ RECIPE = RECIPES / "imagenet_rwp.py"
 SMALL = ["--img_size=16", "--batch_size=32", "--lr=0.02", "--report_to=none"]  # three steps an epoch
 
 
-def load_recipe():
-    if RECIPE.stem not in sys.modules:
-        spec = importlib.util.spec_from_file_location(RECIPE.stem, RECIPE)
-        module = sys.modules[RECIPE.stem] = importlib.util.module_from_spec(spec)
+def load_recipe(path=RECIPE):
+    if path.stem not in sys.modules:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    return sys.modules[RECIPE.stem]
+    return sys.modules[path.stem]
 
 
 def few_digits(**_):

@@ -12,11 +12,14 @@ import pytest
 import yaml
 from accelerate.commands.config import load_config_from_file
 from imagenet import RECIPES, load_recipe, results
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+from vit import TINY, load_vit_recipe
 
 from hf_rwp.arguments import parse_arguments
 from hf_rwp.data import load_images
 
 CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
+VIT_CONFIGS = sorted((RECIPES / "configs" / "vit").glob("*.yaml"))
 LAUNCHES = sorted((RECIPES / "accelerate").glob("*.yaml"))
 
 
@@ -38,15 +41,42 @@ def test_a_configuration_starts(config, pictures, tmp_path):
     settings = yaml.safe_load(config.read_text())
     small = ["--epochs=1", "--batch_size=12", "--mixed_precision=no", "--workers=0", "--report_to=none"]
     small += [f"--data_dir={pictures}", f"--img_size={min(settings['img_size'], 32)}", f"--output_dir={tmp_path}"]
-    args = parse_arguments(recipe.Arguments, [f"--config={config}", *small])
-    for name, value in settings.items():
-        if not any(flag.startswith(f"--{name}=") for flag in small):
+    recipe.main(parse_whole(recipe, config, small))
+    assert results(tmp_path)["final"]["rwp"]["slots"] == {"clean": 2, "perturbed": 2}
+
+
+def parse_whole(recipe, config, flags):
+    """The arguments of a configuration, once all of it is seen to have reached them; flags win."""
+    args = parse_arguments(recipe.Arguments, [f"--config={config}", *flags])
+    for name, value in yaml.safe_load(config.read_text()).items():
+        if not any(flag.startswith(f"--{name}=") for flag in flags):
             kept = getattr(args, name)
             if isinstance(kept, float):
                 value = float(value)  # 1e-4 is a string to YAML 1.1
-            assert (json.loads(kept) if isinstance(value, dict) else kept) == value, name
-    recipe.main(args)
-    assert results(tmp_path)["final"]["rwp"]["slots"] == {"clean": 2, "perturbed": 2}
+            if isinstance(value, dict):
+                kept = json.loads(kept) if isinstance(kept, str) else kept
+                value = {key: float(item) for key, item in value.items()}
+            assert kept == value, name
+    return args
+
+
+@pytest.mark.parametrize("config", VIT_CONFIGS, ids=lambda path: path.stem)
+def test_a_configuration_for_vits_starts(config, pictures, tmp_path):
+    """The same, with random weights: those of a tiny ViT where the configuration names trained ones."""
+    recipe = load_vit_recipe()
+    recipe.load_images = load_images
+    settings = yaml.safe_load(config.read_text())
+    small = ["--max_steps=2", "--per_device_train_batch_size=12", "--bf16=false", "--dataloader_num_workers=0"]
+    small += ["--dataloader_persistent_workers=false", "--report_to=none", f"--data_dir={pictures}"]
+    if "/" in settings["model_name_or_path"]:
+        folder = tmp_path / "trained"
+        ViTForImageClassification(ViTConfig(**TINY, image_size=32)).save_pretrained(folder)
+        ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+        small.append(f"--model_name_or_path={folder}")
+    else:
+        small.append("--img_size=32")
+    recipe.main(parse_whole(recipe, config, [*small, f"--output_dir={tmp_path / 'out'}"]))
+    assert results(tmp_path / "out")["final"]["rwp"]["slots"] == {"clean": 2, "perturbed": 2}
 
 
 def test_the_digits_file_says_what_no_flag_means():
