@@ -599,3 +599,40 @@ def test_fine_tuning_begins_with_the_weights_given_and_a_new_head(recipe, pictur
     before, after = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "tuned"))
     torch.testing.assert_close(after["layer4.0.conv1.weight"], before["layer4.0.conv1.weight"])
     assert after["fc.weight"].shape == (2, before["fc.weight"].shape[1])
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--mixed_precision=fp16", "--clip_grad=1", "--model_ema"],
+        ["--mixed_precision=bf16", "--channels_last", "--mixup=0.8", "--reprob=0.5"],
+        ["--mixed_precision=fp16", "--method=base", "--torch_compile"],
+    ],
+    ids=" ".join,
+)
+def test_a_gpu_resumes_bit_exactly(recipe, tmp_path, flags):
+    flags = [*flags, "--deterministic", "--checkpointing_steps=2", "--save_total_limit=9"]
+    whole = results_of(recipe, tmp_path / "whole", *flags)
+    for step in (2, 3, 4):
+        folder = cut_back(tmp_path / "whole", tmp_path / f"from_{step}", step)
+        assert_same_run(results_of(recipe, folder, *flags, "--resume_from_checkpoint=latest"), whole)
+
+
+@pytest.mark.gpu
+def test_a_gpu_learns_what_a_cpu_learns(recipe, tmp_path):
+    run = launch(
+        "-c",
+        (
+            f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import imagenet\n"
+            "recipe = imagenet.load_recipe(); recipe.load_images = imagenet.few_digits\n"
+            f"imagenet.train(recipe, {str(tmp_path / 'cpu')!r})"
+        ),
+        ACCELERATE_USE_CPU="true",
+    )
+    assert run.returncode == 0, run.stderr
+    on_gpu = results_of(recipe, tmp_path / "gpu", "--deterministic")["history"][0]
+    assert on_gpu["loss_clean"] == pytest.approx(results(tmp_path / "cpu")["history"][0]["loss_clean"], rel=1e-2)
