@@ -151,6 +151,9 @@ class Arguments(ImageArguments, RWPTrainingArguments):
         default=None,
         metadata={"help": "Folder for all that is written; outputs/DATA_vit_METHOD_seedN if not set."},
     )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Whether a run that output_dir holds may be deleted for this one."}
+    )
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "A checkpoint's path, or `latest` for the last one in output_dir."}
     )
@@ -249,7 +252,7 @@ class Arguments(ImageArguments, RWPTrainingArguments):
 def main(args: Arguments) -> None:
     output_dir = Path(args.output_dir)
     results_file = output_dir / "results.json"
-    resume_from = checkpoint_to_resume(args, unfinished=not results_file.exists())
+    resume_from = checkpoint_to_resume(args, finished=results_file.exists())
 
     set_seed(args.seed)
     splits = load_images(**args.data_options)
@@ -677,8 +680,8 @@ def save_whole(
     processor(data_config).save_pretrained(folder)
 
 
-def checkpoint_to_resume(args: Arguments, unfinished: bool) -> Path | None:
-    """The checkpoint that the flags name. Raises where they name none, and where going without would lose some."""
+def checkpoint_to_resume(args: Arguments, finished: bool) -> Path | None:
+    """The checkpoint that the flags name. Raises where they name none, and where a run would be lost that is there."""
     last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     if args.resume_from_checkpoint == "latest":
         if last is None:
@@ -691,13 +694,16 @@ def checkpoint_to_resume(args: Arguments, unfinished: bool) -> Path | None:
                 f"resume_from_checkpoint={str(folder)!r} is no folder checkpoint-STEP with a trainer_state.json: set "
                 "one that this recipe wrote, or latest"
             )
-        return folder
-    if last and unfinished and not args.eval_only:
+    else:
+        folder = None
+    inside = folder is not None and folder.resolve().parent == Path(args.output_dir).resolve()
+    if (last or finished) and not (inside or args.eval_only or args.overwrite_output_dir):
+        what = "a finished run" if finished else "the checkpoints of an unfinished run"
         raise FileExistsError(
-            f"{args.output_dir} holds the checkpoints of an unfinished run: set --resume_from_checkpoint latest to go "
-            "on, or another --output_dir, or delete it"
+            f"{args.output_dir} holds {what}: set another --output_dir, or --resume_from_checkpoint latest to go on, "
+            "or --overwrite_output_dir to delete it"
         )
-    return None
+    return folder
 
 
 def step_of(checkpoint: Path) -> int | None:

@@ -310,13 +310,14 @@ def test_two_replicas_resume_bit_exactly(tmp_path):
     assert figures_of(results(folder)) == figures_of(results(whole))
 
 
-def test_an_unfinished_run_is_not_started_over(tmp_path):
+def test_a_run_is_not_lost_to_another_unless_asked_for(tmp_path):
     train(tmp_path / "run", *SCRATCH)
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-8"}
     folder = cut_back(tmp_path / "run", tmp_path / "cut", 4)
-    with pytest.raises(FileExistsError, match="--resume_from_checkpoint latest"):
-        train(folder, *SCRATCH)
-    train(tmp_path / "run", *SCRATCH, "--save_strategy=no")  # a finished one is
+    for occupied, what in ((folder, "unfinished run"), (tmp_path / "run", "a finished run")):
+        with pytest.raises(FileExistsError, match=f"{what}.*--overwrite_output_dir"):
+            train(occupied, *SCRATCH)
+    train(tmp_path / "run", *SCRATCH, "--save_strategy=no", "--overwrite_output_dir")
     assert not list((tmp_path / "run").glob("checkpoint-*"))
     for named in ("latest", str(tmp_path / "cut")):
         with pytest.raises(FileNotFoundError, match="checkpoint"):
