@@ -5,9 +5,16 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_HOME = {"RWP": "optimizer", "LossTracker": "tracking", "RWPArguments": "arguments"}
+_HOME = {
+    "RWP": "optimizer",
+    "LossTracker": "tracking",
+    "RWPArguments": "arguments",
+    "RWPTrainingArguments": "arguments",
+    "RWPTrainer": "trainer",
+    "RWPTrainerMixin": "trainer",
+}
 
-__all__ = ["RWP", "LossTracker", "RWPArguments", "__version__"]
+__all__ = ["RWP", "LossTracker", "RWPArguments", "RWPTrainer", "RWPTrainerMixin", "RWPTrainingArguments", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from hf_rwp.noise import MODES, SCHEDULES, gamma_factor
 
@@ -19,6 +19,11 @@ Arguments = TypeVar("Arguments")
 @dataclass
 class RWPArguments:
     """The options of `RWP`, and a schedule for gamma, as flags for `HfArgumentParser`.
+
+    For a Trainer with arguments of its own, such as TRL's, put it in front of them:
+
+        @dataclass
+        class RWPSFTConfig(RWPArguments, SFTConfig): ...
 
     Raises ValueError for a value out of range.
     """
@@ -46,6 +51,12 @@ class RWPArguments:
     )
     rwp_noise_1d: bool = field(
         default=True, metadata={"help": "Whether biases and norm weights are perturbed as well."}
+    )
+    rwp_frozen: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether frozen weights are perturbed as well, such as the base weights under LoRA (Flat-LoRA)."
+        },
     )
     rwp_eta: float = field(
         default=0.0, metadata={"help": "ARWP's damping of the noise where gradients are large, at least 0; 0 is none."}
@@ -81,11 +92,12 @@ class RWPArguments:
             raise ValueError(
                 f"rwp_growth={self.rwp_growth} has no effect while rwp_schedule is constant: set it to linear or cosine"
             )
+        getattr(super(), "__post_init__", lambda: None)()
 
     @property
     def rwp_options(self) -> dict[str, Any]:
         """Keyword arguments for `RWP`."""
-        names = ("gamma", "alpha", "seed", "noise", "noise_1d", "eta", "beta")
+        names = ("gamma", "alpha", "seed", "noise", "noise_1d", "frozen", "eta", "beta")
         return {name: getattr(self, f"rwp_{name}") for name in names}
 
     def rwp_gamma_factor(self, progress: float) -> float:
@@ -219,6 +231,11 @@ class ImageArguments:
 
 def _increasing(pair: Sequence[float] | None) -> bool:
     return pair is not None and len(pair) == 2 and 0 < pair[0] <= pair[1]
+
+
+@dataclass
+class RWPTrainingArguments(RWPArguments, TrainingArguments):
+    """`TrainingArguments` with the flags of RWP, for `RWPTrainer`."""
 
 
 def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None, description: str = "") -> Arguments:

@@ -46,7 +46,7 @@ class RWP(OptimizerWrapper):
 
     optimizer: the base optimizer, any `torch.optim.Optimizer` that needs no closure.
     model: the module that the loop calls and the optimizer's parameters belong to, before `accelerator.prepare`. A
-        parameter that is frozen, or not in the optimizer, is never perturbed.
+        parameter that is frozen, or not in the optimizer, is not perturbed.
     gamma: size of the noise, finite and >= 0. Relative to each filter's norm in mode `filter` (None: 0.01), to the rms
         of its weights in mode `filter_normalized` (None: 0.2). It lives in the param groups as `rwp_gamma`: set it
         there for a group of its own, 0 to exclude the group. 0 everywhere is the base optimizer, bit for bit.
@@ -57,6 +57,8 @@ class RWP(OptimizerWrapper):
         `gradient_accumulation_steps`, 1 without Accelerate.
     noise: `filter` (the paper's) or `filter_normalized`, see `hf_rwp.noise.noise_std`.
     noise_1d: whether parameters of at most one dimension (biases, norm weights) are perturbed as well.
+    frozen: whether frozen parameters are perturbed as well, with the first group's gamma: the base weights under LoRA,
+        as in Flat-LoRA (arXiv 2409.14396). They have to be floating-point.
     eta, beta: ARWP's damping (arXiv 2404.00357), less noise where gradients are large. eta: >= 0, 0 for none. beta: in
         [0, 1).
 
@@ -83,6 +85,7 @@ class RWP(OptimizerWrapper):
         accumulation_steps: int | None = None,
         noise: str = "filter",
         noise_1d: bool = True,
+        frozen: bool = False,
         eta: float = 0.0,
         beta: float = 0.99,
     ) -> None:
@@ -109,7 +112,7 @@ class RWP(OptimizerWrapper):
         self.model = innermost(model)
         self.alpha = alpha
         self._seed, self._accumulation_steps = seed, accumulation_steps
-        self._mode, self._noise_1d, self._eta, self._beta = noise, noise_1d, eta, beta
+        self._mode, self._noise_1d, self._frozen, self._eta, self._beta = noise, noise_1d, frozen, eta, beta
         earlier_default, self.defaults["rwp_gamma"] = self.defaults.get("rwp_gamma"), gamma
         for group in self.param_groups:
             if "initial_rwp_gamma" in group:  # from an earlier wrapper of the same base: keep what a user set alone
@@ -118,6 +121,8 @@ class RWP(OptimizerWrapper):
                     del group["rwp_gamma"]
             self._take_group(group)
         refuse_unsupported(self.model)
+        if frozen:
+            _refuse_quantized(self.model)
 
         self._armed = True
         self._role: Role | None = None  # of the latest micro-step; each has a role object of its own
@@ -127,6 +132,8 @@ class RWP(OptimizerWrapper):
         self._plain = False  # whether a forward pass since the last step was the base optimizer's own
         self._windows = 0  # begun so far
         self._length = 1  # micro-steps that this window is to have
+        self._shares: tuple[float, float] | None = None  # of its clean and perturbed slots, see `placement.role`
+        self._announced: tuple[int, tuple[float, float] | None] | None = None  # the next window's length and shares
         self._completed = 0  # micro-steps that it had
         self._short = False  # whether the last window ended after one micro-step where more were due
         self._accumulation = Accumulation()
@@ -206,6 +213,21 @@ class RWP(OptimizerWrapper):
                 self._update_fisher()
         self._completed, self._plain = 0, False
         return self.base.step() if closure is None else self.base.step(closure)
+
+    def begin_window(self, micro_steps: int, shares: tuple[float, float] | None = None) -> None:
+        """Say how many gradients the next step takes, where the loop knows and Accelerate does not.
+
+        It holds for one window, which begins with the next micro-step. micro_steps: >= 1, on this replica. shares: what
+        the loop's own factors on the clean and on the perturbed slots' mean gradients add up to, over all replicas;
+        None where it averages all of them. See `placement.role` and `placement.shares_of`.
+        """
+        _check("micro_steps", micro_steps, Integral, lambda value: value >= 1, "an integer from 1 on")
+        self.abort()
+        self._completed, self._announced = 0, (micro_steps, shares)
+
+    def abort(self) -> None:
+        """Give up the micro-step that an interrupt or an error left open: its noise, and the weight of its gradient."""
+        self._close()
 
     @property
     def active(self) -> bool:
@@ -339,7 +361,7 @@ class RWP(OptimizerWrapper):
                     "nothing to perturb: no trainable parameter has an rwp_gamma above 0. Set one in a param group, "
                     "unfreeze a weight of the optimizer's, or set noise_1d=True if all are biases or norm weights"
                 )
-            self._length = self._window_length()
+            self._length, self._shares = self._next_window()
             self._windows += 1
         index, replicas = this_replica()
         if replicas == self._length == 1 and self.alpha < 1:
@@ -349,7 +371,7 @@ class RWP(OptimizerWrapper):
                 "gradient_accumulation_steps divides to avoid it"
             )
         else:
-            self._role = role(index, self._completed, replicas, self._length, self.alpha)
+            self._role = role(index, self._completed, replicas, self._length, self.alpha, self._shares)
         if self._role.perturbed:
             self._perturb(index)
         if self._role.weight != 1:
@@ -393,9 +415,10 @@ class RWP(OptimizerWrapper):
     def _targets(self) -> Iterator[_Target]:
         """The parameters that noise goes on, looked up afresh: frameworks swap parameters and groups."""
         gammas = {id(p): float(group["rwp_gamma"]) for group in self.param_groups for p in group["params"]}
+        frozen = float(self.param_groups[0]["rwp_gamma"]) if self._frozen else 0.0
         for position, (name, weight) in enumerate(self.model.named_parameters()):
-            gamma = gammas.get(id(weight), 0.0)
-            if gamma > 0 and weight.requires_grad and (self._noise_1d or weight.ndim > 1):
+            gamma = gammas.get(id(weight), 0.0) if weight.requires_grad else frozen
+            if gamma > 0 and (self._noise_1d or weight.ndim > 1):
                 yield _Target(position, name, weight, gamma)
 
     def _measure_noise(self, targets: list[_Target]) -> None:
@@ -425,15 +448,16 @@ class RWP(OptimizerWrapper):
 
     # The window: how long it is to be, and whether `step` finds what it should.
 
-    def _window_length(self) -> int:
-        steps = self._accumulation_steps or self._accumulation.steps
+    def _next_window(self) -> tuple[int, tuple[float, float] | None]:
+        announced, self._announced = self._announced, None
+        steps = announced[0] if announced else self._accumulation_steps or self._accumulation.steps
         if steps == 1 and self.alpha < 1 and this_replica()[1] == 1:
             raise RuntimeError(
                 f"one process and one gradient to a step: nothing to mix, which alpha={self.alpha} asks for. Take two "
                 "or more gradients to a step (Accelerator(gradient_accumulation_steps=2), or RWP(accumulation_steps=2) "
                 "where the loop counts them itself), or two or more processes, or alpha=1 to perturb every gradient"
             )
-        return self._accumulation_steps or self._accumulation.length
+        return announced or (self._accumulation_steps or self._accumulation.length, None)
 
     def _check_window(self) -> None:
         if self._completed == 0:
@@ -503,6 +527,15 @@ def _clear(perturbation: Perturbation, weight_hooks: list[RemovableHandle]) -> N
     perturbation.restore()
     while weight_hooks:
         weight_hooks.pop().remove()
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not (parameter.requires_grad or parameter.is_floating_point()):
+            raise NotImplementedError(
+                f"frozen=True is to perturb {name}, which is of {parameter.dtype}: Gaussian noise needs floating-point "
+                "weights. Load the base weights unquantized (bfloat16), or leave frozen=False to perturb the others"
+            )
 
 
 def _is_nonzero(gradient: Tensor | None) -> bool:

@@ -8,6 +8,8 @@ W data-parallel replicas times K micro-steps make S = W * K slots.
 
 The framework averages all slots (its 1 / (W * K)); a slot's weight turns that mean into the paper's mix,
 alpha * (mean of the perturbed gradients) + (1 - alpha) * (mean of the clean ones), arXiv 2211.11489.
+
+Where the framework weighs slots by their tokens, `shares` says how much of its sum either role has.
 """
 
 from dataclasses import dataclass
@@ -21,10 +23,19 @@ class Role:
     weight: float
 
 
-def role(replica: int, micro_step: int, replicas: int, micro_steps: int, alpha: float) -> Role:
+def role(
+    replica: int,
+    micro_step: int,
+    replicas: int,
+    micro_steps: int,
+    alpha: float,
+    shares: tuple[float, float] | None = None,
+) -> Role:
     """The role of the slot (replica, micro_step) among `replicas` * `micro_steps`.
 
     replica: in [0, replicas). micro_step: in [0, micro_steps). alpha: the perturbed gradient's share, in (0, 1].
+    shares: what the framework's own factors on the clean and on the perturbed slots' mean gradients add up to, >= 0;
+        None where it averages all slots. Where one is 0 that role has no gradient, and the other's is the step's.
     Raises ValueError where 0 < alpha < 1 and there is one slot alone: nothing to mix.
     """
     if alpha == 1:
@@ -32,7 +43,19 @@ def role(replica: int, micro_step: int, replicas: int, micro_steps: int, alpha: 
     index, count = (replica, replicas) if replicas > 1 else (micro_step, micro_steps)
     if count < 2:
         raise ValueError(f"one gradient on one replica cannot hold the mix of two that alpha={alpha} asks for")
-    perturbed = count // 2
+    if shares is not None and 0 in shares:
+        return Role(index % 2 == 1, 1.0)
+    total = count if shares is None else 1
+    clean, perturbed = shares or (count - count // 2, count // 2)
     if index % 2:
-        return Role(True, alpha * count / perturbed)
-    return Role(False, (1 - alpha) * count / (count - perturbed))
+        return Role(True, alpha * total / perturbed)
+    return Role(False, (1 - alpha) * total / clean)
+
+
+def shares_of(items: list[float]) -> tuple[float, float]:
+    """The clean and the perturbed slots' shares where a slot's factor is its part of all items (tokens, say).
+
+    items: one count for each replica, or for each micro-step where there is one replica; all 0 gives shares of 0.
+    """
+    total = sum(items) or 1
+    return sum(items[0::2]) / total, sum(items[1::2]) / total

@@ -26,7 +26,7 @@ class LossTracker:
         self.reset()
 
     @torch.no_grad()
-    def update(self, loss: Tensor, count: int = 1) -> None:
+    def update(self, loss: Tensor, count: float = 1) -> None:
         """Add the latest micro-step's unweighted loss. loss: 0-dim, a mean. count: what it is a mean over (images)."""
         if self._recent is None:
             self._recent = torch.zeros(3, 2, device=loss.device)  # (plain, clean, perturbed) x (sum, count)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "torch.utils.checkpoint", "accelerate"])
+_context.set_forkserver_preload(["torch", "torch.distributed", "torch.utils.checkpoint", "transformers.trainer"])
 _workers: list[tuple[BaseProcess, Connection]] = []
 _GRACE = 30  # seconds beyond the collectives' own timeout
 

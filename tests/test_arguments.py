@@ -2,8 +2,9 @@ import dataclasses
 import inspect
 
 import pytest
+from transformers import HfArgumentParser, TrainingArguments
 
-from hf_rwp import RWP, RWPArguments, noise
+from hf_rwp import RWP, RWPArguments, RWPTrainingArguments, noise
 from hf_rwp.arguments import ImageArguments, parse_arguments
 from hf_rwp.data import load_images
 
@@ -169,3 +170,24 @@ def test_lists_and_mappings_in_a_file(tmp_path):
     assert (parsed.scale, parsed.workers) == ([0.2, 0.9], 3)
     assert parsed.model_kwargs == '{"depth": 2, "act": "relu"}'
     assert parse_arguments(Images, [config, "--scale", "0.5", "1"]).scale == [0.5, 1.0]
+
+
+def test_training_arguments_have_the_flags_of_both(tmp_path):
+    argv = ["--output_dir", str(tmp_path), "--rwp", "--rwp_gamma", "0.3", "--rwp_frozen", "--learning_rate", "0.1"]
+    (parsed,) = HfArgumentParser(RWPTrainingArguments).parse_args_into_dataclasses(argv)
+    assert parsed.rwp_options["gamma"] == 0.3
+    assert parsed.rwp_options["frozen"]
+    assert (parsed.rwp, parsed.learning_rate, parsed.output_dir) == (True, 0.1, str(tmp_path))
+    names = {field.name for field in dataclasses.fields(RWPTrainingArguments)}
+    assert names == {field.name for kind in (RWPArguments, TrainingArguments) for field in dataclasses.fields(kind)}
+
+
+def test_training_arguments_check_both_kinds_of_flags(tmp_path):
+    with pytest.raises(ValueError, match=r"^rwp_alpha="):
+        RWPTrainingArguments(str(tmp_path), rwp_alpha=2.0)
+    with pytest.raises(ValueError, match="warmup_steps"):
+        RWPTrainingArguments(str(tmp_path), warmup_steps=-1)
+
+
+def test_the_default_is_plain_training(tmp_path):
+    assert not RWPTrainingArguments(str(tmp_path)).rwp

@@ -1713,6 +1713,110 @@ def test_an_unmodified_trainer_takes_the_mix(tmp_path, alpha):
     assert_same(tensors(resumed), tensors(model))
 
 
+# A loop that knows its windows: begin_window
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+def test_windows_of_announced_lengths_are_mixed_exactly(alpha):
+    model = network()
+    optimizer = wrap(model, alpha=alpha, accumulation_steps=None)
+    watch = Watch(model, optimizer.base)
+    lengths = [2, 3, 2, 4]
+    batches = iter(inputs(sum(lengths)))
+    for length in lengths:
+        optimizer.begin_window(length)
+        run_windows(model, optimizer, list(itertools.islice(batches, length)), length)
+    watch.check(alpha, lengths)
+
+
+def test_shares_weigh_the_roles_where_the_loop_weighs_its_losses():
+    model = network()
+    optimizer = wrap(model, alpha=0.3, accumulation_steps=None)
+    watch = Watch(model, optimizer.base)
+    parts = [0.1, 0.6, 0.3]  # of the clean, perturbed and clean slots
+    optimizer.begin_window(3, (parts[0] + parts[2], parts[1]))
+    for part, x in zip(parts, inputs(3), strict=True):
+        (part * loss_of(model, x)).backward()
+    optimizer.step()
+    ((weights, gradients),) = watch.steps
+    eps = noises([seen for seen, _ in watch.passes], weights)
+    expected = dict.fromkeys(gradients, 0.0)
+    for factor, noise, (_, x) in zip([0.7 * 0.25, 0.3, 0.7 * 0.75], eps, watch.passes, strict=True):
+        at = {name: weight + (noise[name] if noise else 0.0) for name, weight in weights.items()}
+        slot = gradient(model, at, (x, labels(x)), F.cross_entropy)
+        expected = {name: expected[name] + factor * slot[name] for name in slot}
+    for name, got in gradients.items():
+        torch.testing.assert_close(got, expected[name], rtol=1e-12, atol=1e-14)
+
+
+def test_an_announced_window_holds_once_and_replaces_one_that_was_cut_off():
+    model = network()
+    optimizer = wrap(model, alpha=0.3, accumulation_steps=2)
+    optimizer.begin_window(3)
+    loss_of(model, inputs(1)[0]).backward()
+    loss_of(model, inputs(1)[0])  # an interrupt leaves it open, perturbed
+    clean = tensors(network())
+    optimizer.begin_window(4)
+    assert_same(tensors(model)["0.weight"], clean["0.weight"])
+    optimizer.zero_grad()
+    watch = Watch(model, optimizer.base)
+    run_windows(model, optimizer, inputs(4), 4)
+    run_windows(model, optimizer, inputs(2), 2)
+    watch.check(0.3, [4, 2])
+
+
+def test_one_gradient_announced_has_nothing_to_mix():
+    model = network()
+    optimizer = wrap(model, alpha=0.3)
+    optimizer.begin_window(1)
+    with pytest.raises(RuntimeError, match="nothing to mix"):
+        model(inputs(1)[0])
+    with pytest.raises(ValueError, match=r"^micro_steps=0 is out of range"):
+        optimizer.begin_window(0)
+
+
+# Frozen weights, perturbed on demand
+
+
+def test_frozen_weights_are_perturbed_where_asked_for_and_bit_equal_afterwards():
+    model = network()
+    model[0].requires_grad_(False)
+    before = tensors(model)
+    optimizer = wrap(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1), frozen=True)
+    optimizer.scale_gamma(0.5)
+    with seen_weights(model) as seen:
+        run_windows(model, optimizer, inputs(4))
+    assert_same(*({name: value[name] for name in ("0.weight", "0.bias")} for value in (tensors(model), before)))
+    for weights in (seen[1], seen[3]):
+        size = (weights["0.weight"] - before["0.weight"]).norm() / before["0.weight"].norm()
+        assert 0.5 * GAMMA < size / 6**0.5 * 2 < 1.5 * GAMMA  # half of gamma, times the square root of 6 inputs
+    assert not torch.equal(seen[1]["0.weight"], seen[3]["0.weight"])
+    assert torch.equal(seen[0]["0.weight"], before["0.weight"])
+
+
+def test_a_trained_weight_gets_the_same_noise_whether_frozen_ones_get_any_or_not():
+    weights = []
+    for frozen in (False, True):
+        model = network()
+        model[0].requires_grad_(False)
+        optimizer = wrap(model, torch.optim.SGD(model[1:].parameters(), lr=0.1), frozen=frozen)
+        with seen_weights(model) as seen:
+            run_windows(model, optimizer, inputs(2))
+        weights.append(seen[1])
+    assert torch.equal(weights[0]["3.weight"], weights[1]["3.weight"])
+    assert torch.equal(weights[0]["0.weight"], network()[0].weight)
+    assert not torch.equal(weights[1]["0.weight"], network()[0].weight)
+
+
+def test_quantized_frozen_weights_are_refused_by_name():
+    model = network()
+    model[0].weight = nn.Parameter(model[0].weight.detach().to(torch.int8), requires_grad=False)
+    base = torch.optim.SGD(model[1:].parameters(), lr=0.1)
+    with pytest.raises(NotImplementedError, match=r"perturb 0\.weight, which is of torch\.int8.*unquantized"):
+        wrap(model, base, frozen=True)
+    wrap(model, base)
+
+
 # What is reported
 
 

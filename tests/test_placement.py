@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 
-from hf_rwp.placement import Role, role
+from hf_rwp.placement import Role, role, shares_of
 
 ALPHAS = [0.2, 0.5, 0.8, 1.0]
 WINDOWS = [
@@ -54,6 +54,36 @@ def test_parallel_replicas_alternate_and_sequential_micro_steps_alternate_clean_
 @pytest.mark.parametrize("micro_steps", [1, 3])
 def test_an_even_world_at_alpha_one_half_weighs_nothing(replicas, micro_steps):
     assert {slot.weight for slot in slots(replicas, micro_steps, 0.5).values()} == {1.0}
+
+
+@every_window
+def test_slots_that_weigh_by_their_tokens_make_the_mix_of_the_means_over_tokens(replicas, micro_steps, alpha):
+    if alpha == 1:
+        return  # one role: the framework's own mean is right
+    places = list(itertools.product(range(replicas), range(micro_steps)))
+    tokens = {place: 1 + (7 * place[0] + 3 * place[1]) % 5 for place in places}
+    of_index = [0] * (replicas if replicas > 1 else micro_steps)
+    for place, count in tokens.items():
+        of_index[place[0] if replicas > 1 else place[1]] += count
+    roles = {place: role(*place, replicas, micro_steps, alpha, shares_of(of_index)) for place in places}
+    for perturbed, share in ((True, alpha), (False, 1 - alpha)):
+        mine = [place for place in places if roles[place].perturbed == perturbed]
+        for place in mine:  # the framework's factor on a slot's mean, times its weight
+            factor = tokens[place] / sum(tokens.values()) * roles[place].weight
+            assert factor == pytest.approx(share * tokens[place] / sum(tokens[slot] for slot in mine), rel=1e-14)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.8])
+def test_equal_tokens_weigh_as_no_tokens(alpha):
+    for index in range(3):
+        assert role(0, index, 1, 3, alpha, shares_of([4, 4, 4])).weight == pytest.approx(
+            role(0, index, 1, 3, alpha).weight, rel=1e-15
+        )
+
+
+@pytest.mark.parametrize("items", [[5, 0], [0, 5], [0, 0]])
+def test_a_role_without_tokens_leaves_the_step_to_the_other(items):
+    assert [role(0, index, 1, 2, 0.3, shares_of(items)) for index in (0, 1)] == [Role(False, 1.0), Role(True, 1.0)]
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.5, 0.8])

@@ -1,0 +1,279 @@
+"""RWP for `transformers.Trainer`: the optimizer wrapper, and what Trainer alone knows.
+
+1. `create_optimizer` wraps the optimizer that Trainer made. The wrapper begins and ends micro-steps by itself.
+2. `get_batch_samples` fetches the batches of one optimizer step, the window: gamma moves along its schedule, and the
+   wrapper is told how many gradients there are, and how Trainer's loss weighs them where it is a mean over tokens.
+3. `training_step` takes one gradient. A batch that is a window by itself, on one process, is split in halves: the clean
+   gradient comes from the first, the perturbed one from the second.
+4. Buffers are made equal before evaluation and saving, and the weights are clean however training ends.
+"""
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from transformers import Trainer
+from transformers.training_args import ParallelMode
+
+from hf_rwp.arguments import RWPArguments
+from hf_rwp.environment import refuse_data_parallel, refuse_unsupported, this_replica
+from hf_rwp.optimizer import RWP
+from hf_rwp.placement import shares_of
+from hf_rwp.tracking import LossTracker
+
+logger = logging.getLogger(__name__)
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+if TYPE_CHECKING:  # what `super()` finds depends on the Trainer it is put in front of
+    _AnyTrainer = Trainer
+else:
+    _AnyTrainer = object
+
+
+class RWPTrainerMixin(_AnyTrainer):
+    """RWP for any subclass of `Trainer`: put it in front, and `RWPArguments` in front of the arguments.
+
+        class RWPSFTTrainer(RWPTrainerMixin, SFTTrainer): ...
+
+        @dataclass
+        class RWPSFTConfig(RWPArguments, SFTConfig): ...
+
+    Without `rwp=True` in its arguments it is that Trainer, bit for bit. With it, several processes share the clean and
+    the perturbed gradients between them; one process takes them in turn from the batches that a step accumulates, or
+    from the halves of a single one. Each log of the training loss, which stays the plain one, also has `loss_clean`,
+    `loss_perturbed` and `loss_gap`, a free measure of sharpness.
+
+    `rwp`: the optimizer wrapper, whose `report()` says what really happened; None before training and without RWP.
+
+    Raises TypeError for arguments without RWP's flags; NotImplementedError under FSDP, DeepSpeed, DataParallel, TPUs
+    and sharding of any kind; ValueError for `auto_find_batch_size` on several processes, for an optimizer that is
+    wrapped already and, in training, for a batch that cannot be split.
+    """
+
+    args: Any  # RWPArguments and TrainingArguments in one
+    model: Any
+    optimizer: Any
+    rwp: RWP | None = None
+    _items: list[float] | None = None  # tokens by replica, or by micro-step on one; None where Trainer adds none up
+    _parts: Sequence[float] = ()  # how much of this replica's loss each coming micro-step is
+    _splits = False  # whether the window's one batch is to be split
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, RWPArguments):
+            raise TypeError(
+                f"{type(self.args).__name__} has no flags of RWP: use RWPTrainingArguments, or a dataclass that "
+                f"inherits from (RWPArguments, {type(self.args).__name__})"
+            )
+        if self.args.rwp:
+            _check_supported(self.args, self.model)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's optimizer, or the one given as `optimizers`, wrapped in RWP."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if not self.args.rwp:
+            self.rwp = None
+            return optimizer
+        if isinstance(optimizer, AcceleratedOptimizer):  # from an earlier train()
+            optimizer = optimizer.optimizer
+        if isinstance(optimizer, RWP) and optimizer is not self.rwp:
+            raise ValueError(
+                "optimizers holds an RWP, and rwp=True would wrap it again: give the base optimizer, or leave rwp to "
+                "False and its options to the wrapper"
+            )
+        if optimizer is not self.rwp:
+            self.optimizer = self.rwp = RWP(optimizer, self.model, **self.args.rwp_options)
+        self._losses = LossTracker(self.rwp)
+        return self.optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            output = super().train(*args, **kwargs)
+            self._sync_buffers()
+            return output
+        finally:
+            if self.rwp is not None:
+                self.rwp.abort()
+                self.rwp.eval()
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Trainer's batches of one optimizer step and their number of tokens; begins RWP's window."""
+        self._items, self._splits = None, False
+        if self.rwp is not None:
+            self.rwp.scale_gamma(self.args.rwp_gamma_factor(self.state.global_step / self.state.max_steps))
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.rwp is not None and batches:
+            index, replicas = this_replica()
+            self._splits = self._mixes and replicas == len(batches) == 1
+            self._parts = [1 / len(batches)] * len(batches)
+            if self._items:
+                total = sum(self._items) or 1
+                mine = self._items[index] * replicas / total
+                self._parts = (
+                    [part * mine for part in self._parts] if replicas > 1 else [n / total for n in self._items]
+                )
+            if not self._splits:
+                self.rwp.begin_window(len(batches), shares_of(self._items) if self._items else None)
+        return batches, count
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Trainer's count, as it is; how it divides between the slots is remembered for the mix."""
+        count = super()._get_num_items_in_batch
+        if not self._mixes or not batch_samples:
+            return count(batch_samples, device)
+        if this_replica()[1] > 1:
+            with _gathered(self.accelerator) as items:
+                total = count(batch_samples, device)
+        else:
+            total = count(batch_samples, device)
+            items = [] if total is None else [count([batch], device) for batch in batch_samples]
+        self._items = [float(n or 0) for n in items] or None
+        return total
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """One gradient, or two where the batch is split; returns the plain loss as Trainer does."""
+        step = super().training_step
+        if self.rwp is None:
+            return step(model, inputs, num_items_in_batch)
+        if not self._splits:
+            if not self._parts:
+                raise RuntimeError(
+                    "training_step runs more often than get_batch_samples has fetched batches, so RWP cannot know how "
+                    "many gradients make a step: call both once a batch, as Trainer does"
+                )
+            loss = step(model, inputs, num_items_in_batch)
+            part, *self._parts = self._parts
+            if part:
+                self._losses.update(loss / part, part)
+            return loss
+        # Each half gets a mean over its own items, and Trainer adds the two up as they are: shares of 1 and 1.
+        halves, sizes = _halves(inputs, smallest=2 if self._has_batch_norm() else 1)
+        counts: list[Any] = [None, None]
+        if num_items_in_batch is not None:
+            count = super()._get_num_items_in_batch
+            counts = [torch.as_tensor(count([half], self.args.device)) for half in halves]
+            sizes = [int(items) for items in counts]
+            counts = [items.clamp(min=1) for items in counts]  # a half without any is no reason for a NaN
+        self.rwp.begin_window(2, (float(sizes[0] > 0), float(sizes[1] > 0)))
+        loss = torch.zeros((), device=self.args.device)
+        for half, items, size in zip(halves, counts, sizes, strict=True):
+            mean, part = step(model, half, items), size / (sum(sizes) or 1)
+            self._losses.update(mean, part)
+            loss = loss + mean * part
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.rwp is not None and {"loss", "learning_rate"} <= logs.keys():  # Trainer's own log of training
+            logs.update({name: loss for name, loss in self._losses.compute().items() if name != "loss"})
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._sync_buffers()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._sync_buffers()
+        super()._save_checkpoint(*args, **kwargs)
+
+    @property
+    def _mixes(self) -> bool:
+        """Whether the coming window has clean and perturbed gradients."""
+        return self.rwp is not None and self.rwp.active and self.rwp.alpha < 1
+
+    def _has_batch_norm(self) -> bool:
+        return any(isinstance(module, _BATCH_NORMS) for module in self.model.modules())
+
+    def _sync_buffers(self) -> None:
+        if self.rwp is not None:
+            self.rwp.sync_buffers()
+
+
+class RWPTrainer(RWPTrainerMixin, Trainer):
+    """`Trainer` with Random Weight Perturbation behind the flag `rwp` of `RWPTrainingArguments`."""
+
+
+def _check_supported(args: Any, model: nn.Module) -> None:
+    if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
+        refuse_data_parallel()
+    if args.parallel_mode not in (ParallelMode.NOT_PARALLEL, ParallelMode.DISTRIBUTED):
+        raise NotImplementedError(
+            f"RWP does not work with {args.parallel_mode.value}: it needs a whole copy of the weights on every "
+            "replica. What works is one process, or DistributedDataParallel (accelerate launch --multi_gpu)"
+        )
+    refuse_unsupported(model)
+    slots = args.world_size * args.gradient_accumulation_steps
+    if slots * args.per_device_train_batch_size == 1 and 0 < args.rwp_alpha < 1:
+        logger.warning(
+            "one process and one sample to a step: both gradients are taken on it, at twice the cost of plain "
+            "training. With gradient_accumulation_steps=2 they take turns, and cost nothing extra"
+        )
+    if args.auto_find_batch_size and args.world_size > 1:
+        raise ValueError(
+            f"auto_find_batch_size on {args.world_size} processes: a perturbed replica needs more memory than "
+            "a clean one, so it can run out alone, and the others would wait for it forever. Set "
+            "per_device_train_batch_size, and gradient_accumulation_steps to keep the images per step"
+        )
+
+
+@contextmanager
+def _gathered(accelerator: Any) -> Iterator[list[Any]]:
+    """What `accelerator.gather` returns meanwhile: asking the replicas again would cost a collective of our own."""
+    gather, values = accelerator.gather, []
+
+    def recording(tensor: Any) -> Any:
+        result = gather(tensor)
+        values.extend(result)
+        return result
+
+    accelerator.gather = recording
+    try:
+        yield values
+    finally:
+        accelerator.gather = gather
+
+
+def _halves(inputs: Any, smallest: int) -> tuple[list[Any], list[int]]:
+    """A batch in halves, and how many samples each has: one more in the first where their number is odd.
+
+    smallest: samples that a half needs (BatchNorm fails on a single one); a smaller batch is taken whole, twice.
+    Raises ValueError by name for what has no batch dimension, unless it is None, a bool or a str: a number may count
+    what is in the batch, and another length may lay its samples out one after the other.
+    """
+    length = next(filter(None, map(_length, inputs.values())), 0) if isinstance(inputs, Mapping) else 0
+
+    def cut(value: Any, name: str, part: slice) -> Any:
+        if isinstance(value, Mapping):
+            kind: Any = type(value)
+            return kind({key: cut(item, f"{name}[{key!r}]", part) for key, item in value.items()})
+        if value is None or isinstance(value, (bool, str)):
+            return value
+        if not length or _length(value) != length:
+            raise ValueError(
+                f"{name} is {_described(value)}, and a batch of {length or 'unknown length'} is to be split in halves, "
+                "a clean and a perturbed one. Set gradient_accumulation_steps=2, with half the batch size for the same "
+                "step: then whole batches take turns"
+            )
+        return value[part]
+
+    if 0 < length < 2 * smallest:
+        return [inputs, copy.copy(inputs)], [length, length]
+    middle = (length + 1) // 2
+    halves = [cut(inputs, "inputs", part) for part in (slice(middle), slice(middle, None))]
+    return halves, [middle, length - middle]
+
+
+def _length(value: Any) -> int | None:
+    shape = getattr(value, "shape", ())
+    return shape[0] if shape else len(value) if isinstance(value, (list, tuple)) else None
+
+
+def _described(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return f"a {type(value).__name__}" + ("" if shape is None else f" of shape {tuple(shape)}")

@@ -1,0 +1,134 @@
+"""RWPTrainerMixin in front of another library's Trainer: TRL's SFTTrainer, with and without PEFT's LoRA."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from datasets import Dataset
+from distributed import run
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from trainer_runs import LOUD, Watch, assert_gradient, logged, make, paper, same, snapshot, tensors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+
+from hf_rwp import RWPArguments, RWPTrainerMixin
+
+
+class RWPSFTTrainer(RWPTrainerMixin, SFTTrainer): ...
+
+
+@dataclass
+class RWPSFTConfig(RWPArguments, SFTConfig): ...
+
+
+def tokenizer():
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    words = [*special.values(), *(f"w{i}" for i in range(20))]
+    model = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=model, **special)
+
+
+def texts(count):
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(20, (3 + 2 * i % 7,), generator=generator).tolist() for i in range(count)]
+    return Dataset.from_dict({"text": [" ".join(f"w{word}" for word in row) for row in rows]})
+
+
+def llama():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=23, num_key_value_heads=2, pad_token_id=0, **sizes))
+
+
+def own_loss(call, inputs):
+    """The model's own loss, as a sum over the tokens that it is a mean over."""
+    count = int((inputs["labels"][:, 1:] != -100).sum())
+    return call(**inputs)["loss"] * count, count
+
+
+def fine_tune(folder, world=1, **options):
+    watch = Watch()
+    options = {"train_dataset": texts(13 * world), "processing_class": tokenizer(), "bf16": False, **options}
+    trainer = make(llama(), folder, RWPSFTTrainer, RWPSFTConfig, **LOUD, **options, callbacks=[watch])
+    trainer.train()
+    return trainer, watch.steps
+
+
+def assert_paper(trainer, steps):
+    for step, loss in zip(steps, logged(trainer), strict=True):
+        assert step.roles == [False, True]
+        expected = paper(llama(), step.clean, step.slots, 0.5, tokens=True, loss=own_loss)
+        assert_gradient(step, expected, rtol=1e-3, atol=1e-6)
+        assert loss == pytest.approx(expected["loss"].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_sft_takes_the_papers_gradient_over_tokens(tmp_path, accumulation):
+    trainer, steps = fine_tune(tmp_path, gradient_accumulation_steps=accumulation)
+    assert len(steps) == (3 if accumulation == 1 else 2)
+    assert_paper(trainer, steps)
+    assert len(logged(trainer, "loss_gap")) == len(logged(trainer, "mean_token_accuracy")) == len(steps)
+
+
+def test_without_the_flag_it_is_sft_trainer(tmp_path):
+    options = {"train_dataset": texts(13), "bf16": False}
+    plain = make(llama(), tmp_path, SFTTrainer, SFTConfig, **options, processing_class=tokenizer())
+    ours = make(llama(), tmp_path, RWPSFTTrainer, RWPSFTConfig, **options, processing_class=tokenizer())
+    for trainer in (plain, ours):
+        trainer.train()
+    assert same(tensors(ours.model), tensors(plain.model))
+    assert logged(ours) == logged(plain)
+
+
+def is_adapter(name):
+    return "lora_" in name
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_lora_perturbs_the_adapters_and_on_demand_the_base_which_is_bit_equal_afterwards(tmp_path, frozen):
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights="gaussian")
+    trainer, steps = fine_tune(
+        tmp_path,
+        peft_config=config,
+        rwp_frozen=frozen,
+        save_strategy="steps",
+        save_steps=1,
+        gradient_accumulation_steps=2,
+    )
+    assert isinstance(trainer.model, PeftModel)
+    base = snapshot(llama())
+    for step in steps:
+        for name, noise in step.slots[1][0].items():
+            is_zero = is_adapter(name) and not step.clean[name].any()  # lora_B begins as zeros, and has no size
+            assert noise.any() == ((frozen or is_adapter(name)) and not is_zero), name
+        expected = paper(get_peft_model(llama(), config), step.clean, step.slots, 0.5, tokens=True, loss=own_loss)
+        assert set(step.gradient) == set(filter(is_adapter, step.clean))
+        assert_gradient(step, expected, rtol=1e-3, atol=1e-6)
+    for name, weight in snapshot(trainer.model).items():
+        if is_adapter(name):
+            assert not torch.equal(weight, steps[0].clean[name])
+        else:
+            assert torch.equal(weight, base[name.replace("base_model.model.", "", 1).replace("base_layer.", "")])
+    saved = load_file(tmp_path / "checkpoint-1/adapter_model.safetensors")
+    for name, weight in saved.items():
+        assert torch.equal(weight, steps[1].clean[name.replace(".weight", ".default.weight")])
+
+
+def on_ranks(folder):
+    trainer, steps = fine_tune(folder, world=2)
+    return steps, tensors(trainer.model)
+
+
+@pytest.mark.slow
+def test_sft_on_two_ranks_takes_the_papers_gradient_over_tokens(tmp_path):
+    ranks = run(2, on_ranks, tmp_path, timeout=120)
+    assert same(ranks[0][1], ranks[1][1])
+    for steps in zip(*(steps for steps, _ in ranks), strict=True):
+        slots = [slot for step in steps for slot in step.slots]
+        assert [noise is not None for noise, _ in slots] == [False, True]
+        for step in steps:
+            expected = paper(llama(), step.clean, slots, 0.5, tokens=True, loss=own_loss)
+            assert_gradient(step, expected, rtol=1e-3, atol=1e-6)
