@@ -27,6 +27,11 @@ accelerate launch recipes/imagenet_rwp.py --data_dir path/to/pets --pretrained o
 accelerate launch recipes/imagenet_rwp.py ... --resume_from_checkpoint latest
 ```
 
+# On the Hub when it is done, for anyone's timm and transformers (`hf auth login` first)
+```bash
+accelerate launch recipes/imagenet_rwp.py --push_to_hub --hub_model_id USER/NAME
+```
+
 # Two replicas without a GPU
 ```bash
 ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 accelerate launch --config_file recipes/accelerate/cpu_2.yaml \
@@ -35,7 +40,8 @@ ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 accelerate launch --config_file recipe
 
 Every flag can also stand in a file, `--config FILE.yaml`. On several replicas the odd ones take the perturbed gradient.
 A single one takes both: from the two halves of each batch, or by turns where it accumulates gradients.
-SIGTERM saves a checkpoint and exits with status 75.
+SIGTERM saves a checkpoint and exits with status 75. A push that fails costs no weights: they are on disk, with the
+command that finishes it on stderr, and the exit status is 1.
 """
 
 import difflib
@@ -51,6 +57,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import evaluate
 import numpy as np
@@ -72,15 +79,15 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from hf_rwp import RWP, LossTracker, RWPArguments
-from hf_rwp.arguments import ImageArguments, parse_arguments
+from hf_rwp.arguments import HubArguments, ImageArguments, parse_arguments
 from hf_rwp.checkpoints import checkpoints_in, newest, read_state, remove_checkpoints, save_checkpoint
 from hf_rwp.data import load_images
-from hf_rwp.hub import save_model
+from hf_rwp.hub import BackgroundPush, PushError, add_card, push, reserve, save_model
 from hf_rwp.loading import ImageLoader, build_loader
 from hf_rwp.metrics import Top1, Top5, label_rank
 from hf_rwp.placement import role
 from hf_rwp.plots import training_curves
-from hf_rwp.records import environment, weights_digest, without_places
+from hf_rwp.records import command_of, environment, weights_digest, without_places
 from hf_rwp.transforms import BatchTransform, erasings, image_transforms
 
 PREEMPTED = 75  # the exit status after SIGTERM, once a checkpoint is saved: EX_TEMPFAIL, "try again later"
@@ -88,7 +95,7 @@ TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
 @dataclass
-class Arguments(ImageArguments, RWPArguments):
+class Arguments(HubArguments, ImageArguments, RWPArguments):
     rwp: bool = field(default=True, metadata={"help": "`--rwp false` is `--method base`."})
     method: str = field(
         default="rwp",
@@ -203,6 +210,7 @@ class Arguments(ImageArguments, RWPArguments):
     def __post_init__(self) -> None:
         ImageArguments.__post_init__(self)
         RWPArguments.__post_init__(self)
+        HubArguments.__post_init__(self)
         if self.method == "rwp" and not self.rwp:
             self.method = "base"
         self.rwp = self.method == "rwp"
@@ -276,7 +284,15 @@ def main(args: Arguments) -> None:
     micro_steps = 2 if mixes and replicas == accumulation == 1 else accumulation
     check_batch(args, replicas, micro_steps, mixes)
 
+    hub = {"revision": args.hub_revision, "private": args.hub_private or None}
+    background = None
+    if args.push_to_hub and not args.eval_only and accelerator.is_main_process:
+        reserve(args.hub_model_id, private=hub["private"])
+        if args.hub_strategy != "end":
+            background = BackgroundPush(output_dir / "pushing", args.hub_model_id, **hub)
+
     results_file, checkpoints = output_dir / "results.json", output_dir / "checkpoints"
+    model_folder, best_folder, curves = output_dir / "model", output_dir / "best", output_dir / "curves.png"
     resume_from = checkpoint_to_resume(args, checkpoints, unfinished=not results_file.exists())
     state = read_state(resume_from) if resume_from else None
 
@@ -407,7 +423,7 @@ def main(args: Arguments) -> None:
 
     def figures_of_rwp() -> dict:
         """What RWP did since the run began, earlier sessions of it included. Collective."""
-        figures = rwp.report()
+        figures = rwp.report() | {"gamma": rwp.defaults["rwp_gamma"]}
         return figures | {"slots": {kind: slots_before[kind] + count for kind, count in figures["slots"].items()}}
 
     def save(images: int, seconds: float, slots: dict[str, int]) -> None:
@@ -416,10 +432,51 @@ def main(args: Arguments) -> None:
         save_checkpoint(accelerator, checkpoints / f"step_{done}", position | run | {"losses": tracker.state_dict()})
         if accelerator.is_main_process:
             kept = list(checkpoints_in(checkpoints))[-args.save_total_limit :]
-            best = [max(history, key=lambda row: row.get("top1_ema", row["top1"]))["step"]] if history else []
+            best = [max(history, key=accuracy_of)["step"]] if history else []
             remove_checkpoints(checkpoints, keep=kept + best)
+            improved = not images and done in best
+            if background and (improved if args.hub_strategy == "best" else not background.busy):
+                write_model(best_folder if args.hub_strategy == "best" else model_folder, results_so_far())
+                background.start(best_folder if args.hub_strategy == "best" else model_folder, f"Step {done}")
+
+    def results_so_far() -> dict:
+        return {
+            "final": history[-1] if history else {},
+            "seconds": sum(row["seconds"] for row in history),
+            "arguments": facts,
+            "command": command_of(f"recipes/{Path(__file__).name}", *described_arguments(args)),
+            "data": {
+                role: {"images": getattr(split, "num_rows", None), "split": name_of(split)}
+                for role, split in splits.items()
+            },
+            **environment(accelerator),
+            "history": history,
+        }
+
+    def write_model(folder: Path, results: dict) -> None:
+        """The weights as they are, and their card: all that goes to the Hub. On the main process."""
+        save_model(
+            ema.module if ema else module,
+            folder,
+            label_names=label_names,
+            data_config=data_config,
+            model_args=model_args,
+        )
+        write_card(folder, results)
+
+    def write_card(folder: Path, results: dict) -> None:
+        training_curves(history, curves)
+        add_card(
+            folder,
+            results,
+            pictures=[curves],
+            logs=output_dir / "logs" if args.hub_logs else None,
+            repo_id=args.hub_model_id,
+        )
 
     def stop() -> None:
+        if background:
+            background.stop()
         accelerator.print(f"SIGTERM: saved step {done}; --resume_from_checkpoint latest goes on", file=sys.stderr)
         accelerator.end_training()
         raise SystemExit(PREEMPTED)
@@ -505,24 +562,44 @@ def main(args: Arguments) -> None:
 
     digests = gather_object([weights_digest(module)])
     if accelerator.is_main_process:
-        model_folder, curves = output_dir / "model", output_dir / "curves.png"
-        preprocessing = {"label_names": label_names, "data_config": data_config, "model_args": model_args}
-        save_model(ema.module if ema else module, model_folder, **preprocessing)
-        training_curves(history, curves)
-        results = {
-            "final": history[-1],
-            "seconds": sum(row["seconds"] for row in history),
-            "weights_sha256": sorted(set(digests)),  # one, as long as all replicas are bit-equal
-            "arguments": facts,
-            **environment(accelerator),
-            "history": history,
-        }
+        # One digest, as long as all replicas are bit-equal.
+        results = results_so_far() | {"weights_sha256": sorted(set(digests))}
+        write_model(model_folder, results)
         partial_file = results_file.with_suffix(".partial")
         partial_file.write_text(json.dumps(results, indent=2))
         partial_file.replace(results_file)
         print(table(results))
         print(f"Wrote {results_file}, {curves}, {model_folder} and {newest(checkpoints)}")
-    accelerator.end_training()
+    accelerator.end_training()  # the other replicas need not wait for a push
+    if args.push_to_hub and accelerator.is_main_process:
+        pushed = model_folder
+        if background:
+            background.finish()
+        if args.hub_strategy == "best" and best_folder.exists():
+            pushed, chosen = best_folder, max(history, key=accuracy_of)
+            write_card(pushed, results | {"final": chosen, "chosen": "best"})
+        try:
+            print(f"Pushed to {push(pushed, args.hub_model_id, tag=args.hub_tag, message='End of training', **hub)}")
+        except PushError as error:
+            raise SystemExit(f"error: {error}") from None
+
+
+def accuracy_of(row: dict) -> float:
+    """What tells which epoch was the best."""
+    return row.get("top1_ema", row["top1"])
+
+
+def name_of(split: Any) -> str | None:
+    return str(split.split) if split.split else None
+
+
+def described_arguments(args: Arguments) -> tuple[dict, dict]:
+    """The arguments that decide what comes out of a run, and their defaults for the same data."""
+    defaults = asdict(Arguments(data_dir=args.data_dir, dataset=args.dataset))
+    places = ("rwp", "output_dir", "resume_from_checkpoint", "report_to", "push_to_hub")
+    facts = {name: without_places(value) for name, value in asdict(args).items()}
+    facts = {name: value for name, value in facts.items() if name not in places and not name.startswith("hub_")}
+    return facts, defaults | {"data_dir": None, "dataset": None}
 
 
 def checkpoint_to_resume(args: Arguments, checkpoints: Path, unfinished: bool) -> Path | None:

@@ -57,7 +57,7 @@ def test_a_failure_leaves_the_earlier_model(model, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hf_rwp.hub.save_config_for_hf", full)
+    monkeypatch.setattr("timm.models._hub.save_config_for_hf", full)
     with pytest.raises(OSError, match="No space left"):
         save(timm.create_model("test_convnext", num_classes=4), folder)
     assert (folder / "model.safetensors").read_bytes() == before

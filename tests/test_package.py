@@ -18,8 +18,8 @@ LAYERS = [
     {"noise", "placement", "hooks", "wrapper", "environment"},
     {"perturbation"},
     {"optimizer"},
-    {"tracking", "arguments", "data", "metrics", "sharpness", "plots", "hub", "checkpoints", "records"},
-    {"transforms", "loading"},
+    {"tracking", "arguments", "data", "metrics", "sharpness", "plots", "card", "checkpoints", "records"},
+    {"transforms", "loading", "hub"},
     {"trainer"},
 ]
 ALONE = {  # the modules that may import a package of their own choice
