@@ -95,6 +95,12 @@ class RWPArguments:
             )
         getattr(super(), "__post_init__", lambda: None)()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the token that Trainer's `hub_token` may hold: Trainer pickles its arguments beside the weights, and
+        pushes them with it. Copies have none either, and fall back on the one of `hf auth login`."""
+        secrets = ("hub_token", "push_to_hub_token")
+        return {name: None if name in secrets else value for name, value in self.__dict__.items()}
+
     @property
     def rwp_options(self) -> dict[str, Any]:
         """Keyword arguments for `RWP`."""

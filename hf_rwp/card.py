@@ -5,6 +5,7 @@ known, and leaves out the rest.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,7 @@ class Facts:
     # From the user
     repo_id: str | None = None
     license: str | None = None
+    language: str | Sequence[str] | None = None
     base_model: str | None = None  # an id on the Hub
     dataset: str | None = None  # an id on the Hub
     note: str = ""
@@ -43,6 +45,7 @@ class Facts:
     # Filled by the run
     name: str = "model"
     library: str = "timm"
+    task: str | None = None  # as the Hub calls it
     architecture: str = ""
     method: str = "base"
     gamma: float | None = None
@@ -75,12 +78,13 @@ class Facts:
     @property
     def metadata(self) -> dict[str, Any]:
         """The card's head, as `ModelCardData` takes it, without the results."""
-        images = self.is_timm or "top1" in self.metrics
-        tags = ["image-classification"] * images + [*self.tags, self.method] + ["timm"] * self.is_timm
+        tags = [self.task] if self.task else []
+        tags += [*self.tags, self.method, *(["timm"] if self.is_timm else [])]
         known = {
             "library_name": self.library,
-            "pipeline_tag": "image-classification" if images else None,
+            "pipeline_tag": self.task,
             "license": self.license,
+            "language": self.language,
             "base_model": self.base_model,
             "datasets": [self.dataset] if self.dataset else None,
             "metrics": ["accuracy"] if self.metrics else None,
@@ -91,9 +95,11 @@ class Facts:
     @property
     def evaluation(self) -> list[dict[str, Any]]:
         """The results in the card's head, each as `EvalResult` takes it: all of one split, accuracies as fractions."""
+        if self.task is None:
+            return []
         common = {
-            "task_type": "image-classification",
-            "dataset_type": self.dataset or "-".join(self.data.lower().split()) or "unknown",
+            "task_type": self.task,
+            "dataset_type": self.dataset or re.sub(r"\W+", "-", self.data.lower()).strip("-") or "unknown",
             "dataset_name": self.data or "unknown",
             "dataset_split": self.split,
             "metric_type": "accuracy",
@@ -116,13 +122,15 @@ def facts_of(
     metrics = {key: final.get(f"{key}_ema", final.get(key)) for key in _METRICS}
     metrics = {key: value for key, value in metrics.items() if value is not None}
     model = architecture or arguments.get("model") or ""
+    images = "top1" in metrics or user.get("library", "timm") == "timm" or "ForImageClassification" in model
     facts: dict[str, Any] = {
+        "task": "image-classification" if images else None,
         "base_model": _hub_id(results, "pretrained"),
         "dataset": arguments.get("dataset"),
         "name": (user.get("repo_id") or "").split("/")[-1] or f"{model or 'model'}_{method}",
         "architecture": model,
         "method": method,
-        "gamma": arguments.get("rwp_gamma", rwp.get("gamma")) if method == "rwp" else None,
+        "gamma": rwp.get("gamma", arguments.get("rwp_gamma")) if method == "rwp" else None,
         "alpha": rwp.get("alpha", arguments.get("rwp_alpha")) if method == "rwp" else None,
         "placement": rwp.get("placement"),
         "replicas": results.get("hardware", {}).get("replicas", rwp.get("replicas")),
@@ -130,15 +138,13 @@ def facts_of(
         "data": _data(arguments),
         "split": results.get("data", {}).get("validation", {}).get("split") or arguments.get("validation_split"),
         "metrics": metrics,
-        "hyper_parameters": {
-            key: arguments[key] for key in _HYPER_PARAMETERS if _said(arguments.get(key), key, method)
-        },
+        "hyper_parameters": {key: arguments[key] for key in _HYPER_PARAMETERS if _said(key, arguments, method)},
         "hardware": results.get("hardware", {}),
         "versions": results.get("versions", {}),
         "commit": results.get("git_commit"),
         "command": results.get("command"),
         "date": results.get("date"),
-        "figures": _figures(results, metrics, averaged),
+        "figures": _figures(results, metrics, averaged, "images" if images else "samples"),
         "pictures": {file: text for file, text in PICTURES.items() if file in pictures},
     }
     return Facts(**(facts | {name: value for name, value in user.items() if value is not None}))
@@ -149,9 +155,14 @@ def cell(text: Any) -> str:
     return " ".join(str(text).split()).replace("|", r"\|").replace("<", "&lt;")
 
 
-def _said(value: Any, name: str, method: str) -> bool:
+def _said(name: str, arguments: Mapping[str, Any], method: str) -> bool:
+    """Whether an argument did anything."""
     if {"rwp_": "rwp", "sam_": "sam"}.get(name[:4], method) != method:
         return False
+    needed = {"rwp_beta": "rwp_eta", "model_ema_decay": "model_ema"}
+    if name in needed and not arguments.get(needed[name]):
+        return False
+    value = arguments.get(name)
     return value not in (None, "", []) and value is not False and (value != 0 or name in ("rwp_seed", "seed"))
 
 
@@ -168,14 +179,14 @@ def _hub_id(results: Mapping[str, Any], name: str) -> str | None:
     return value if value and value.count("/") == 1 else None
 
 
-def _figures(results: Mapping[str, Any], metrics: Mapping[str, float], averaged: bool) -> dict[str, str]:
+def _figures(results: Mapping[str, Any], metrics: Mapping[str, float], averaged: bool, kind: str) -> dict[str, str]:
     """The rows of the card's table."""
     final, data = results.get("final", {}), results.get("data", {})
     images = data.get("validation", {}).get("images")
-    on = f" on {images:,} held-out images" if images else ", held-out images"
+    on = f" on {images:,} held-out {kind}" if images else f", held-out {kind}"
     rows = {f"{_METRICS[key]}{on}": f"{value:.2%}".replace("%", " %") for key, value in metrics.items()}
     loss = final.get("eval_loss_ema" if averaged else "eval_loss")
-    rows |= _row("Cross-entropy, held-out images", loss, ".4f")
+    rows |= _row(f"Loss, held-out {kind}", loss, ".4f")
     rows |= _row("Training loss", final.get("train_loss"), ".4f")
     rows |= _row("Training loss at clean weights", final.get("loss_clean"), ".4f")
     rows |= _row("Training loss at perturbed weights", final.get("loss_perturbed"), ".4f")

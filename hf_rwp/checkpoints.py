@@ -4,22 +4,30 @@ A run keeps them in one folder, as `step_N`, N the optimizer steps behind it. A 
 `.removed`) is no checkpoint: it is what a kill left of writing or removing one.
 """
 
+import hashlib
 import json
 import os
+import pickle
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from accelerate.utils.other import load
 from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
 
 STATE = "state.json"
+_PICKLES = (".bin", ".pkl", ".pt")
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, state: dict[str, Any]) -> None:
-    """Write `accelerator.save_state` and `state` (JSON) to `folder`. Collective: call it on all replicas.
+def save_checkpoint(
+    accelerator: Accelerator, folder: Path, state: dict[str, Any], modules: Mapping[str, nn.Module] | None = None
+) -> None:
+    """Write `accelerator.save_state`, `state` (JSON) and further modules, by name, to `folder`. Collective.
 
     Raises OSError on all replicas if one could not write (a full disk), and leaves nothing of the new checkpoint.
     """
@@ -27,16 +35,21 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, state: dict[str, Any
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    failure = None
-    try:
+
+    def write_parts() -> None:
         accelerator.save_state(str(partial))
         if accelerator.is_main_process:
-            (partial / STATE).write_text(json.dumps(state))
-        for file in partial.iterdir():
-            _flush(file)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
-        failure = f"{type(error).__name__}: {error}"
-    failures = [text for text in gather_object([failure]) if text]
+            for name, module in (modules or {}).items():
+                save_model(module, str(partial / f"{name}.safetensors"))
+
+    def write_state() -> None:
+        """Last, when the others have written their part: what all of it has to be like when it is read."""
+        if accelerator.is_main_process:
+            (partial / STATE).write_text(json.dumps({"state": state, "sha256": _digests(partial)}))
+            for file in partial.iterdir():
+                _flush(file)
+
+    failures = _failures(write_parts) or _failures(write_state)
     if accelerator.is_main_process:
         if failures:
             shutil.rmtree(partial, ignore_errors=True)
@@ -56,14 +69,50 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, state: dict[str, Any
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The `state` that `save_checkpoint` wrote. Raises ValueError where the folder holds no whole checkpoint."""
+    """The `state` that `save_checkpoint` wrote.
+
+    Raises ValueError, with the names of the files, where the folder is not as it was written: cut short, changed, or
+    with a file that does not belong there.
+    """
     try:
-        state: dict[str, Any] = json.loads((folder / STATE).read_text())
-    except (OSError, ValueError) as error:
+        written = json.loads((folder / STATE).read_text())
+        state: dict[str, Any] = written["state"]
+        expected: dict[str, str] = written["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder} is no whole checkpoint ({type(error).__name__}: {error}): name a folder step_N that a run wrote"
         ) from error
+    found = _digests(folder)
+    wrong = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    wrong += [f"{name} does not belong there" for name in found.keys() - expected.keys()]
+    wrong += [f"{name} has changed" for name in found.keys() & expected.keys() if found[name] != expected[name]]
+    if wrong:
+        raise ValueError(
+            f"{folder} is not the checkpoint that was written: {', '.join(sorted(wrong))}. Resume from another one"
+        )
     return state
+
+
+def load_checkpoint(accelerator: Accelerator, folder: Path, modules: Mapping[str, nn.Module] | None = None) -> None:
+    """Load what `save_checkpoint` wrote beside the state, without running any code that a file may hold.
+
+    Raises ValueError, with the file's name, for one that cannot be loaded: pickles of anything but tensors and plain
+    data are refused.
+    """
+    try:
+        accelerator.load_state(str(folder))
+        for name, module in (modules or {}).items():
+            load_model(module, str(folder / f"{name}.safetensors"))
+    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        refused = [file.name for file in sorted(folder.iterdir()) if file.suffix in _PICKLES and not _is_data(file)]
+        raise ValueError(
+            f"{folder} cannot be resumed from: "
+            + (
+                f"{', '.join(refused)} holds more than tensors and plain data, or is cut short"
+                if refused
+                else f"{type(error).__name__}: {error}"
+            )
+        ) from error
 
 
 def checkpoints_in(folder: Path) -> dict[int, Path]:
@@ -81,6 +130,37 @@ def remove_checkpoints(folder: Path, keep: Collection[int]) -> None:
     old = [path for step, path in checkpoints_in(folder).items() if step not in keep]
     for path in [*folder.glob("step_*.*"), *old]:
         shutil.rmtree(path if path.suffix else path.rename(path.with_suffix(".removed")))
+
+
+def _failures(write: Callable[[], None]) -> list[str]:
+    """What went wrong in `write`, on all replicas. Collective."""
+    failure = None
+    try:
+        write()
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+        failure = f"{type(error).__name__}: {error}"
+    return [text for text in gather_object([failure]) if text]
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    digests = {}
+    for file in folder.iterdir():
+        if file.name != STATE and file.is_file():
+            sha = hashlib.sha256()
+            with file.open("rb") as content:
+                while block := content.read(2**20):
+                    sha.update(block)
+            digests[file.name] = sha.hexdigest()
+    return digests
+
+
+def _is_data(file: Path) -> bool:
+    """Whether a file can be read without running code in it."""
+    try:
+        load(file, map_location="cpu")
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
+        return False
+    return True
 
 
 def _flush(file: Path) -> None:

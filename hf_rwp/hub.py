@@ -35,6 +35,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Offl
 from hf_rwp.card import PAPER, PICTURES, Facts, cell, facts_of
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from torch import nn
 
 logger = logging.getLogger(__name__)
@@ -151,7 +153,8 @@ def render_card(facts: Facts) -> str:
     head = ModelCardData(model_name=facts.name, eval_results=evaluation or None, **facts.metadata)
     if not evaluation:
         head.model_name = None  # which the Hub knows with results alone
-    return str(ModelCard.from_template(head, template_path=str(TEMPLATE), facts=facts, cell=cell, paper=PAPER))
+    card = ModelCard.from_template(head, template_path=str(TEMPLATE), facts=facts, cell=cell, paper=PAPER)
+    return str(card).rstrip() + "\n"
 
 
 def add_card(
@@ -214,6 +217,11 @@ def push(
             logger.warning("push to %s: %s. Trying again in %s s", repo_id, said, wait)
             time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
+
+
+def push_later(folder: str | os.PathLike[str], repo_id: str, **options: Any) -> "Future[str]":
+    """`push` in a thread, after those that were asked for before."""
+    return HfApi().run_as_future(push, folder, repo_id, **options)
 
 
 def reserve(repo_id: str, *, private: bool | None = None, token: str | None = None) -> None:

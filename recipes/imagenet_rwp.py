@@ -80,7 +80,14 @@ from tqdm import tqdm
 
 from hf_rwp import RWP, LossTracker, RWPArguments
 from hf_rwp.arguments import HubArguments, ImageArguments, parse_arguments
-from hf_rwp.checkpoints import checkpoints_in, newest, read_state, remove_checkpoints, save_checkpoint
+from hf_rwp.checkpoints import (
+    checkpoints_in,
+    load_checkpoint,
+    newest,
+    read_state,
+    remove_checkpoints,
+    save_checkpoint,
+)
 from hf_rwp.data import load_images
 from hf_rwp.hub import BackgroundPush, PushError, add_card, push, reserve, save_model
 from hf_rwp.loading import ImageLoader, build_loader
@@ -321,8 +328,7 @@ def main(args: Arguments) -> None:
 
         sam = SAM(base.param_groups, lambda *_, **__: base, rho=args.sam_rho)
     model, optimizer = accelerator.prepare(module, rwp or sam or base)
-    if ema:
-        accelerator.register_for_checkpointing(ema)
+    averages = {"ema": ema} if ema else {}  # not registered with accelerate, which would unpickle whatever is there
     scheduler, epochs = create_scheduler(args, optimizer, updates)
     mixup = create_mixup(args, len(label_names))
     criterion = create_criterion(args, mixed=mixup is not None)
@@ -347,7 +353,7 @@ def main(args: Arguments) -> None:
                 f"{resume_from.name} is from epoch {len(history)} of method {state['method']!r}: resume it with that "
                 f"method and at least as many epochs, not with {args.method!r} and epochs={args.epochs}"
             )
-        accelerator.load_state(str(resume_from))
+        load_checkpoint(accelerator, resume_from, averages)
         tracker.load_state_dict(state["losses"])
         slots_before = state["slots"]
         if (state["replicas"], state["batch_size"]) != (replicas, args.batch_size) and accelerator.is_main_process:
@@ -429,7 +435,8 @@ def main(args: Arguments) -> None:
     def save(images: int, seconds: float, slots: dict[str, int]) -> None:
         position = {"step": done, "images": images, "seconds": seconds, "slots": slots, "history": history}
         run = {"method": args.method, "replicas": replicas, "batch_size": args.batch_size}
-        save_checkpoint(accelerator, checkpoints / f"step_{done}", position | run | {"losses": tracker.state_dict()})
+        state = position | run | {"losses": tracker.state_dict()}
+        save_checkpoint(accelerator, checkpoints / f"step_{done}", state, averages)
         if accelerator.is_main_process:
             kept = list(checkpoints_in(checkpoints))[-args.save_total_limit :]
             best = [max(history, key=accuracy_of)["step"]] if history else []
