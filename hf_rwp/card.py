@@ -76,6 +76,11 @@ class Facts:
         return self.library == "timm"
 
     @property
+    def address(self) -> str:
+        """For `timm.create_model`."""
+        return f"hf-hub:{self.repo_id}" if self.repo_id else "local-dir:path/to/this/folder"
+
+    @property
     def metadata(self) -> dict[str, Any]:
         """The card's head, as `ModelCardData` takes it, without the results."""
         tags = [self.task] if self.task else []

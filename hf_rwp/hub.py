@@ -141,10 +141,9 @@ def save_any(
     partial = _emptied(target)
     model.save_pretrained(partial, safe_serialization=True)
     _take_place(partial, target)
-    return {
-        "library": "peft" if hasattr(model, "peft_config") else "transformers",
-        "architecture": type(getattr(model, "base_model", model)).__name__,
-    }
+    adapted = hasattr(model, "get_base_model")
+    whole = model.get_base_model() if adapted else model
+    return {"library": "peft" if adapted else "transformers", "architecture": type(whole).__name__}
 
 
 def render_card(facts: Facts) -> str:
@@ -400,15 +399,18 @@ def _passes(error: BaseException) -> bool:
     status = _status(error)
     if status is not None:
         return status in _PASSING or status >= 500
-    *_, first = _causes(error)
-    if isinstance(first, (PushError, OfflineModeIsEnabled, LocalTokenNotFoundError)):
+    causes = [*_causes(error)]
+    if any(isinstance(cause, (PushError, OfflineModeIsEnabled, LocalTokenNotFoundError)) for cause in causes):
         return False
-    return isinstance(first, (_HTTPError, ConnectionError, TimeoutError, json.JSONDecodeError, RuntimeError))
+    # The last are hf_xet's errors, and a page in place of JSON from something in between.
+    passing = (_HTTPError, ConnectionError, TimeoutError, RuntimeError, json.JSONDecodeError)
+    return any(isinstance(cause, passing) for cause in causes)
 
 
 def _described(error: BaseException, token: str | None) -> str:
     """An error in one line, and what to do about it where that is known; never with the token."""
-    *_, first = _causes(error)
+    causes = [*_causes(error)]
+    first = next((cause for cause in causes if isinstance(cause, (_HTTPError, OSError))), causes[-1])
     lines = [line.strip() for line in str(first).splitlines() if line.strip()]
     text = f"{type(first).__name__}: {' '.join(lines[:3])}" if lines else type(first).__name__
     if isinstance(first, OfflineModeIsEnabled):

@@ -291,6 +291,7 @@ def main(args: Arguments) -> None:
     micro_steps = 2 if mixes and replicas == accumulation == 1 else accumulation
     check_batch(args, replicas, micro_steps, mixes)
 
+    surroundings = environment(accelerator)  # now: by the end of the run the code on disk may be another
     hub = {"revision": args.hub_revision, "private": args.hub_private or None}
     background = None
     if args.push_to_hub and not args.eval_only and accelerator.is_main_process:
@@ -456,7 +457,7 @@ def main(args: Arguments) -> None:
                 role: {"images": getattr(split, "num_rows", None), "split": name_of(split)}
                 for role, split in splits.items()
             },
-            **environment(accelerator),
+            **surroundings,
             "history": history,
         }
 

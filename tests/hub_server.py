@@ -156,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
             super().handle()
 
     def any_method(self) -> None:
-        self.route, self.body = unquote(urlsplit(self.path).path), None
+        self.route, self.body = urlsplit(self.path).path, None
         for fault in self.hub.faults:
             if fault.times and fault.method == self.command and re.search(fault.path, self.route):
                 fault.times -= 1
@@ -173,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
             for method, pattern, answer in _ROUTES:
                 match = re.fullmatch(pattern, self.route)
                 if match and self.command in method:
-                    return answer(self, **match.groupdict())
+                    return answer(self, **{name: unquote(part or "") for name, part in match.groupdict().items()})
             raise Refused(404, "NoSuchEndpoint")
         except Refused as refused:
             self.refuse(refused)
