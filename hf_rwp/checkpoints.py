@@ -21,7 +21,6 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 STATE = "state.json"
-_PICKLES = (".bin", ".pkl", ".pt")
 
 
 def save_checkpoint(
@@ -99,20 +98,14 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, modules: Mapping[str
     Raises ValueError, with the file's name, for one that cannot be loaded: pickles of anything but tensors and plain
     data are refused.
     """
+    _refuse_code(folder, ".pkl")  # which accelerate goes on without if it cannot read them
     try:
         accelerator.load_state(str(folder))
         for name, module in (modules or {}).items():
             load_model(module, str(folder / f"{name}.safetensors"))
     except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        refused = [file.name for file in sorted(folder.iterdir()) if file.suffix in _PICKLES and not _is_data(file)]
-        raise ValueError(
-            f"{folder} cannot be resumed from: "
-            + (
-                f"{', '.join(refused)} holds more than tensors and plain data, or is cut short"
-                if refused
-                else f"{type(error).__name__}: {error}"
-            )
-        ) from error
+        _refuse_code(folder, ".bin")
+        raise ValueError(f"{folder} cannot be resumed from: {type(error).__name__}: {error}") from error
 
 
 def checkpoints_in(folder: Path) -> dict[int, Path]:
@@ -154,13 +147,15 @@ def _digests(folder: Path) -> dict[str, str]:
     return digests
 
 
-def _is_data(file: Path) -> bool:
-    """Whether a file can be read without running code in it."""
-    try:
-        load(file, map_location="cpu")
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
-        return False
-    return True
+def _refuse_code(folder: Path, suffix: str) -> None:
+    """Raise ValueError for files that cannot be read without running code in them."""
+    for file in sorted(folder.glob(f"*{suffix}")):
+        try:
+            load(file, map_location="cpu")
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"{folder} cannot be resumed from: {file.name} holds more than tensors and plain data, or is cut short"
+            ) from error
 
 
 def _flush(file: Path) -> None:
