@@ -212,7 +212,7 @@ def push(
                 raise PushError(
                     f"the push to {repo_id} failed: {said}\n{folder} holds all of it. This finishes the push:\n\n"
                     f"    {command}"
-                ) from error
+                ) from None  # nobody knows what a cause's own text quotes
             logger.warning("push to %s: %s. Trying again in %s s", repo_id, said, wait)
             time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
@@ -230,7 +230,7 @@ def reserve(repo_id: str, *, private: bool | None = None, token: str | None = No
             _create(HfApi(token=token), repo_id, private)
     except (_HTTPError, OSError, RuntimeError, ValueError) as error:
         if _status(error) in _HINTS or isinstance(error, PushError):
-            raise PushError(f"{repo_id} cannot be pushed to: {_described(error, token)}") from error
+            raise PushError(f"{repo_id} cannot be pushed to: {_described(error, token)}") from None
         logger.warning(
             "%s cannot be reached now (%s): training goes on, and the push is tried again later",
             repo_id,

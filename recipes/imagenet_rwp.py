@@ -477,7 +477,7 @@ def main(args: Arguments) -> None:
         add_card(
             folder,
             results,
-            pictures=[curves],
+            pictures=[picture for picture in (curves, output_dir / "landscape.png") if picture.exists()],
             logs=output_dir / "logs" if args.hub_logs else None,
             repo_id=args.hub_model_id,
         )

@@ -1,13 +1,17 @@
 """The folder that timm and transformers load; test_imagenet_runs.py loads one in both after training."""
 
 import json
+import shlex
+import traceback
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from timm.data import resolve_data_config
 
-from hf_rwp.hub import save_model
+from hf_rwp import hub
+from hf_rwp.hub import hf_upload, save_any, save_model
 
 NAMES = ["bee", "crab", 'd"og', "ėel"]
 
@@ -61,3 +65,59 @@ def test_a_failure_leaves_the_earlier_model(model, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save(timm.create_model("test_convnext", num_classes=4), folder)
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_any_model_comes_out_of_its_wrappings(model, tmp_path):
+    wrapped = torch.nn.DataParallel(torch.compile(model))
+    assert save_any(wrapped, tmp_path / "model", label_names=NAMES)["library"] == "timm"
+    again = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    with pytest.raises(TypeError, match="a Linear is neither a timm model"):
+        save_any(torch.nn.Linear(2, 1), tmp_path / "linear")
+
+
+def test_labels_that_do_not_fit_the_model_are_numbers_instead(model, tmp_path):
+    save_any(model, tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["label_names"] == ["0", "1", "2", "3"]
+
+
+def test_the_command_that_finishes_a_push_survives_a_shell():
+    command = hf_upload(Path("out puts/$x"), "ada/net", revision="v2", tag="it's", private=True)
+    upload, tag = command.split(" && ")
+    assert shlex.split(upload) == ["hf", "upload", "ada/net", "out puts/$x", ".", "--revision", "v2", "--private"]
+    assert shlex.split(tag) == ["hf", "repos", "tag", "create", "ada/net", "it's", "--revision", "v2"]
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (ConnectionResetError(), True),
+        (TimeoutError(), True),
+        (OSError(28, "No space left on device"), False),
+        (FileNotFoundError("model.safetensors"), False),
+        (ValueError("Invalid metadata in README.md"), False),
+    ],
+)
+def test_what_another_attempt_may_mend_is_tried_again(tmp_path, monkeypatch, error, passes):
+    attempts = []
+
+    def fails(*_):
+        attempts.append(1)
+        raise error
+
+    monkeypatch.setattr(hub, "_push_once", fails)
+    monkeypatch.setattr(hub.time, "sleep", attempts.append)
+    with pytest.raises(hub.PushError, match=r"failed: [\s\S]*    hf upload ada/net"):
+        hub.push(tmp_path, "ada/net")
+    assert attempts == ([1, 2, 1, 10, 1, 30, 1] if passes else [1])
+
+
+def test_an_error_that_quotes_the_token_does_not_get_through(tmp_path, monkeypatch):
+    def fails(*_):
+        raise ValueError("bad header: Bearer hf_secret and hf_stored")
+
+    monkeypatch.setattr(hub, "_push_once", fails)
+    monkeypatch.setattr(hub, "get_token", lambda: "hf_stored")
+    with pytest.raises(hub.PushError) as caught:
+        hub.push(tmp_path, "ada/net", token="hf_secret")
+    assert "hf_s" not in "".join(traceback.format_exception(caught.value))
