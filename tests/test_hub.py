@@ -118,6 +118,7 @@ def test_an_error_that_quotes_the_token_does_not_get_through(tmp_path, monkeypat
 
     monkeypatch.setattr(hub, "_push_once", fails)
     monkeypatch.setattr(hub, "get_token", lambda: "hf_stored")
+    token = "hf_secret"
     with pytest.raises(hub.PushError) as caught:
-        hub.push(tmp_path, "ada/net", token="hf_secret")
+        hub.push(tmp_path, "ada/net", token=token)
     assert "hf_s" not in "".join(traceback.format_exception(caught.value))
