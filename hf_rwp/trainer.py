@@ -215,8 +215,10 @@ class RWPTrainerMixin(_AnyTrainer):
             return super().push_to_hub(commit_message, blocking, token, revision, private, **facts)
         from hf_rwp import hub  # huggingface_hub, for those who push alone
 
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.rwp is not None:
             self.rwp.eval()
+        self._sync_buffers()
         known = dict(results) if results is not None else self._results()
         if not self.is_world_process_zero():
             return None

@@ -442,12 +442,23 @@ def main(args: Arguments) -> None:
             kept = list(checkpoints_in(checkpoints))[-args.save_total_limit :]
             best = [max(history, key=accuracy_of)["step"]] if history else []
             remove_checkpoints(checkpoints, keep=kept + best)
-            improved = not images and done in best
-            if background and (improved if args.hub_strategy == "best" else not background.busy):
-                write_model(best_folder if args.hub_strategy == "best" else model_folder, results_so_far())
-                background.start(best_folder if args.hub_strategy == "best" else model_folder, f"Step {done}")
+            if background:
+                publish(improved=not images and done in best)
+
+    def publish(improved: bool) -> None:
+        """Have the weights as they are pushed in the background, if it is time."""
+        by_accuracy = args.hub_strategy == "best"
+        folder = best_folder if by_accuracy else model_folder
+        if not (improved if by_accuracy else not background.busy):
+            return
+        try:
+            write_model(folder, results_so_far())
+            background.start(folder, f"Step {done}")
+        except OSError as error:
+            print(f"warning: nothing is pushed at step {done}: {error}. Training goes on", file=sys.stderr)
 
     def results_so_far() -> dict:
+        """What results.json will hold. On the main process."""
         return {
             "final": history[-1] if history else {},
             "seconds": sum(row["seconds"] for row in history),

@@ -1,6 +1,7 @@
 """Pushing to a loopback Hub, and downloading from it with unmodified clients; what goes wrong on the way."""
 
 import getpass
+import hashlib
 import json
 import os
 import re
@@ -11,12 +12,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import distributed
 import pytest
 import timm
 import torch
 import yaml
 from hub_clients import Clients
 from hub_server import OTHER, READ, WRITE, HubServer, cut, silent, slow, status
+from imagenet import train, train_on_rank
 from timm.data import resolve_data_config
 
 from hf_rwp.hub import add_card, save_model
@@ -312,8 +315,8 @@ def test_a_commit_that_others_came_before_is_made_again(hub, clients, folder, nu
 
 def test_what_does_not_pass_ends_in_the_command_that_finishes_it(hub, clients, folder):
     """Half of the upload is there by then, and is not sent again."""
-    hub.fail("PUT", "/lfs-store/", cut, times=ALWAYS)
-    hub.faults[0].path += __import__("hashlib").sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    hub.fail("PUT", f"/lfs-store/{weights}", cut, times=ALWAYS)
     outcome = clients.run("push", folder, "ada/model", {"private": True, "revision": "v2", "tag": "x"}, token=WRITE)
     assert outcome.status == 1
     assert hub.commits("ada/model", "v2") == []
@@ -441,3 +444,29 @@ def test_a_push_in_the_background_that_fails_is_told_and_survived(hub, clients, 
     assert outcome.status == 0, outcome.output
     assert "Not now" in outcome.output
     assert hub.commits("ada/digits")[-1] == "End of training"
+
+
+def test_of_two_replicas_one_pushes(tmp_path):
+    """Offline, as the ranks of these tests are: what it says tells which of them tried."""
+    first, second = distributed.run(2, train_on_rank, tmp_path, *PUSH, "--epochs=1", "--batch_size=12")
+    assert first.startswith("SystemExit: error: the push to ada/digits failed: huggingface_hub is offline")
+    assert second == ""
+    assert {file.name for file in (tmp_path / "model").iterdir()} == MODEL
+
+
+def test_a_disk_that_fills_up_stops_the_push_and_not_the_training(recipe, tmp_path, monkeypatch, capsys):
+    real, calls = recipe.save_model, []
+
+    def full_at_first(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(recipe, "save_model", full_at_first)
+    monkeypatch.setattr(recipe, "reserve", lambda *_, **__: None)
+    with pytest.raises(SystemExit, match="unset HF_HUB_OFFLINE"):
+        train(recipe, tmp_path, *PUSH, "--hub_strategy=every_save")
+    assert "nothing is pushed at step 3: [Errno 28]" in capsys.readouterr().err
+    assert len(calls) == 3
+    assert {file.name for file in (tmp_path / "model").iterdir()} == MODEL
