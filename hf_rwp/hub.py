@@ -114,9 +114,9 @@ def save_any(
     data_config: Mapping[str, Any] | None = None,
     model_args: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
-    """`save_model` for timm's models, transformers' `TimmWrapper` too; `save_pretrained` for other ones that have it.
+    """`save_model` for timm's models, transformers' `TimmWrapper` too; else `save_pretrained`, or the weights alone.
 
-    Returns the facts that the model itself tells: library and architecture. Raises TypeError for another model.
+    Returns the facts that the model itself tells: library and architecture.
     """
     model = _unwrapped(model)
     names = [*getattr(getattr(model, "config", None), "id2label", {}).values()]
@@ -133,13 +133,15 @@ def save_any(
         data_config = data_config or resolve_data_config({}, pretrained_cfg=config)
         save_model(model, folder, label_names=label_names, data_config=data_config, model_args=model_args or arguments)
         return {"library": "timm", "architecture": config.get("architecture") or type(model).__name__}
-    if not hasattr(model, "save_pretrained"):
-        raise TypeError(
-            f"a {type(model).__name__} is neither a timm model nor one that has save_pretrained: give the model itself"
-        )
     target = Path(folder)
     partial = _emptied(target)
-    model.save_pretrained(partial, safe_serialization=True)
+    if not hasattr(model, "save_pretrained"):
+        from safetensors.torch import save_model as save_weights
+
+        save_weights(model, str(partial / "model.safetensors"))
+        _take_place(partial, target)
+        return {"library": "pytorch", "architecture": type(model).__name__}
+    model.save_pretrained(partial)
     _take_place(partial, target)
     adapted = hasattr(model, "get_base_model")
     whole = model.get_base_model() if adapted else model

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from timm.data import resolve_data_config
 
 from hf_rwp import hub
-from hf_rwp.hub import hf_upload, save_any, save_model
+from hf_rwp.card import facts_of
+from hf_rwp.hub import hf_upload, render_card, save_any, save_model
 
 NAMES = ["bee", "crab", 'd"og', "ėel"]
 
@@ -72,8 +74,15 @@ def test_any_model_comes_out_of_its_wrappings(model, tmp_path):
     assert save_any(wrapped, tmp_path / "model", label_names=NAMES)["library"] == "timm"
     again = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
     assert again.state_dict().keys() == model.state_dict().keys()
-    with pytest.raises(TypeError, match="a Linear is neither a timm model"):
-        save_any(torch.nn.Linear(2, 1), tmp_path / "linear")
+
+
+def test_a_model_that_no_library_knows_is_its_weights(tmp_path):
+    linear = torch.nn.Linear(2, 1)
+    assert save_any(linear, tmp_path / "linear") == {"library": "pytorch", "architecture": "Linear"}
+    linear.load_state_dict(load_file(tmp_path / "linear" / "model.safetensors"))
+    card = render_card(facts_of({"arguments": {}}, library="pytorch", architecture="Linear"))
+    assert "load_state_dict" in card
+    assert "AutoModel" not in card
 
 
 def test_labels_that_do_not_fit_the_model_are_numbers_instead(model, tmp_path):
