@@ -214,6 +214,7 @@ class RWPTrainerMixin(_AnyTrainer):
                 raise ValueError(f"{', '.join(given)}: Trainer's own push, which this is without rwp=True, has no such")
             return super().push_to_hub(commit_message, blocking, token, revision, private, **facts)
         from hf_rwp import hub  # huggingface_hub, for those who push alone
+        from hf_rwp.folder import save_any
 
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.rwp is not None:
@@ -226,7 +227,7 @@ class RWPTrainerMixin(_AnyTrainer):
         output = Path(self.args.output_dir)
         repo_id = self.hub_model_id or self.args.hub_model_id or output.absolute().name
         folder = output / "hub"
-        of_model = hub.save_any(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), folder)
+        of_model = save_any(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         said = {**of_model, **_card_facts(facts)}

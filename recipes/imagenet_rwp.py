@@ -89,7 +89,8 @@ from hf_rwp.checkpoints import (
     save_checkpoint,
 )
 from hf_rwp.data import load_images
-from hf_rwp.hub import BackgroundPush, PushError, add_card, push, reserve, save_model
+from hf_rwp.folder import save_model
+from hf_rwp.hub import BackgroundPush, PushError, add_card, push, reserve
 from hf_rwp.loading import ImageLoader, build_loader
 from hf_rwp.metrics import Top1, Top5, label_rank
 from hf_rwp.placement import role

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -52,7 +53,9 @@ class Clients:
             assert time.monotonic() < deadline, f"no end in sight\n{(folder / 'output').read_text()}"
             time.sleep(0.02)
         status, value, took = pickle.loads((folder / "outcome").read_bytes())
-        return Outcome(status, value, (folder / "output").read_text(), took)
+        output = (folder / "output").read_text()
+        shutil.rmtree(folder)
+        return Outcome(status, value, output, took)
 
     def run(self, function: str, *arguments: Any, token: str | None = None, **settings: Any) -> Outcome:
         return self.finish(self.start(function, *arguments, token=token, **settings))
