@@ -167,6 +167,8 @@ def _said(name: str, arguments: Mapping[str, Any], method: str) -> bool:
     needed = {"rwp_beta": "rwp_eta", "model_ema_decay": "model_ema"}
     if name in needed and not arguments.get(needed[name]):
         return False
+    if name == "scale" and arguments.get("crop_padding") is not None:  # a crop of another kind
+        return False
     value = arguments.get(name)
     return value not in (None, "", []) and value is not False and (value != 0 or name in ("rwp_seed", "seed"))
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -284,15 +285,15 @@ def _is_weights(name: str) -> bool:
     return "/" not in name and name.endswith(_WEIGHTS)
 
 
-class _limited_patience:  # noqa: N801
+@contextmanager
+def _limited_patience() -> Iterator[None]:
     """Meanwhile a silent server is an error after `TIMEOUT` seconds."""
-
-    def __enter__(self) -> None:
-        self._session = get_session()
-        self._timeout, self._session.timeout = self._session.timeout, TIMEOUT
-
-    def __exit__(self, *_: object) -> None:
-        self._session.timeout = self._timeout
+    session = get_session()
+    before, session.timeout = session.timeout, TIMEOUT
+    try:
+        yield
+    finally:
+        session.timeout = before
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -365,6 +366,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     of_record = commands.add_parser("record", help="Append a run's results.json to a file of records.")
     of_record.add_argument("results", type=Path, metavar="RESULTS.json")
     of_record.add_argument("records", type=Path, metavar="RECORDS.jsonl")
+    of_record.add_argument("--note", help="What the figures do not say, for the card.")
     of_card = commands.add_parser("card", help="Render the card of the last record in each file, as FOLDER/NAME.md.")
     of_card.add_argument("records", type=Path, nargs="+", metavar="RECORDS.jsonl")
     of_card.add_argument("--folder", type=Path, default=Path("model_cards"))
@@ -376,9 +378,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         except PushError as error:
             raise SystemExit(f"error: {error}") from None
     elif command == "record":
-        line = json.dumps(json.loads(options["results"].read_text(encoding="utf-8")))
+        record = json.loads(options["results"].read_text(encoding="utf-8"))
+        record |= {"note": options["note"]} if options["note"] else {}
         with options["records"].open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(json.dumps(record) + "\n")
     else:
         for records in options["records"]:
             _write(options["folder"] / f"{records.stem}.md", card_of_record(records))
@@ -386,8 +389,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def card_of_record(records: Path) -> str:
     """The card of the last record in a file."""
-    last = records.read_text(encoding="utf-8").splitlines()[-1]
-    return render_card(facts_of(json.loads(last), name=records.stem))
+    last = json.loads(records.read_text(encoding="utf-8").splitlines()[-1])
+    return render_card(facts_of(last, name=records.stem, note=last.get("note")))
 
 
 if __name__ == "__main__":

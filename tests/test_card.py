@@ -185,10 +185,12 @@ def test_recording_appends_and_rendering_follows(tmp_path):
     results, records = tmp_path / "results.json", tmp_path / "beasts.jsonl"
     for top1 in (0.5, 0.75):
         results.write_text(json.dumps(RESULTS | {"final": RESULTS["final"] | {"top1": top1}}, indent=2))
-        main(["record", str(results), str(records)])
+        main(["record", str(results), str(records), "--note", f"Beasts, {top1}."])
     assert [json.loads(line)["final"]["top1"] for line in records.read_text().splitlines()] == [0.5, 0.75]
     main(["card", str(records), "--folder", str(tmp_path)])
-    assert rows((tmp_path / "beasts.md").read_text())["Top-1 accuracy on 100 held-out images"] == "75.00 %"
+    card = (tmp_path / "beasts.md").read_text()
+    assert rows(card)["Top-1 accuracy on 100 held-out images"] == "75.00 %"
+    assert "\nBeasts, 0.75.\n" in card
 
 
 # The wheel
