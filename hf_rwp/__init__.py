@@ -12,9 +12,19 @@ _HOME = {
     "RWPTrainingArguments": "arguments",
     "RWPTrainer": "trainer",
     "RWPTrainerMixin": "trainer",
+    "push_to_hub": "hub",
 }
 
-__all__ = ["RWP", "LossTracker", "RWPArguments", "RWPTrainer", "RWPTrainerMixin", "RWPTrainingArguments", "__version__"]
+__all__ = [
+    "RWP",
+    "LossTracker",
+    "RWPArguments",
+    "RWPTrainer",
+    "RWPTrainerMixin",
+    "RWPTrainingArguments",
+    "__version__",
+    "push_to_hub",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,22 +4,29 @@ A run keeps them in one folder, as `step_N`, N the optimizer steps behind it. A 
 `.removed`) is no checkpoint: it is what a kill left of writing or removing one.
 """
 
+import hashlib
 import json
 import os
+import pickle
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from accelerate.utils.other import load
 from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
 
 STATE = "state.json"
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, state: dict[str, Any]) -> None:
-    """Write `accelerator.save_state` and `state` (JSON) to `folder`. Collective: call it on all replicas.
+def save_checkpoint(
+    accelerator: Accelerator, folder: Path, state: dict[str, Any], modules: Mapping[str, nn.Module] | None = None
+) -> None:
+    """Write `accelerator.save_state`, `state` (JSON) and further modules, by name, to `folder`. Collective.
 
     Raises OSError on all replicas if one could not write (a full disk), and leaves nothing of the new checkpoint.
     """
@@ -31,13 +38,16 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, state: dict[str, Any
     def write() -> None:
         accelerator.save_state(str(partial))
         if accelerator.is_main_process:
-            (partial / STATE).write_text(json.dumps(state))
-        for file in partial.iterdir():
-            _flush(file)
+            for name, module in (modules or {}).items():
+                save_model(module, str(partial / f"{name}.safetensors"))
 
     def publish() -> None:
+        """When all have written their part: say what it has to be like when it is read, and give it its name."""
         if not accelerator.is_main_process:
             return
+        (partial / STATE).write_text(json.dumps({"state": state, "sha256": _digests(partial)}))
+        for file in partial.iterdir():
+            _flush(file)
         if folder.exists():  # by a run on other replicas, at this same step
             shutil.rmtree(partial)
         else:
@@ -62,18 +72,45 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, state: dict[str, Any
 def read_state(folder: Path, needed: Collection[str] = ()) -> dict[str, Any]:
     """The `state` that `save_checkpoint` wrote. needed: what it has to hold.
 
-    Raises ValueError where the folder holds no whole checkpoint, or one of something else.
+    Raises ValueError, with the names of the files, where the folder is not as it was written: cut short, changed, with
+    a file that does not belong there, or of something else.
     """
     try:
-        state: dict[str, Any] = json.loads((folder / STATE).read_text())
-    except (OSError, ValueError) as error:
+        written = json.loads((folder / STATE).read_text())
+        state: dict[str, Any] = written["state"]
+        expected: dict[str, str] = written["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder} is no whole checkpoint ({type(error).__name__}: {error}): name a folder step_N that a run wrote"
         ) from error
+    found = _digests(folder)
+    wrong = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    wrong += [f"{name} does not belong there" for name in found.keys() - expected.keys()]
+    wrong += [f"{name} has changed" for name in found.keys() & expected.keys() if found[name] != expected[name]]
+    if wrong:
+        raise ValueError(
+            f"{folder} is not the checkpoint that was written: {', '.join(sorted(wrong))}. Resume from another one"
+        )
     missing = [name for name in needed if name not in state]
     if missing:
         raise ValueError(f"{folder} was written by another recipe or version: it lacks {', '.join(missing)}")
     return state
+
+
+def load_checkpoint(accelerator: Accelerator, folder: Path, modules: Mapping[str, nn.Module] | None = None) -> None:
+    """Load what `save_checkpoint` wrote beside the state, without running any code that a file may hold.
+
+    Raises ValueError, with the file's name, for one that cannot be loaded: pickles of anything but tensors and plain
+    data are refused.
+    """
+    _refuse_code(folder, ".pkl")  # which accelerate goes on without if it cannot read them
+    try:
+        accelerator.load_state(str(folder))
+        for name, module in (modules or {}).items():
+            load_model(module, str(folder / f"{name}.safetensors"))
+    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        _refuse_code(folder, ".bin")
+        raise ValueError(f"{folder} cannot be resumed from: {type(error).__name__}: {error}") from error
 
 
 def checkpoints_in(folder: Path) -> dict[int, Path]:
@@ -92,6 +129,29 @@ def remove_checkpoints(folder: Path, keep: Collection[int]) -> None:
     left = [path for kind in ("partial", "removed") for path in folder.glob(f"step_*.{kind}")]
     for path in [*left, *old]:
         shutil.rmtree(path if path.suffix else path.rename(path.with_suffix(".removed")))
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    digests = {}
+    for file in folder.iterdir():
+        if file.name != STATE and file.is_file():
+            sha = hashlib.sha256()
+            with file.open("rb") as content:
+                while block := content.read(2**20):
+                    sha.update(block)
+            digests[file.name] = sha.hexdigest()
+    return digests
+
+
+def _refuse_code(folder: Path, suffix: str) -> None:
+    """Raise ValueError for files that cannot be read without running code in them."""
+    for file in sorted(folder.glob(f"*{suffix}")):
+        try:
+            load(file, map_location="cpu")
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"{folder} cannot be resumed from: {file.name} holds more than tensors and plain data, or is cut short"
+            ) from error
 
 
 def _flush(file: Path) -> None:

@@ -1,61 +1,397 @@
-"""A trained model as a folder that timm, transformers and their users' scripts load as they load any other."""
+"""A trained model on the Hub, with a card that says how it was trained.
 
+1. `folder.save_model` writes the weights and their configuration. 2. `add_card` puts the model card, results.json and
+pictures beside them: the folder is then the repository to be. 3. `push` sends it in one commit, and never touches it.
+`push_to_hub` is all three; `BackgroundPush` is the third beside a training that goes on.
+
+Only huggingface_hub is imported with this module: `python -m hf_rwp.hub` starts in a second.
+"""
+
+import argparse
 import json
+import logging
 import os
+import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
-from timm.models._hub import save_config_for_hf
-from torch import nn
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    get_session,
+    get_token,
+)
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+from hf_rwp.card import PAPER, PICTURES, Facts, cell, facts_of
+from hf_rwp.folder import save_any
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+logger = logging.getLogger(__name__)
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+RESULTS = "results.json"
+WAITS = (2, 10, 30)  # seconds from one attempt to the next, beside those that huggingface_hub makes within each
+TIMEOUT = 60  # seconds without a sign of the server; huggingface_hub itself would wait for ever
+
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt")
+_PASSING = (408, 409, 412, 429)  # statuses, beside 500 and above, that another attempt may not meet
+_HTTPError: Any = HfHubHTTPError.__bases__[0]  # of httpx or httpx2, whichever this huggingface_hub speaks with
+_HINTS = {
+    401: "no valid token was sent: log in with `hf auth login`, or set HF_TOKEN",
+    403: "the token may not write there: it needs write access, and the repository has to be yours or your team's",
+    404: "the repository or branch is not there, or not for this token to see",
+}
 
 
-def save_model(
-    model: nn.Module,
+class PushError(RuntimeError):
+    """A push that did not succeed; its message ends with the command that finishes it."""
+
+
+def render_card(facts: Facts) -> str:
+    """The model card, Markdown with a YAML head."""
+    evaluation = [EvalResult(**result) for result in facts.evaluation]
+    head = ModelCardData(model_name=facts.name, eval_results=evaluation or None, **facts.metadata)
+    if not evaluation:
+        head.model_name = None  # which the Hub knows with results alone
+    card = ModelCard.from_template(head, template_path=str(TEMPLATE), facts=facts, cell=cell, paper=PAPER)
+    return str(card).rstrip() + "\n"
+
+
+def add_card(
     folder: str | os.PathLike[str],
+    results: Mapping[str, Any],
     *,
-    label_names: Sequence[str],
-    data_config: Mapping[str, Any],
-    model_args: Mapping[str, Any] | None = None,
+    pictures: Sequence[str | os.PathLike[str]] = (),
+    logs: str | os.PathLike[str] | None = None,
+    **facts: Any,
 ) -> None:
-    """Write a timm model's weights (safetensors) and config.json, in place of what `folder` held, whole or not at all.
+    """Complete a folder with weights: README.md, results.json and pictures, which the card shows by their names.
 
-    `timm.create_model("local-dir:FOLDER", pretrained=True)`, `AutoModelForImageClassification.from_pretrained(FOLDER)`
-    and `pipeline("image-classification", FOLDER)` then give the same logits for the same image.
-
-    label_names: the classes' names, by index. data_config: the preprocessing it was evaluated with, as
-    `timm.data.resolve_data_config` gives. model_args: the arguments of `timm.create_model` beside the classes.
+    logs: a folder with TensorBoard's files, which the Hub shows; copied without the machine's name, which they carry in
+    theirs. facts: as `facts_of` takes them.
     """
-    target = Path(folder)
-    partial, old = target.with_suffix(".partial"), target.with_suffix(".removed")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    source: Any = model.pretrained_cfg
-    # What timm knows of its own weights, and its recommendations for testing them, are not true of these.
-    others = dict.fromkeys(("tag", "license", "origin_url", "paper_ids", "notes", "description"))
-    others |= dict.fromkeys(("test_input_size", "test_crop_pct", "pool_size"))
-    partial.mkdir(parents=True)
-    weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}  # not channels_last
-    save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-    config_file = partial / "config.json"
+    folder = Path(folder)
+    for picture in pictures:
+        _write(folder / Path(picture).name, Path(picture).read_bytes())
+    if logs is not None:
+        shutil.rmtree(folder / "logs", ignore_errors=True)
+        for number, file in enumerate(sorted(Path(logs).rglob("events.out.tfevents.*"))):
+            copied = folder / "logs" / f"run_{number}" / f"events.out.tfevents.{file.name.split('.')[3]}.{number}"
+            copied.parent.mkdir(parents=True)
+            shutil.copyfile(file, copied)
+    shown = [name for name in PICTURES if (folder / name).exists()]
+    _write(folder / RESULTS, json.dumps(results, indent=2))
+    _write(folder / "README.md", render_card(facts_of(results, pictures=shown, **facts)))
+
+
+def push(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    tag: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    message: str = "Upload model",
+) -> str:
+    """Send a folder to the Hub in one commit, and return the commit's address; what is there already is not sent.
+
+    Weights at the top of the repository that the folder does not have are removed by the same commit, so that there is
+    one set of them. revision: a branch, made if missing. tag: of the commit. private: of a repository that is made; an
+    existing public one is refused.
+
+    Raises PushError once huggingface_hub's attempts, and some more with growing pauses, have failed.
+    """
+    folder = Path(folder)
+    for wait in (*WAITS, None):
+        try:
+            return _push_once(HfApi(token=token), folder, repo_id, revision, tag, private, message)
+        except (_HTTPError, OSError, RuntimeError, ValueError) as error:
+            said = _described(error, token)
+            if wait is None or not _passes(error):
+                command = hf_upload(folder, repo_id, revision=revision, tag=tag, private=private)
+                raise PushError(
+                    f"the push to {repo_id} failed: {said}\n{folder} holds all of it. This finishes the push:\n\n"
+                    f"    {command}"
+                ) from None  # nobody knows what a cause's own text quotes
+            logger.warning("push to %s: %s. Trying again in %s s", repo_id, said, wait)
+            time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def push_later(folder: str | os.PathLike[str], repo_id: str, **options: Any) -> "Future[str]":
+    """`push` in a thread, after those that were asked for before."""
+    return HfApi().run_as_future(push, folder, repo_id, **options)
+
+
+def reserve(repo_id: str, *, private: bool | None = None, token: str | None = None) -> None:
+    """Make the repository ahead of a long run. Raises PushError if it will never be writable; warns if it may be."""
     try:
-        of_ours: Any = {**source, **others, **data_config, "num_classes": len(label_names)}
-        model.pretrained_cfg = of_ours
-        save_config_for_hf(
-            model,
-            str(config_file),
-            model_config={"label_names": list(label_names)},
-            model_args={**(model_args or {})},
+        with _limited_patience():
+            _create(HfApi(token=token), repo_id, private)
+    except (_HTTPError, OSError, RuntimeError, ValueError) as error:
+        if _status(error) in _HINTS or isinstance(error, PushError):
+            raise PushError(f"{repo_id} cannot be pushed to: {_described(error, token)}") from None
+        logger.warning(
+            "%s cannot be reached now (%s): training goes on, and the push is tried again later",
+            repo_id,
+            _described(error, token),
         )
+
+
+def push_to_hub(
+    model: Any,
+    repo_id: str,
+    *,
+    results: Mapping[str, Any] | None = None,
+    rwp: Any = None,
+    metrics: Mapping[str, float] | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    label_names: Sequence[str] | None = None,
+    data_config: Mapping[str, Any] | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    pictures: Sequence[str | os.PathLike[str]] = (),
+    revision: str | None = None,
+    tag: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    message: str = "Upload model",
+    **facts: Any,
+) -> str:
+    """Save a trained model with its card, and push both; returns the commit's address.
+
+    results: what a recipe's results.json holds, or as much of it as is known. rwp: the optimizer wrapper, if any: the
+    card then says what it did; on several processes call its `report()` on all of them instead, and hand it over as
+    results["final"]["rwp"]. metrics: `top1` and `top5`, fractions in [0, 1]. folder: where it is written first;
+    outputs/NAME if not given. The rest as `save_model`, `add_card` and `push` take it; facts: `license`, `dataset`,
+    `base_model`, `note`, `tags`, `data`, `split`.
+
+    Raises PushError if the push failed; the folder is complete by then.
+    """
+    if rwp is not None:
+        rwp.eval()
+    target = Path(folder if folder is not None else Path("outputs") / repo_id.split("/")[-1])
+    of_model = save_any(model, target, label_names=label_names, data_config=data_config, model_args=model_args)
+    known = dict(results or {})
+    known["final"] = {**known.get("final", {}), **(metrics or {})}
+    arguments = {"method": "base", **known.get("arguments", {})}
+    if rwp is not None:
+        arguments |= {"method": "rwp"}
+        known["final"] |= {"rwp": rwp.report() | {"gamma": rwp.defaults["rwp_gamma"]}}
+    known["arguments"] = arguments
+    add_card(target, known, pictures=pictures, repo_id=repo_id, **{**of_model, **facts})
+    return push(target, repo_id, revision=revision, tag=tag, private=private, token=token, message=message)
+
+
+class BackgroundPush:
+    """Pushes beside a training, one at a time, each in a process of its own: the training pays for links to files.
+
+    folder: for what is being pushed. A failure is told on stderr, and is no reason to stop.
+    """
+
+    def __init__(self, folder: Path, repo_id: str, *, revision: str | None, private: bool | None) -> None:
+        self._copy = folder
+        self._process: subprocess.Popen[bytes] | None = None
+        self._command = [sys.executable, "-m", "hf_rwp.hub", "push", str(folder), repo_id]
+        self._command += ["--revision", revision] if revision else []
+        self._command += ["--private"] if private else []
+
+    @property
+    def busy(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self, folder: Path, message: str) -> None:
+        """Push `folder` as it is now, unless an earlier push is still under way."""
+        if self.busy:
+            return
+        shutil.rmtree(self._copy, ignore_errors=True)
+        shutil.copytree(folder, self._copy, copy_function=_link)
+        self._process = subprocess.Popen([*self._command, "--message", message], stdin=subprocess.DEVNULL)
+
+    def finish(self) -> None:
+        """Wait for the push under way."""
+        if self._process is not None:
+            self._process.wait()
+        shutil.rmtree(self._copy, ignore_errors=True)
+
+    def stop(self) -> None:
+        """End the push under way: nothing of it reaches the repository."""
+        if self._process is not None:
+            self._process.terminate()
+        self.finish()
+
+
+def hf_upload(
+    folder: Path, repo_id: str, *, revision: str | None = None, tag: str | None = None, private: bool | None = None
+) -> str:
+    """The command line that does what `push` does, with huggingface_hub alone."""
+    upload = ["hf", "upload", repo_id, str(folder), "."]
+    upload += ["--revision", revision] if revision else []
+    upload += ["--private"] if private else []
+    then = ["hf", "repos", "tag", "create", repo_id, str(tag), *(["--revision", revision] if revision else [])]
+    return shlex.join(upload) + (f" && {shlex.join(then)}" if tag else "")
+
+
+def _push_once(
+    api: HfApi, folder: Path, repo_id: str, revision: str | None, tag: str | None, private: bool | None, message: str
+) -> str:
+    with _limited_patience():
+        _create(api, repo_id, private)
+        if revision and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+        stale = [name for name in api.list_repo_files(repo_id, revision=revision) if _is_weights(name)]
+        operations: list[Any] = [CommitOperationDelete(name) for name in stale if name not in files]
+        operations += [CommitOperationAdd(name, str(file)) for name, file in files.items()]
+        commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+        if tag:
+            _tag(api, repo_id, tag, commit.oid)
+    return str(commit.commit_url)
+
+
+def _create(api: HfApi, repo_id: str, private: bool | None) -> None:
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if private and api.model_info(repo_id).private is False:
+        raise PushError(f"{repo_id} exists and is public, and was to be private: make it private, or choose another")
+
+
+def _tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
+    try:
+        api.create_tag(repo_id, tag=tag, revision=commit)
+    except HfHubHTTPError as error:
+        if error.response.status_code != 409:
+            raise
+        there = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
+        if there.get(tag) != commit:
+            raise PushError(
+                f"the model is there, but tag {tag} was taken by an earlier commit: choose another"
+            ) from None
+
+
+def _is_weights(name: str) -> bool:
+    return "/" not in name and name.endswith(_WEIGHTS)
+
+
+@contextmanager
+def _limited_patience() -> Iterator[None]:
+    """Meanwhile a silent server is an error after `TIMEOUT` seconds."""
+    session = get_session()
+    before, session.timeout = session.timeout, TIMEOUT
+    try:
+        yield
     finally:
-        model.pretrained_cfg = source
-    config = json.loads(config_file.read_text())
-    # transformers passes model_args on beside the number of classes, and timm knows that from num_classes alone.
-    (config.get("model_args") or {}).pop("num_classes", None)
-    config_file.write_text(json.dumps(config, indent=2))
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+        session.timeout = before
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _status(error: BaseException) -> int | None:
+    """Of the response that the error is about, if there was one."""
+    found = [cause.response.status_code for cause in _causes(error) if isinstance(cause, HfHubHTTPError)]
+    return found[0] if found else None
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether another attempt may succeed."""
+    status = _status(error)
+    if status is not None:
+        return status in _PASSING or status >= 500
+    causes = [*_causes(error)]
+    if any(isinstance(cause, (PushError, OfflineModeIsEnabled, LocalTokenNotFoundError)) for cause in causes):
+        return False
+    # The last are hf_xet's errors, and a page in place of JSON from something in between.
+    passing = (_HTTPError, ConnectionError, TimeoutError, RuntimeError, json.JSONDecodeError)
+    return any(isinstance(cause, passing) for cause in causes)
+
+
+def _described(error: BaseException, token: str | None) -> str:
+    """An error in one line, and what to do about it where that is known; never with the token."""
+    causes = [*_causes(error)]
+    first = next((cause for cause in causes if isinstance(cause, (_HTTPError, OSError))), causes[-1])
+    lines = [line.strip() for line in str(first).splitlines() if line.strip()]
+    text = f"{type(first).__name__}: {' '.join(lines[:3])}" if lines else type(first).__name__
+    if isinstance(first, OfflineModeIsEnabled):
+        text = "huggingface_hub is offline: unset HF_HUB_OFFLINE"
+    hint = _HINTS.get(_status(error) or 0)
+    text += f" ({hint})" if hint else ""
+    for secret in filter(None, (token, get_token())):
+        text = text.replace(secret, "***")
+    return text
+
+
+def _write(file: Path, content: str | bytes) -> None:
+    """In place of what was there, which a push under way goes on reading."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    partial.replace(file)
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file, or a copy where the disk knows no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m hf_rwp.hub", description=__doc__.splitlines()[0] if __doc__ else ""
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    of_push = commands.add_parser("push", help="Push a folder that a run left, in one commit.")
+    of_push.add_argument("folder", type=Path)
+    of_push.add_argument("repo_id", metavar="USER/NAME")
+    of_push.add_argument("--revision", help="A branch, made if missing.")
+    of_push.add_argument("--tag", help="For the commit.")
+    of_push.add_argument("--private", action="store_true", default=None)
+    of_push.add_argument("--message", default="Upload model")
+    of_record = commands.add_parser("record", help="Append a run's results.json to a file of records.")
+    of_record.add_argument("results", type=Path, metavar="RESULTS.json")
+    of_record.add_argument("records", type=Path, metavar="RECORDS.jsonl")
+    of_record.add_argument("--note", help="What the figures do not say, for the card.")
+    of_card = commands.add_parser("card", help="Render the card of the last record in each file, as FOLDER/NAME.md.")
+    of_card.add_argument("records", type=Path, nargs="+", metavar="RECORDS.jsonl")
+    of_card.add_argument("--folder", type=Path, default=Path("model_cards"))
+    options = vars(parser.parse_args(argv))
+    command = options.pop("command")
+    if command == "push":
+        try:
+            print(f"Pushed to {push(**options)}")
+        except PushError as error:
+            raise SystemExit(f"error: {error}") from None
+    elif command == "record":
+        record = json.loads(options["results"].read_text(encoding="utf-8"))
+        record |= {"note": options["note"]} if options["note"] else {}
+        with options["records"].open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    else:
+        for records in options["records"]:
+            _write(options["folder"] / f"{records.stem}.md", card_of_record(records))
+
+
+def card_of_record(records: Path) -> str:
+    """The card of the last record in a file."""
+    last = json.loads(records.read_text(encoding="utf-8").splitlines()[-1])
+    return render_card(facts_of(last, name=records.stem, note=last.get("note")))
+
+
+if __name__ == "__main__":
+    main()

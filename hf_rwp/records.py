@@ -4,8 +4,11 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), "torch": torch.__version__}
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
         "git_commit": commit or None,
+        "date": datetime.now(timezone.utc).date().isoformat(),
     }
 
 
@@ -45,4 +49,18 @@ def weights_digest(module: nn.Module) -> str:
 
 def without_places(value: Any) -> Any:
     """An argument's value with the last part alone of a path on this machine."""
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+    if not isinstance(value, str):
+        return value
+    path = Path(value)
+    local = path.is_absolute() or value.startswith(("~", ".")) or (os.sep in value and path.exists())
+    return path.name if local else value
+
+
+def command_of(script: str, arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """The command line that a run's arguments amount to, without those that have their default."""
+    words = ["accelerate", "launch", script]
+    for name, value in arguments.items():
+        if value != defaults[name] and value is not None:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *(str(item) for item in values)]
+    return shlex.join(words)

@@ -12,6 +12,7 @@ import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from hf_rwp.arguments import RWPArguments
 from hf_rwp.environment import refuse_data_parallel, refuse_unsupported, this_replica
 from hf_rwp.optimizer import RWP
 from hf_rwp.placement import shares_of
+from hf_rwp.records import environment, without_places
 from hf_rwp.tracking import LossTracker
 
 logger = logging.getLogger(__name__)
@@ -181,6 +183,80 @@ class RWPTrainerMixin(_AnyTrainer):
         self._sync_buffers()
         super()._save_checkpoint(*args, **kwargs)
 
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        *,
+        tag: str | None = None,
+        results: Mapping[str, Any] | None = None,
+        pictures: Sequence[Any] = (),
+        **facts: Any,
+    ) -> Any:
+        """Trainer's, with the card of RWP: weights, configuration, preprocessing, card and figures in one commit.
+
+        Written to `hub` in the output folder first; neither Trainer's pickled arguments nor its logs go along. Call it
+        on all processes. results: what a recipe's results.json holds; taken from Trainer's log if not given.
+        pictures, facts: as `hf_rwp.push_to_hub` takes them; of those of Trainer, `model_name`, `finetuned_from`,
+        `tasks` and `dataset_tags`, too.
+
+        Returns the commit's address, or a Future of it where `blocking` is False; None but on the main process. Raises
+        `hf_rwp.hub.PushError`, with the command that finishes the job, when the push failed.
+        """
+        if not self.args.rwp:
+            names = {"tag": tag, "results": results, "pictures": pictures or None}
+            given = [name for name, value in names.items() if value is not None]
+            if given:
+                raise ValueError(f"{', '.join(given)}: Trainer's own push, which this is without rwp=True, has no such")
+            return super().push_to_hub(commit_message, blocking, token, revision, private, **facts)
+        from hf_rwp import hub  # huggingface_hub, for those who push alone
+        from hf_rwp.folder import save_any
+
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.rwp is not None:
+            self.rwp.eval()
+        self._sync_buffers()
+        known = dict(results) if results is not None else self._results()
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        output = Path(self.args.output_dir)
+        repo_id = self.hub_model_id or self.args.hub_model_id or output.absolute().name
+        folder = output / "hub"
+        of_model = save_any(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        said = {**of_model, **_card_facts(facts)}
+        said["tags"] = [*said.get("tags", ()), *(getattr(self.model, "model_tags", None) or ())]
+        hub.add_card(folder, known, pictures=pictures, repo_id=repo_id, **said)
+        where: dict[str, Any] = {"revision": revision or self.args.hub_revision, "tag": tag}
+        where["private"] = self.args.hub_private_repo if private is None else private
+        where |= {"token": token or self.args.hub_token, "message": commit_message or "End of training"}
+        return (hub.push if blocking else hub.push_later)(folder, repo_id, **where)
+
+    def _results(self) -> dict[str, Any]:
+        """What Trainer's log says of the run, as a recipe's results.json has it. Collective."""
+        rows: dict[float, dict[str, Any]] = {}
+        for line in self.state.log_history:
+            row = rows.setdefault(line["step"], {"step": line["step"], "epoch": line.get("epoch")})
+            row |= {_LOGGED.get(name, name.removeprefix("eval_")): value for name, value in line.items()}
+        history = list(rows.values())
+        final = {name: value for row in history for name, value in row.items()}
+        if self.rwp is not None:
+            final["rwp"] = self.rwp.report() | {"gamma": self.rwp.defaults["rwp_gamma"]}
+        arguments = {name: without_places(value) for name, value in self.args.to_dict().items()}
+        arguments = {name: value for name, value in arguments.items() if not name.endswith(("_token", "_dir"))}
+        return {
+            "final": final,
+            "seconds": final.get("train_runtime"),
+            "arguments": arguments,
+            **environment(self.accelerator),
+            "history": [row for row in history if {"train_loss", "eval_loss", "top1", "accuracy"} & row.keys()],
+        }
+
     @property
     def _mixes(self) -> bool:
         """Whether the coming window has clean and perturbed gradients."""
@@ -192,6 +268,23 @@ class RWPTrainerMixin(_AnyTrainer):
     def _sync_buffers(self) -> None:
         if self.rwp is not None:
             self.rwp.sync_buffers()
+
+
+# Trainer's names of what a recipe's history has, too; its own `train_loss` is the mean over all of training.
+_LOGGED = {"loss": "train_loss", "eval_loss": "eval_loss", "train_loss": "mean_loss", "total_flos": "total_flos"}
+
+
+def _card_facts(named: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a card among the names that Trainer's `push_to_hub` takes."""
+    ours = {"model_name": "name", "finetuned_from": "base_model", "tasks": "task"}
+    facts = {ours.get(name, name): value for name, value in named.items()}
+    if isinstance(facts.get("tags"), str):
+        facts["tags"] = [facts["tags"]]
+    datasets = facts.pop("dataset_tags", None)  # ids on the Hub, where `dataset` is a name
+    if datasets is not None:
+        facts["data"] = facts.pop("dataset", None)
+        facts["dataset"] = datasets if isinstance(datasets, str) else datasets[0]
+    return facts
 
 
 class RWPTrainer(RWPTrainerMixin, Trainer):

@@ -27,6 +27,11 @@ accelerate launch recipes/imagenet_rwp.py --data_dir path/to/pets --pretrained o
 accelerate launch recipes/imagenet_rwp.py ... --resume_from_checkpoint latest
 ```
 
+# On the Hub when it is done, for anyone's timm and transformers (`hf auth login` first)
+```bash
+accelerate launch recipes/imagenet_rwp.py --push_to_hub --hub_model_id USER/NAME
+```
+
 # Two replicas without a GPU
 ```bash
 ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 accelerate launch --config_file recipes/accelerate/cpu_2.yaml \
@@ -36,7 +41,8 @@ ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 accelerate launch --config_file recipe
 Every flag can also stand in a file, `--config FILE.yaml`. On several replicas the odd ones take the perturbed gradient.
 A single one takes both: from the two halves of each batch, or by turns where it accumulates gradients.
 SIGTERM to this process, or to its group, saves a checkpoint and exits with status 75. `accelerate launch` reports a
-failure of its own then; given the signal alone, it ends and leaves a single process running.
+failure of its own then; given the signal alone, it ends and leaves a single process running. A push that fails costs no
+weights: they are on disk, with the command that finishes it on stderr, and the exit status is 1.
 """
 
 import difflib
@@ -54,6 +60,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import evaluate
 import numpy as np
@@ -76,20 +83,29 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from hf_rwp import RWP, LossTracker, RWPArguments
-from hf_rwp.arguments import ImageArguments, parse_arguments
-from hf_rwp.checkpoints import checkpoints_in, newest, read_state, remove_checkpoints, save_checkpoint
+from hf_rwp.arguments import HubArguments, ImageArguments, parse_arguments
+from hf_rwp.checkpoints import (
+    checkpoints_in,
+    load_checkpoint,
+    newest,
+    read_state,
+    remove_checkpoints,
+    save_checkpoint,
+)
 from hf_rwp.data import load_images
-from hf_rwp.hub import save_model
+from hf_rwp.folder import save_model
+from hf_rwp.hub import BackgroundPush, PushError, add_card, push, reserve
 from hf_rwp.loading import ImageLoader, build_loader
 from hf_rwp.metrics import Top1, Top5, label_rank
 from hf_rwp.placement import role
 from hf_rwp.plots import training_curves
-from hf_rwp.records import environment, weights_digest, without_places
+from hf_rwp.records import command_of, environment, weights_digest, without_places
 from hf_rwp.transforms import BatchTransform, erasings, image_transforms
 
 # Flags that may change on resuming; and those whose old values come back with the optimizer's state.
 HARMLESS = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "logging_steps"}
-HARMLESS |= {"checkpointing_steps", "save_total_limit", "max_bad_images", "eval_only"}
+HARMLESS |= {"checkpointing_steps", "save_total_limit", "max_bad_images", "eval_only", "push_to_hub"}
+HARMLESS |= {"hub_model_id", "hub_private", "hub_revision", "hub_strategy", "hub_tag", "hub_logs"}
 KEPT_BY_CHECKPOINTS = {"rwp_gamma", "rwp_seed", "opt", "opt_eps", "opt_betas", "momentum", "weight_decay"}
 KEPT_BY_CHECKPOINTS |= {"weight_decay_1d", "layer_decay", "model", "model_kwargs", "model_ema"}
 STATE = ("method", "arguments", "replicas", "step", "images", "seconds", "slots", "losses", "history")
@@ -98,7 +114,7 @@ TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
 @dataclass
-class Arguments(ImageArguments, RWPArguments):
+class Arguments(HubArguments, ImageArguments, RWPArguments):
     rwp: bool = field(default=True, metadata={"help": "`--rwp false` is `--method base`."})
     method: str = field(
         default="rwp",
@@ -222,6 +238,7 @@ class Arguments(ImageArguments, RWPArguments):
     def __post_init__(self) -> None:
         ImageArguments.__post_init__(self)
         RWPArguments.__post_init__(self)
+        HubArguments.__post_init__(self)
         if self.method == "rwp" and not self.rwp:
             self.method = "base"
         self.rwp = self.method == "rwp"
@@ -309,6 +326,7 @@ def main(args: Arguments) -> None:
     mixes = args.rwp and 0 < args.rwp_alpha < 1 and args.rwp_gamma != 0
     micro_steps = 2 if mixes and replicas == accumulation == 1 else accumulation
     results_file, checkpoints = output_dir / "results.json", output_dir / "checkpoints"
+    model_folder, best_folder, curves = output_dir / "model", output_dir / "best", output_dir / "curves.png"
     resume_from = checkpoint_to_resume(args, checkpoints, finished=results_file.exists())
     state = read_state(resume_from, needed=STATE) if resume_from else None
     check_writable(output_dir)
@@ -317,6 +335,14 @@ def main(args: Arguments) -> None:
         check_batch(args, replicas, micro_steps, mixes)
         if state:
             check_arguments(facts, state["arguments"], replicas, state["replicas"], accelerator)
+
+    surroundings = environment(accelerator)  # now: by the end of the run the code on disk may be another
+    hub = {"revision": args.hub_revision, "private": args.hub_private or None}
+    background = None
+    if args.push_to_hub and not args.eval_only and accelerator.is_main_process:
+        reserve(args.hub_model_id, private=hub["private"])
+        if args.hub_strategy != "end":
+            background = BackgroundPush(output_dir / "pushing", args.hub_model_id, **hub)
 
     set_seed(args.seed)
     splits = load_images(**args.data_options)
@@ -339,9 +365,9 @@ def main(args: Arguments) -> None:
         if resume_from:
             module.load_state_dict(load_file(resume_from / "model.safetensors", device=str(device)))
         figures = evaluate_weights(module)
-        if resume_from and (averaged := resume_from / "custom_checkpoint_0.pkl").exists():
-            state_dict = torch.load(averaged, map_location=device, weights_only=True)
-            module.load_state_dict({name.removeprefix("module."): value for name, value in state_dict.items()})
+        if resume_from and (averaged := resume_from / "ema.safetensors").exists():
+            weights = load_file(averaged, device=str(device))
+            module.load_state_dict({name.removeprefix("module."): value for name, value in weights.items()})
             figures |= {f"{name}_ema": value for name, value in evaluate_weights(module).items()}
         if accelerator.is_main_process:
             (output_dir / "eval.json").write_text(json.dumps(figures, indent=2))
@@ -362,8 +388,7 @@ def main(args: Arguments) -> None:
 
         sam = SAM(base.param_groups, lambda *_, **__: base, rho=args.sam_rho)
     model, optimizer = accelerator.prepare(module, rwp or sam or base)
-    if ema:
-        accelerator.register_for_checkpointing(ema)
+    averages = {"ema": ema} if ema else {}  # not registered with accelerate, which would unpickle whatever is there
     scheduler, epochs = create_scheduler(args, optimizer, updates)
     mixup = create_mixup(args, len(label_names))
     criterion = create_criterion(args, mixed=mixup is not None)
@@ -377,7 +402,7 @@ def main(args: Arguments) -> None:
                 f"{resume_from.name} is from epoch {len(history)} of method {state['method']!r}: resume it with that "
                 f"method and at least as many epochs, not with {args.method!r} and epochs={args.epochs}"
             )
-        accelerator.load_state(str(resume_from))
+        load_checkpoint(accelerator, resume_from, averages)
         tracker.load_state_dict(state["losses"])
         slots_before = state["slots"]
     accelerator.wait_for_everyone()
@@ -437,19 +462,71 @@ def main(args: Arguments) -> None:
 
     def figures_of_rwp() -> dict:
         """What RWP did since the run began, earlier sessions of it included. Collective."""
-        figures = rwp.report()
+        figures = rwp.report() | {"gamma": rwp.defaults["rwp_gamma"]}
         return figures | {"slots": {kind: slots_before[kind] + count for kind, count in figures["slots"].items()}}
 
     def save(images: int, seconds: float, slots: dict[str, int]) -> None:
         position = {"step": done, "images": images, "seconds": seconds, "slots": slots, "history": history}
-        run = {"method": args.method, "replicas": replicas, "arguments": facts}
-        save_checkpoint(accelerator, checkpoints / f"step_{done}", position | run | {"losses": tracker.state_dict()})
+        run = {"method": args.method, "replicas": replicas, "arguments": facts, "losses": tracker.state_dict()}
+        save_checkpoint(accelerator, checkpoints / f"step_{done}", position | run, averages)
         if accelerator.is_main_process:
             kept = list(checkpoints_in(checkpoints))[-args.save_total_limit :]
-            best = [max(history, key=lambda row: row.get("top1_ema", row["top1"]))["step"]] if history else []
+            best = [max(history, key=accuracy_of)["step"]] if history else []
             remove_checkpoints(checkpoints, keep=kept + best)
+            if background:
+                publish(improved=not images and done in best)
+
+    def publish(improved: bool) -> None:
+        """Have the weights as they are pushed in the background, if it is time."""
+        by_accuracy = args.hub_strategy == "best"
+        folder = best_folder if by_accuracy else model_folder
+        if not (improved if by_accuracy else not background.busy):
+            return
+        try:
+            write_model(folder, results_so_far())
+            background.start(folder, f"Step {done}")
+        except OSError as error:
+            print(f"warning: nothing is pushed at step {done}: {error}. Training goes on", file=sys.stderr)
+
+    def results_so_far() -> dict:
+        """What results.json will hold. On the main process."""
+        return {
+            "final": history[-1] if history else {},
+            "seconds": sum(row["seconds"] for row in history),
+            "arguments": facts,
+            "command": command_of(f"recipes/{Path(__file__).name}", *described_arguments(args)),
+            "data": {
+                role: {"images": getattr(split, "num_rows", None), "split": name_of(split)}
+                for role, split in splits.items()
+            },
+            **surroundings,
+            "history": history,
+        }
+
+    def write_model(folder: Path, results: dict) -> None:
+        """The weights as they are, and their card: all that goes to the Hub. On the main process."""
+        save_model(
+            ema.module if ema else module,
+            folder,
+            label_names=label_names,
+            data_config=data_config,
+            model_args=model_args,
+        )
+        write_card(folder, results)
+
+    def write_card(folder: Path, results: dict) -> None:
+        training_curves(history, curves)
+        add_card(
+            folder,
+            results,
+            pictures=[picture for picture in (curves, output_dir / "landscape.png") if picture.exists()],
+            logs=output_dir / "logs" if args.hub_logs else None,
+            repo_id=args.hub_model_id,
+        )
 
     def stop() -> None:
+        if background:
+            background.stop()
         accelerator.print(f"SIGTERM: saved step {done}; --resume_from_checkpoint latest goes on", file=sys.stderr)
         accelerator.end_training()
         raise SystemExit(PREEMPTED)
@@ -542,24 +619,44 @@ def main(args: Arguments) -> None:
 
     digests = gather_object([weights_digest(module)])
     if accelerator.is_main_process:
-        model_folder, curves = output_dir / "model", output_dir / "curves.png"
-        preprocessing = {"label_names": label_names, "data_config": data_config, "model_args": model_args}
-        save_model(ema.module if ema else module, model_folder, **preprocessing)
-        training_curves(history, curves)
-        results = {
-            "final": history[-1],
-            "seconds": sum(row["seconds"] for row in history),
-            "weights_sha256": sorted(set(digests)),  # one, as long as all replicas are bit-equal
-            "arguments": facts,
-            **environment(accelerator),
-            "history": history,
-        }
+        # One digest, as long as all replicas are bit-equal.
+        results = results_so_far() | {"weights_sha256": sorted(set(digests))}
+        write_model(model_folder, results)
         partial_file = results_file.with_suffix(".partial")
         partial_file.write_text(json.dumps(results, indent=2))
         partial_file.replace(results_file)
         print(table(results))
         print(f"Wrote {results_file}, {curves}, {model_folder} and {newest(checkpoints)}")
-    accelerator.end_training()
+    accelerator.end_training()  # the other replicas need not wait for a push
+    if args.push_to_hub and accelerator.is_main_process:
+        pushed = model_folder
+        if background:
+            background.finish()
+        if args.hub_strategy == "best" and best_folder.exists():
+            pushed, chosen = best_folder, max(history, key=accuracy_of)
+            write_card(pushed, results | {"final": chosen, "chosen": "best"})
+        try:
+            print(f"Pushed to {push(pushed, args.hub_model_id, tag=args.hub_tag, message='End of training', **hub)}")
+        except PushError as error:
+            raise SystemExit(f"error: {error}") from None
+
+
+def accuracy_of(row: dict) -> float:
+    """What tells which epoch was the best."""
+    return row.get("top1_ema", row["top1"])
+
+
+def name_of(split: Any) -> str | None:
+    return str(split.split) if split.split else None
+
+
+def described_arguments(args: Arguments) -> tuple[dict, dict]:
+    """The arguments that decide what comes out of a run, and their defaults for the same data."""
+    defaults = asdict(Arguments(data_dir=args.data_dir, dataset=args.dataset))
+    places = ("rwp", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "push_to_hub")
+    facts = {name: without_places(value) for name, value in asdict(args).items()}
+    facts = {name: value for name, value in facts.items() if name not in places and not name.startswith("hub_")}
+    return facts, defaults | {"data_dir": None, "dataset": None}
 
 
 def checkpoint_to_resume(args: Arguments, checkpoints: Path, finished: bool) -> Path | None:

@@ -83,7 +83,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_rwp import RWPTrainer, RWPTrainingArguments
 from hf_rwp.arguments import ImageArguments, parse_arguments
 from hf_rwp.data import load_images
-from hf_rwp.hub import save_model
+from hf_rwp.folder import save_model
 from hf_rwp.loading import BatchPlan, ImageDataset
 from hf_rwp.metrics import Top1, Top5, label_rank
 from hf_rwp.plots import training_curves

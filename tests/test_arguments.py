@@ -1,11 +1,13 @@
+import copy
 import dataclasses
 import inspect
+import pickle
 
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_rwp import RWP, RWPArguments, RWPTrainingArguments, noise
-from hf_rwp.arguments import ImageArguments, parse_arguments
+from hf_rwp.arguments import HubArguments, ImageArguments, parse_arguments
 from hf_rwp.data import load_images
 
 
@@ -191,3 +193,26 @@ def test_training_arguments_check_both_kinds_of_flags(tmp_path):
 
 def test_the_default_is_plain_training(tmp_path):
     assert not RWPTrainingArguments(str(tmp_path)).rwp
+
+
+@pytest.mark.parametrize("name", [None, "digits", "ada/di gits", "ada/digits/x", "../digits", "ada/dig--its"])
+def test_a_push_needs_a_place(name):
+    with pytest.raises(ValueError, match="it has to be USER/NAME"):
+        HubArguments(push_to_hub=True, hub_model_id=name)
+    assert not HubArguments(hub_model_id=name).push_to_hub  # which nobody asked for
+
+
+def test_a_push_has_a_strategy_that_there_is():
+    with pytest.raises(ValueError, match="hub_strategy='checkpoint' is none of end, best, every_save"):
+        HubArguments(push_to_hub=True, hub_model_id="ada/digits", hub_strategy="checkpoint")
+
+
+def test_pickled_arguments_hold_no_token(tmp_path):
+    """Trainer pickles them beside the weights, and pushes them."""
+    arguments = RWPTrainingArguments(str(tmp_path), use_cpu=True, hub_token="hf_secret", rwp_gamma=0.5)
+    pickled = pickle.dumps(arguments)
+    assert b"hf_secret" not in pickled
+    again = pickle.loads(pickled)
+    assert (again.rwp_gamma, again.hub_token, again.output_dir) == (0.5, None, str(tmp_path))
+    assert copy.deepcopy(arguments).rwp_gamma == 0.5
+    assert arguments.hub_token == "hf_secret"

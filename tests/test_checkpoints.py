@@ -1,4 +1,5 @@
 import os
+import pickle
 import signal
 from pathlib import Path
 
@@ -6,7 +7,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from hf_rwp.checkpoints import checkpoints_in, newest, read_state, remove_checkpoints, save_checkpoint
+from hf_rwp.checkpoints import (
+    checkpoints_in,
+    load_checkpoint,
+    newest,
+    read_state,
+    remove_checkpoints,
+    save_checkpoint,
+)
 
 
 @pytest.fixture
@@ -53,7 +61,7 @@ def test_only_what_is_to_be_kept_is_kept(tmp_path):
     assert names(tmp_path) == ["others", "step_1.backup", "step_3"]
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[1"])
+@pytest.mark.parametrize("content", [None, "", "{", "[1", "[1]", '{"images": 7}'])
 def test_what_is_not_whole_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "state.json").write_text(content)
@@ -117,3 +125,67 @@ def test_a_kill_anywhere_in_writing_leaves_a_whole_checkpoint(accelerator, tmp_p
     last = newest(tmp_path)
     assert read_state(last)["images"] in (1, 2)
     accelerator.load_state(last)
+
+
+# What is read is what was written, and nothing in it is run
+
+
+@pytest.fixture
+def written(accelerator, tmp_path):
+    folder = tmp_path / "step_3"
+    save_checkpoint(accelerator, folder, {"images": 7}, {"ema": torch.nn.Linear(2, 1)})
+    assert {"model.safetensors", "ema.safetensors", "optimizer.bin", "random_states_0.pkl"} <= set(names(folder))
+    return folder
+
+
+FILES = ["model.safetensors", "ema.safetensors", "optimizer.bin", "random_states_0.pkl"]
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("how", ["cut", "changed", "removed"])
+def test_a_file_that_is_not_what_was_written_is_named(written, file, how):
+    content = (written / file).read_bytes()
+    if how == "removed":
+        (written / file).unlink()
+    else:
+        flipped = content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
+        (written / file).write_bytes(content[: len(content) // 2] if how == "cut" else flipped)
+    said = "is missing" if how == "removed" else "has changed"
+    with pytest.raises(ValueError, match=f"step_3 is not the checkpoint that was written: {file} {said}"):
+        read_state(written)
+
+
+def test_a_file_that_was_put_there_is_named(written):
+    (written / "pytorch_model.bin").write_bytes(b"weights")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin does not belong there"):
+        read_state(written)
+
+
+class Bomb:
+    def __init__(self, target):
+        self.target = str(target)
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.target),)
+
+
+@pytest.mark.parametrize("file", ["optimizer.bin", "random_states_0.pkl"])
+@pytest.mark.parametrize("protocol", ["torch", "pickle"])
+def test_a_pickle_is_refused_by_name_and_not_run(accelerator, written, tmp_path, file, protocol):
+    """Even where whoever put it there went round `read_state`."""
+    if protocol == "torch":
+        torch.save(Bomb(tmp_path / "boom"), written / file)
+    else:
+        (written / file).write_bytes(pickle.dumps(Bomb(tmp_path / "boom")))
+    with pytest.raises(ValueError, match=f"{file} holds more than tensors"):
+        load_checkpoint(accelerator, written)
+    assert not (tmp_path / "boom").exists()
+
+
+def test_modules_beside_the_model_come_back_to_the_bit(accelerator, written, tmp_path):
+    average = torch.nn.Linear(2, 1)
+    save_checkpoint(accelerator, tmp_path / "step_4", {}, {"ema": average})
+    again = torch.nn.Linear(2, 1)
+    load_checkpoint(accelerator, tmp_path / "step_4", {"ema": again})
+    assert torch.equal(again.weight, average.weight)
+    assert torch.equal(again.bias, average.bias)

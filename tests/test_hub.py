@@ -1,63 +1,53 @@
-"""The folder that timm and transformers load; test_imagenet_runs.py loads one in both after training."""
+"""What a push does without a Hub: its command, its patience, its errors; test_hub_push.py has one."""
 
-import json
+import shlex
+import traceback
+from pathlib import Path
 
 import pytest
-import timm
-import torch
-from timm.data import resolve_data_config
 
-from hf_rwp.hub import save_model
-
-NAMES = ["bee", "crab", 'd"og', "ėel"]
+from hf_rwp import hub
+from hf_rwp.hub import hf_upload
 
 
-@pytest.fixture
-def model():
-    return timm.create_model("test_convnext", num_classes=4)
+def test_the_command_that_finishes_a_push_survives_a_shell():
+    command = hf_upload(Path("out puts/$x"), "ada/net", revision="v2", tag="it's", private=True)
+    upload, tag = command.split(" && ")
+    assert shlex.split(upload) == ["hf", "upload", "ada/net", "out puts/$x", ".", "--revision", "v2", "--private"]
+    assert shlex.split(tag) == ["hf", "repos", "tag", "create", "ada/net", "it's", "--revision", "v2"]
 
 
-def save(model, folder, **config):
-    config = resolve_data_config({"img_size": 48, "crop_pct": 0.8}, model=model) | config
-    save_model(model, folder, label_names=NAMES, data_config=config)
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (ConnectionResetError(), True),
+        (TimeoutError(), True),
+        (OSError(28, "No space left on device"), False),
+        (FileNotFoundError("model.safetensors"), False),
+        (ValueError("Invalid metadata in README.md"), False),
+    ],
+)
+def test_what_another_attempt_may_mend_is_tried_again(tmp_path, monkeypatch, error, passes):
+    attempts = []
+
+    def fails(*_):
+        attempts.append(1)
+        raise error
+
+    monkeypatch.setattr(hub, "_push_once", fails)
+    monkeypatch.setattr(hub.time, "sleep", attempts.append)
+    with pytest.raises(hub.PushError, match=r"failed: [\s\S]*    hf upload ada/net"):
+        hub.push(tmp_path, "ada/net")
+    assert attempts == ([1, 2, 1, 10, 1, 30, 1] if passes else [1])
 
 
-def test_preprocessing_and_labels_are_those_of_the_run(model, tmp_path):
-    save(model, tmp_path / "model", mean=(0.1, 0.2, 0.3))
-    again = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
-    config = resolve_data_config({}, model=again, use_test_size=True)
-    assert (config["input_size"], config["crop_pct"], list(config["mean"])) == ((3, 48, 48), 0.8, [0.1, 0.2, 0.3])
-    written = json.loads((tmp_path / "model" / "config.json").read_text())
-    assert written["label_names"] == NAMES
-    assert not {"tag", "origin_url", "paper_ids", "license"} & set(written["pretrained_cfg"])
+def test_an_error_that_quotes_the_token_does_not_get_through(tmp_path, monkeypatch):
+    def fails(*_):
+        raise ValueError("bad header: Bearer hf_secret and hf_stored")
 
-
-def test_the_model_itself_is_left_as_it_was(model, tmp_path):
-    before = dict(model.pretrained_cfg)
-    save(model.to(memory_format=torch.channels_last), tmp_path / "model")
-    assert model.pretrained_cfg == before
-    assert any(not parameter.is_contiguous() for parameter in model.parameters())
-
-
-def test_a_folder_is_replaced_as_a_whole(model, tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "pytorch_model.bin").write_text("of another run")
-    (tmp_path / "model.partial").mkdir()
-    save(model, folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_a_failure_leaves_the_earlier_model(model, tmp_path, monkeypatch):
-    folder = tmp_path / "model"
-    save(model, folder)
-    before = (folder / "model.safetensors").read_bytes()
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("hf_rwp.hub.save_config_for_hf", full)
-    with pytest.raises(OSError, match="No space left"):
-        save(timm.create_model("test_convnext", num_classes=4), folder)
-    assert (folder / "model.safetensors").read_bytes() == before
+    monkeypatch.setattr(hub, "_push_once", fails)
+    monkeypatch.setattr(hub, "get_token", lambda: "hf_stored")
+    token = "hf_secret"
+    with pytest.raises(hub.PushError) as caught:
+        hub.push(tmp_path, "ada/net", token=token)
+    assert "hf_s" not in "".join(traceback.format_exception(caught.value))

@@ -22,6 +22,7 @@ from transformers import AutoModelForImageClassification, pipeline
 
 from hf_rwp.checkpoints import checkpoints_in
 from hf_rwp.data import load_images
+from hf_rwp.folder import save_model
 
 FIGURES = ("epoch", "step", "train_loss", "loss_clean", "loss_perturbed", "learning_rate", "top1", "top5", "top1_ema")
 
@@ -498,7 +499,8 @@ def test_the_model_folder_loads_in_timm_and_transformers(recipe, tmp_path):
     split = few_digits()["validation"]
     pictures = [Image().decode_example(image).convert("RGB") for image in split["image"][:8]]
     folder = tmp_path / "model"
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    described = {"README.md", "results.json", "curves.png"}
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"} | described
     in_timm = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     config = timm.data.resolve_data_config({}, model=in_timm)
     assert (config["input_size"], config["crop_pct"]) == ((3, 16, 16), 1.0)
@@ -599,6 +601,40 @@ def test_fine_tuning_begins_with_the_weights_given_and_a_new_head(recipe, pictur
     before, after = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "tuned"))
     torch.testing.assert_close(after["layer4.0.conv1.weight"], before["layer4.0.conv1.weight"])
     assert after["fc.weight"].shape == (2, before["fc.weight"].shape[1])
+
+
+# What is loaded is data
+
+
+class Bomb:
+    def __init__(self, target):
+        self.target = str(target)
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.target),)
+
+
+def test_a_checkpoint_that_was_changed_is_refused_by_the_name_of_its_file(recipe, tmp_path):
+    train(recipe, tmp_path, "--epochs=1", "--model_ema")
+    (tmp_path / "results.json").unlink()
+    checkpoint = tmp_path / "checkpoints" / "step_3"
+    assert "ema.safetensors" in {file.name for file in checkpoint.iterdir()}
+    assert not list(checkpoint.glob("custom_checkpoint_*"))  # which accelerate would unpickle
+    torch.save(Bomb(tmp_path / "boom"), checkpoint / "optimizer.bin")
+    for flag in ("latest", checkpoint):
+        with pytest.raises(ValueError, match=r"step_3 is not the checkpoint that was written: optimizer\.bin"):
+            train(recipe, tmp_path, "--model_ema", f"--resume_from_checkpoint={flag}")
+    assert not (tmp_path / "boom").exists()
+
+
+def test_pretrained_weights_that_are_a_program_are_refused_and_not_run(recipe, tmp_path):
+    folder = tmp_path / "model"
+    save_model(timm.create_model("test_resnet", num_classes=10), folder, label_names=range(10), data_config={})
+    (folder / "model.safetensors").unlink()
+    torch.save(Bomb(tmp_path / "boom"), folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=f"pretrained='{folder}' could not be loaded"):
+        train(recipe, tmp_path / "run", f"--pretrained={folder}")
+    assert not (tmp_path / "boom").exists()
 
 
 # On a GPU

@@ -18,15 +18,15 @@ LAYERS = [
     {"noise", "placement", "hooks", "wrapper", "environment"},
     {"perturbation"},
     {"optimizer"},
-    {"tracking", "arguments", "data", "metrics", "sharpness", "plots", "hub", "checkpoints", "records"},
-    {"transforms", "loading"},
+    {"tracking", "arguments", "data", "metrics", "sharpness", "plots", "card", "folder", "checkpoints", "records"},
+    {"transforms", "loading", "hub"},
     {"trainer"},
 ]
 ALONE = {  # the modules that may import a package of their own choice
     "transformers": {"trainer", "arguments"},
     "huggingface_hub": {"hub"},
     "matplotlib": {"plots"},
-    "timm": {"data", "hub", "transforms"},
+    "timm": {"data", "folder", "transforms"},
     "datasets": {"data", "loading", "metrics"},
     "evaluate": {"metrics"},
     "accelerate": {"environment", "optimizer", "trainer", "checkpoints", "records"},

@@ -630,7 +630,7 @@ def test_push_to_hub_uploads_clean_weights(tmp_path, monkeypatch, boundaries):
             return type("Job", (), {"done": lambda _: True, "result": lambda _: None})()
 
     monkeypatch.setattr("transformers.trainer.hf_api", Hub)
-    monkeypatch.setattr(RWPTrainer, "create_model_card", lambda *_, **__: None)
+    monkeypatch.setattr("hf_rwp.hub.push", lambda folder, *_, **__: Hub().upload_folder(folder))
     trainer = eventful(tmp_path, push_to_hub=True)
     trainer.train()
     trainer.push_to_hub()
