@@ -80,6 +80,7 @@ class RWPArguments:
         for name, valid, valid_range in (
             ("rwp_gamma", self.rwp_gamma is None or 0 <= self.rwp_gamma < math.inf, "finite and at least 0"),
             ("rwp_alpha", 0 <= self.rwp_alpha <= 1, "in [0, 1]"),
+            ("rwp_seed", -(2**63) <= self.rwp_seed < 2**63, "an integer of 64 bits"),
             ("rwp_noise", self.rwp_noise in MODES, f"one of {', '.join(MODES)}"),
             ("rwp_eta", 0 <= self.rwp_eta < math.inf, "finite and at least 0"),
             ("rwp_beta", 0 <= self.rwp_beta < 1, "in [0, 1)"),

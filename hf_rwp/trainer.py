@@ -66,6 +66,8 @@ class RWPTrainerMixin(_AnyTrainer):
     _items: list[float] | None = None  # tokens by replica, or by micro-step on one; None where Trainer adds none up
     _parts: Sequence[float] = ()  # how much of this replica's loss each coming micro-step is
     _splits = False  # whether the window's one batch is to be split
+    _warned = False
+    _rows_are_samples = True  # as far as seen: pairs for DPO or a reward model lie one after the other
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -81,7 +83,10 @@ class RWPTrainerMixin(_AnyTrainer):
         """Trainer's optimizer, or the one given as `optimizers`, wrapped in RWP."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if not self.args.rwp:
-            self.rwp = None
+            if self.rwp is not None:  # it was on in an earlier train()
+                self.rwp.remove()
+                optimizer = self.optimizer = self.rwp.base
+                self.rwp = None
             return optimizer
         if isinstance(optimizer, AcceleratedOptimizer):  # from an earlier train()
             optimizer = optimizer.optimizer
@@ -94,6 +99,24 @@ class RWPTrainerMixin(_AnyTrainer):
             self.optimizer = self.rwp = RWP(optimizer, self.model, **self.args.rwp_options)
         self._losses = LossTracker(self.rwp)
         return self.optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        given = self._kept_by_checkpoints()
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for name, loaded in self._kept_by_checkpoints().items():
+            if loaded != given[name]:
+                raise ValueError(
+                    f"{checkpoint} was written with {name}={loaded!r}, which it keeps, and not with {given[name]!r}: "
+                    f"resume with the same {name}, or start anew from its weights"
+                )
+
+    def _kept_by_checkpoints(self) -> dict[str, Any]:
+        """What comes back with the wrapper's state, whatever the arguments say."""
+        if self.rwp is None:
+            return {}
+        gammas = sorted({group["initial_rwp_gamma"] for group in self.rwp.param_groups})
+        gamma = gammas[0] if len(gammas) == 1 else gammas
+        return {"rwp_gamma": gamma, "rwp_seed": self.rwp.state_dict()["rwp"]["seed"]}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -111,6 +134,7 @@ class RWPTrainerMixin(_AnyTrainer):
             self.rwp.scale_gamma(self.args.rwp_gamma_factor(self.state.global_step / self.state.max_steps))
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.rwp is not None and batches:
+            self._rows_are_samples &= max(map(_rows, batches)) <= self._train_batch_size
             index, replicas = this_replica()
             self._splits = self._mixes and replicas == len(batches) == 1
             self._parts = [1 / len(batches)] * len(batches)
@@ -155,7 +179,19 @@ class RWPTrainerMixin(_AnyTrainer):
                 self._losses.update(loss / part, part)
             return loss
         # Each half gets a mean over its own items, and Trainer adds the two up as they are: shares of 1 and 1.
-        halves, sizes = _halves(inputs, smallest=2 if self._has_batch_norm() else 1)
+        if not self._rows_are_samples and self.args.gradient_accumulation_steps == 1:
+            raise ValueError(
+                f"a batch of at most {self._train_batch_size} samples has {_rows(inputs)} rows: a half of its rows is "
+                "not one of its samples. Set gradient_accumulation_steps=2, with half the batch size for the same "
+                "step: then whole batches take turns"
+            )
+        whole = not self._rows_are_samples  # an epoch's last batch, alone in its step
+        halves, sizes = _halves(inputs, smallest=_rows(inputs) if whole else 2 if self._has_batch_norm() else 1)
+        if halves[0] is inputs and not self._warned:
+            self._warned = True
+            logger.warning(
+                "a batch of %d rows is too small to split: both gradients are taken on it, at twice the cost", sizes[0]
+            )
         counts: list[Any] = [None, None]
         if num_items_in_batch is not None:
             count = super()._get_num_items_in_batch
@@ -338,7 +374,7 @@ def _halves(inputs: Any, smallest: int) -> tuple[list[Any], list[int]]:
     Raises ValueError by name for what has no batch dimension, unless it is None, a bool or a str: a number may count
     what is in the batch, and another length may lay its samples out one after the other.
     """
-    length = next(filter(None, map(_length, inputs.values())), 0) if isinstance(inputs, Mapping) else 0
+    length = _rows(inputs)
 
     def cut(value: Any, name: str, part: slice) -> Any:
         if isinstance(value, Mapping):
@@ -359,6 +395,11 @@ def _halves(inputs: Any, smallest: int) -> tuple[list[Any], list[int]]:
     middle = (length + 1) // 2
     halves = [cut(inputs, "inputs", part) for part in (slice(middle), slice(middle, None))]
     return halves, [middle, length - middle]
+
+
+def _rows(inputs: Any) -> int:
+    """How many rows a batch has, by its first value with a length; 0 where none has one."""
+    return next(filter(None, map(_length, inputs.values())), 0) if isinstance(inputs, Mapping) else 0
 
 
 def _length(value: Any) -> int | None:

@@ -78,7 +78,6 @@ from transformers import (
     ViTImageProcessor,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_rwp import RWPTrainer, RWPTrainingArguments
 from hf_rwp.arguments import ImageArguments, parse_arguments
@@ -92,6 +91,10 @@ from hf_rwp.transforms import image_transforms
 
 # The small ViT that is trained where no model is named, on 32 pixels: 16 patches, 0.3 million parameters. At the usual
 # initializer_range, 0.02, such narrow layers hardly learn.
+# Flags whose old values come back with a checkpoint's optimizer and schedule, or change what was trained.
+KEPT_BY_CHECKPOINTS = ("rwp", "rwp_gamma", "rwp_seed", "learning_rate", "lr_scheduler_type", "optim", "weight_decay")
+KEPT_BY_CHECKPOINTS += ("adam_beta1", "adam_beta2", "adam_epsilon", "seed", "lora_r", "model_kwargs")
+
 SMALL_VIT = {
     "patch_size": 8,
     "hidden_size": 96,
@@ -203,6 +206,7 @@ class Arguments(ImageArguments, RWPTrainingArguments):
             self.label_names = ["labels"]  # which Trainer does not find under a PEFT model
         RWPTrainingArguments.__post_init__(self)
         for name, valid, valid_range in (
+            ("num_train_epochs", self.num_train_epochs > 0 or self.max_steps > 0, "above 0"),
             ("mixup", self.mixup >= 0, "at least 0"),
             ("cutmix", self.cutmix >= 0, "at least 0"),
             ("lora_r", self.lora_r is None or self.lora_r >= 1, "at least 1"),
@@ -253,6 +257,10 @@ def main(args: Arguments) -> None:
     output_dir = Path(args.output_dir)
     results_file = output_dir / "results.json"
     resume_from = checkpoint_to_resume(args, finished=results_file.exists())
+    facts = {name: without_places(value) for name, value in args.to_dict().items()}
+    if resume_from:
+        check_arguments(facts, resume_from.parent / "arguments.json")
+    output_dir.mkdir(parents=True, exist_ok=True)
 
     set_seed(args.seed)
     splits = load_images(**args.data_options)
@@ -281,7 +289,6 @@ def main(args: Arguments) -> None:
     if args.eval_only:
         figures = trainer.evaluate()
         if is_main:
-            output_dir.mkdir(parents=True, exist_ok=True)
             (output_dir / "eval.json").write_text(json.dumps(figures, indent=2))
             print(aligned({name.removeprefix("eval_"): f"{value:.4f}" for name, value in figures.items()}))
         return
@@ -289,6 +296,7 @@ def main(args: Arguments) -> None:
     accelerator.wait_for_everyone()  # all have found the checkpoint, before others go
     if is_main:
         results_file.unlink(missing_ok=True)
+        (output_dir / "arguments.json").write_text(json.dumps(facts, indent=2))
         remove_checkpoints(output_dir, after=0 if resume_from is None else step_of(resume_from))
     accelerator.wait_for_everyone()
     trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
@@ -311,7 +319,7 @@ def main(args: Arguments) -> None:
             **({"best": {"checkpoint": Path(best).name, **kept}} if best else {}),
             "seconds": sum(row["seconds"] for row in history),
             "weights_sha256": sorted(set(digests)),  # one, as long as all replicas are bit-equal
-            "arguments": {name: without_places(value) for name, value in args.to_dict().items()},
+            "arguments": facts,
             **environment(accelerator),
             "history": history,
         }
@@ -444,7 +452,9 @@ class Record(TrainerCallback):
             self.unreadable(self.trainer.train_dataset)
 
     def on_epoch_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.note(state, whole=True)
+        noted = next((entry for entry in reversed(state.log_history) if "seconds" in entry), {})
+        if (noted.get("step"), noted.get("whole")) != (state.global_step, True):  # a save may have come first
+            self.note(state, whole=True)
 
     def on_evaluate(self, args: Arguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         count = self.unreadable(self.trainer.eval_dataset)
@@ -675,18 +685,25 @@ def save_whole(
         parts = {"label_names": label_names, "data_config": data_config, "model_args": model_args}
         save_model(model.timm_model, folder, **parts)
         return
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    processor(data_config).save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(folder)
-    processor(data_config).save_pretrained(folder)
+    partial.rename(folder)
 
 
 def checkpoint_to_resume(args: Arguments, finished: bool) -> Path | None:
     """The checkpoint that the flags name. Raises where they name none, and where a run would be lost that is there."""
-    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    # Trainer writes its state last: a kill in the middle of a save leaves a folder without.
+    whole = [path for path in Path(args.output_dir).glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    last = max(whole, key=lambda path: step_of(path) or 0, default=None)
     if args.resume_from_checkpoint == "latest":
         if last is None:
-            raise FileNotFoundError(f"{args.output_dir} holds no checkpoint: start without --resume_from_checkpoint")
-        return Path(last)
+            raise FileNotFoundError(
+                f"{args.output_dir} holds no whole checkpoint: start without --resume_from_checkpoint"
+            )
+        return last
     if args.resume_from_checkpoint is not None:
         folder = Path(args.resume_from_checkpoint)
         if not (folder / "trainer_state.json").is_file() or step_of(folder) is None:
@@ -704,6 +721,17 @@ def checkpoint_to_resume(args: Arguments, finished: bool) -> Path | None:
             "or --overwrite_output_dir to delete it"
         )
     return folder
+
+
+def check_arguments(facts: dict[str, Any], file: Path) -> None:
+    """Raise ValueError for a flag whose old value comes back with the checkpoint. file: the flags of that run."""
+    saved = json.loads(file.read_text()) if file.is_file() else {}
+    kept = [name for name in KEPT_BY_CHECKPOINTS if name in saved and saved[name] != facts.get(name)]
+    if kept:
+        raise ValueError(
+            f"the checkpoint was written with {', '.join(f'{name}={saved[name]!r}' for name in kept)}, and keeps that: "
+            "resume with the same, or start anew from the weights (--model_name_or_path .../model)"
+        )
 
 
 def step_of(checkpoint: Path) -> int | None:

@@ -202,7 +202,7 @@ def train_with(folder, **more):
 def test_what_has_the_batchs_length_is_split_and_what_is_a_mere_switch_goes_to_both(tmp_path):
     more = {"names": ["a", "b", "c", "d"], "deep": {"y": torch.arange(8).view(4, 2), "z": None}, "flag": True}
     clean, perturbed = train_with(tmp_path, **more, kind="text")
-    assert clean["x"][:, 0].tolist() + perturbed["x"][:, 0].tolist() != []
+    assert sorted(clean["x"][:, 0].tolist() + perturbed["x"][:, 0].tolist()) == [0, 1, 2, 3]
     assert (clean["names"], perturbed["names"]) == (["a", "b"], ["c", "d"])
     assert clean["deep"]["y"].tolist() == [[0, 1], [2, 3]]
     assert perturbed["deep"]["y"].tolist() == [[4, 5], [6, 7]]
@@ -823,3 +823,60 @@ def test_an_optimizer_is_not_wrapped_twice(tmp_path):
     optimizer = RWP(torch.optim.SGD(model.parameters(), lr=0.1), model, accumulation_steps=2)
     with pytest.raises(ValueError, match=r"optimizers holds an RWP.*give the base optimizer"):
         make(model, tmp_path, **LOUD, optimizers=(optimizer, None), train_dataset=sentences(10)).train()
+
+
+class Pairs(torch.nn.Module):
+    """Rows for a model of preferences: the chosen ones first, then the rejected."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 1)
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(len(x))
+        chosen, rejected = self.linear(x).chunk(2)
+        return {"loss": -torch.nn.functional.logsigmoid(chosen - rejected).mean()}
+
+
+def pairs_of(samples):
+    return {"x": torch.cat([torch.stack([s[name] for s in samples]) for name in ("chosen", "rejected")])}
+
+
+def make_pairs(folder, count, **options):
+    data = [{"chosen": torch.randn(3), "rejected": torch.randn(3)} for _ in range(count)]
+    options = {"data_collator": pairs_of, "per_device_train_batch_size": 4, "remove_unused_columns": False, **options}
+    return make(Pairs(), folder, **LOUD, train_dataset=data, **options)
+
+
+def test_rows_that_are_no_samples_are_not_split(tmp_path):
+    with pytest.raises(ValueError, match=r"at most 4 samples has 8 rows.* gradient_accumulation_steps=2"):
+        make_pairs(tmp_path / "alone", 8).train()
+    trainer = make_pairs(tmp_path / "turns", 12, gradient_accumulation_steps=2)
+    trainer.train()
+    assert trainer.model.seen == [8, 8, 8, 8]  # an epoch's last batch, alone in its step, is taken whole, twice
+
+
+@pytest.mark.parametrize(("flags", "named"), [({"rwp_gamma": 0.5}, "rwp_gamma=0.2"), ({"rwp_seed": 5}, "rwp_seed=0")])
+def test_what_a_checkpoint_keeps_cannot_be_changed_on_resuming(tmp_path, flags, named):
+    options = {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    data = [{"x": torch.randn(3)} for _ in range(8)]
+    settings = {"rwp": True, "rwp_gamma": 0.2}
+    make(Takes(), tmp_path, **settings, **options, train_dataset=data, remove_unused_columns=False).train()
+    changed = {**settings, **flags}
+    with pytest.raises(ValueError, match=f"written with {named}, which it keeps"):
+        make(Takes(), tmp_path, **changed, **options, train_dataset=data, remove_unused_columns=False).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-1")
+        )
+
+
+def test_rwp_switched_off_is_a_plain_trainer(tmp_path):
+    options = {"per_device_train_batch_size": 4, "max_steps": 2, "remove_unused_columns": False}
+    data = [{"x": torch.randn(3)} for _ in range(8)]
+    trainer = make(Takes(), tmp_path, **LOUD, **options, train_dataset=data)
+    trainer.train()
+    trainer.args.rwp = False
+    trainer.model.took.clear()
+    trainer.train()
+    assert trainer.rwp is None
+    assert [len(batch["x"]) for batch in trainer.model.took] == [4, 4]

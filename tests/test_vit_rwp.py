@@ -324,6 +324,25 @@ def test_a_run_is_not_lost_to_another_unless_asked_for(tmp_path):
             train(tmp_path / "run", *SCRATCH, f"--resume_from_checkpoint={named}")
 
 
+def test_flags_that_a_checkpoint_keeps_cannot_change(tmp_path):
+    train(tmp_path / "run", *SCRATCH)
+    folder = cut_back(tmp_path / "run", tmp_path / "cut", 4)
+    for flag, named in (("--rwp_gamma=0.5", "rwp_gamma=None"), ("--rwp=false", "rwp=True"), ("--seed=5", "seed=0")):
+        with pytest.raises(ValueError, match=f"written with {named}.*keeps that"):
+            train(folder, *SCRATCH, flag, "--resume_from_checkpoint=latest")
+
+
+def test_a_half_written_checkpoint_is_not_the_latest(tmp_path):
+    flags = [*SCRATCH, "--save_strategy=steps", "--save_steps=2", "--save_total_limit=9"]
+    train(tmp_path / "run", *flags)
+    whole = results(tmp_path / "run")
+    assert all(row["rwp"]["relative_noise"] for row in whole["history"])
+    folder = cut_back(tmp_path / "run", tmp_path / "cut", 6)
+    (folder / "checkpoint-6" / "trainer_state.json").unlink()
+    train(folder, *flags, "--resume_from_checkpoint=latest")
+    assert weights(results(folder)) == weights(whole)
+
+
 # Broken images
 
 
