@@ -73,12 +73,15 @@ def save_any(
     names = [*getattr(getattr(model, "config", None), "id2label", {}).values()]
     trained = getattr(getattr(model, "config", None), "pretrained_cfg", None) or {}
     arguments = getattr(getattr(model, "config", None), "model_args", None)
-    model = getattr(model, "timm_model", model)
-    if hasattr(model, "pretrained_cfg"):
+    if not hasattr(model, "get_base_model"):  # PEFT's models pass on what is asked of them
+        model = getattr(model, "timm_model", model)
+    if not hasattr(model, "get_base_model") and hasattr(model, "pretrained_cfg"):
         from timm.data.config import resolve_data_config
 
         config = {**model.pretrained_cfg, **trained}
         classes = range(getattr(model, "num_classes", 0))
+        if label_names is not None and len(label_names) != len(classes):
+            raise ValueError(f"{len(label_names)} label_names for a model of {len(classes)} classes: give one for each")
         known = [list(label_names or ()), names, config.get("label_names") or (), [str(label) for label in classes]]
         label_names = next(some for some in known if len(some) == len(classes))
         data_config = data_config or resolve_data_config({}, pretrained_cfg=config)
@@ -108,7 +111,18 @@ def _unwrapped(model: Any) -> Any:
 
 
 def _emptied(target: Path) -> Path:
-    """An empty folder beside `target`, to be filled and then to take its place."""
+    """An empty folder beside `target`, to be filled and then to take its place.
+
+    Raises FileExistsError where `target` holds something else than a model that was written before.
+    """
+    found = list(target.iterdir()) if target.is_dir() else []
+    written = any(path.suffix in (".safetensors", ".bin") for path in found)
+    foreign = [path.name for path in found if path.is_dir() and path.name != "logs"]
+    if found and (foreign or not written):
+        raise FileExistsError(
+            f"{target} is no folder of a model and would be replaced, with {(foreign or [found[0].name])[0]} in it: "
+            "name another one"
+        )
     partial = target.with_name(f"{target.name}.partial")
     for leftover in (partial, target.with_name(f"{target.name}.removed")):
         shutil.rmtree(leftover, ignore_errors=True)

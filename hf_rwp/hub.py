@@ -116,9 +116,13 @@ def push(
     Raises PushError once huggingface_hub's attempts, and some more with growing pauses, have failed.
     """
     folder = Path(folder)
+    if not any(_is_weights(path.name) for path in (folder.iterdir() if folder.is_dir() else ())):
+        raise ValueError(f"{folder} holds no weights: a push would remove those on the Hub. Name a model's folder")
     for wait in (*WAITS, None):
         try:
             return _push_once(HfApi(token=token), folder, repo_id, revision, tag, private, message)
+        except PushError:  # refused: no command is to finish it
+            raise
         except (_HTTPError, OSError, RuntimeError, ValueError) as error:
             said = _described(error, token)
             if wait is None or not _passes(error):
@@ -134,7 +138,14 @@ def push(
 
 def push_later(folder: str | os.PathLike[str], repo_id: str, **options: Any) -> "Future[str]":
     """`push` in a thread, after those that were asked for before."""
-    return HfApi().run_as_future(push, folder, repo_id, **options)
+    future = HfApi().run_as_future(push, folder, repo_id, **options)
+    future.add_done_callback(_say_if_it_failed)
+    return future
+
+
+def _say_if_it_failed(done: "Future[str]") -> None:
+    if done.exception() is not None:
+        logger.error("%s", done.exception())
 
 
 def reserve(repo_id: str, *, private: bool | None = None, token: str | None = None) -> None:
@@ -181,12 +192,16 @@ def push_to_hub(
 
     Raises PushError if the push failed; the folder is complete by then.
     """
+    metrics = {name: float(value) for name, value in (metrics or {}).items()}
+    outside = [f"{name}={value}" for name, value in metrics.items() if not 0 <= value <= 1]
+    if outside:
+        raise ValueError(f"metrics are fractions in [0, 1], and these are not: {', '.join(outside)}")
     if rwp is not None:
         rwp.eval()
     target = Path(folder if folder is not None else Path("outputs") / repo_id.split("/")[-1])
     of_model = save_any(model, target, label_names=label_names, data_config=data_config, model_args=model_args)
     known = dict(results or {})
-    known["final"] = {**known.get("final", {}), **(metrics or {})}
+    known["final"] = {**known.get("final", {}), **metrics}
     arguments = {"method": "base", **known.get("arguments", {})}
     if rwp is not None:
         arguments |= {"method": "rwp"}

@@ -70,6 +70,7 @@ import torch.distributed as dist
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast, gather_object, set_seed
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import Mixup, resolve_data_config
 from timm.layers import convert_sync_batchnorm
@@ -339,9 +340,9 @@ def main(args: Arguments) -> None:
     surroundings = environment(accelerator)  # now: by the end of the run the code on disk may be another
     hub = {"revision": args.hub_revision, "private": args.hub_private or None}
     background = None
-    if args.push_to_hub and not args.eval_only and accelerator.is_main_process:
-        reserve(args.hub_model_id, private=hub["private"])
-        if args.hub_strategy != "end":
+    if args.push_to_hub and not args.eval_only:
+        reserve_on_main(accelerator, args.hub_model_id, hub["private"])
+        if args.hub_strategy != "end" and accelerator.is_main_process:
             background = BackgroundPush(output_dir / "pushing", args.hub_model_id, **hub)
 
     set_seed(args.seed)
@@ -485,7 +486,7 @@ def main(args: Arguments) -> None:
         try:
             write_model(folder, results_so_far())
             background.start(folder, f"Step {done}")
-        except OSError as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             print(f"warning: nothing is pushed at step {done}: {error}. Training goes on", file=sys.stderr)
 
     def results_so_far() -> dict:
@@ -522,6 +523,7 @@ def main(args: Arguments) -> None:
             pictures=[picture for picture in (curves, output_dir / "landscape.png") if picture.exists()],
             logs=output_dir / "logs" if args.hub_logs else None,
             repo_id=args.hub_model_id,
+            architecture=module.pretrained_cfg["architecture"],
         )
 
     def stop() -> None:
@@ -613,6 +615,10 @@ def main(args: Arguments) -> None:
                 print(f"epoch {epoch + 1}: " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
             if agree(accelerator, train_loader, args.max_bad_images, preempted.received)[0] and epoch + 1 < epochs:
                 stop()
+    except BaseException:
+        if background:
+            background.stop()
+        raise
     finally:
         optimizer.eval()  # an interrupt may have left noise in the weights
         preempted.restore()
@@ -632,9 +638,14 @@ def main(args: Arguments) -> None:
         pushed = model_folder
         if background:
             background.finish()
-        if args.hub_strategy == "best" and best_folder.exists():
-            pushed, chosen = best_folder, max(history, key=accuracy_of)
-            write_card(pushed, results | {"final": chosen, "chosen": "best"})
+        if args.hub_strategy == "best":
+            chosen, card = max(history, key=accuracy_of), best_folder / "results.json"
+            if card.exists() and json.loads(card.read_text())["final"].get("step") == chosen["step"]:
+                pushed = best_folder
+                of_best = {name: value for name, value in results.items() if name != "weights_sha256"}
+                write_card(pushed, of_best | {"final": chosen, "chosen": "best"})
+            else:
+                print(f"warning: {best_folder} holds other weights than the best: the last are pushed", file=sys.stderr)
         try:
             print(f"Pushed to {push(pushed, args.hub_model_id, tag=args.hub_tag, message='End of training', **hub)}")
         except PushError as error:
@@ -707,6 +718,19 @@ def check_writable(output_dir: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"output_dir={str(output_dir)!r} cannot be written to ({error}): set another one") from error
+
+
+def reserve_on_main(accelerator: Accelerator, repo_id: str, private: bool | None) -> None:
+    """Make the repository ahead of training. Raises PushError on all replicas if it will never be writable."""
+    failure = None
+    if accelerator.is_main_process:
+        try:
+            reserve(repo_id, private=private)
+        except PushError as error:
+            failure = str(error)
+    failures = [text for text in gather_object([failure]) if text]
+    if failures:
+        raise PushError(failures[0])
 
 
 def check_batch(args: Arguments, replicas: int, micro_steps: int, mixes: bool) -> None:

@@ -311,7 +311,7 @@ def main(args: Arguments) -> None:
         curves, folder = output_dir / "curves.png", output_dir / "model"
         if args.lora_r:
             model.save_pretrained(output_dir / "adapter")
-            model = model.merge_and_unload()
+            model = copy.deepcopy(model).merge_and_unload()  # the adapter itself is what is pushed
         save_whole(model, folder, label_names, data_config, model_args)
         training_curves(history, curves)
         results = {

@@ -92,9 +92,10 @@ def test_a_launch_file_starts_its_replicas(config, tmp_path):
     """On CPUs, with at most two processes; several machines are two launches on this one."""
     script = tmp_path / "script.py"
     script.write_text(
-        "from accelerate import Accelerator\n"
+        "from pathlib import Path\nfrom accelerate import Accelerator\n"
         "accelerator = Accelerator()\n"
-        "print('started', accelerator.num_processes, accelerator.process_index, accelerator.mixed_precision)\n"
+        f"started = Path({str(tmp_path)!r}, f'rank_{{accelerator.process_index}}')\n"
+        "started.write_text(f'{accelerator.num_processes} {accelerator.mixed_precision}')\n"
     )
     expected = load_config_from_file(str(config))
     assert vars(expected)["num_processes"] == {"cpu_2": 2, "gpu_1": 1, "gpu_8": 8, "multi_node": 16}[config.stem]
@@ -120,5 +121,5 @@ def test_a_launch_file_starts_its_replicas(config, tmp_path):
     said = "".join(launch.communicate(timeout=200)[0] for launch in launches)
     assert [launch.returncode for launch in launches] == [0] * expected.num_machines, said
     precision = expected.mixed_precision or "no"
-    for rank in range(processes):
-        assert f"started {processes} {rank} {precision}" in said
+    started = {path.name: path.read_text() for path in tmp_path.glob("rank_*")}
+    assert started == {f"rank_{rank}": f"{processes} {precision}" for rank in range(processes)}

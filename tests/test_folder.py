@@ -85,3 +85,19 @@ def test_a_model_that_no_library_knows_is_its_weights(tmp_path):
 def test_labels_that_do_not_fit_the_model_are_numbers_instead(model, tmp_path):
     save_any(model, tmp_path / "model")
     assert json.loads((tmp_path / "model" / "config.json").read_text())["label_names"] == ["0", "1", "2", "3"]
+
+
+def test_a_folder_of_something_else_is_not_replaced(model, tmp_path):
+    for name in ("outputs/run/checkpoints/step_1", "notes"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "outputs" / "run" / "results.json").write_text("{}")
+    (tmp_path / "notes" / "todo.txt").write_text("")
+    for name in ("outputs/run", "notes"):
+        with pytest.raises(FileExistsError, match="is no folder of a model and would be replaced"):
+            save(model, tmp_path / name)
+    assert (tmp_path / "outputs" / "run" / "checkpoints" / "step_1").is_dir()
+
+
+def test_label_names_are_one_for_each_class(model, tmp_path):
+    with pytest.raises(ValueError, match="2 label_names for a model of 4 classes"):
+        save_any(model, tmp_path / "model", label_names=["a", "b"])

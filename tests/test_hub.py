@@ -5,9 +5,10 @@ import traceback
 from pathlib import Path
 
 import pytest
+import torch
 
-from hf_rwp import hub
-from hf_rwp.hub import hf_upload
+from hf_rwp import hub, push_to_hub
+from hf_rwp.hub import hf_upload, push
 
 
 def test_the_command_that_finishes_a_push_survives_a_shell():
@@ -28,6 +29,7 @@ def test_the_command_that_finishes_a_push_survives_a_shell():
     ],
 )
 def test_what_another_attempt_may_mend_is_tried_again(tmp_path, monkeypatch, error, passes):
+    (tmp_path / "model.safetensors").write_bytes(b"")
     attempts = []
 
     def fails(*_):
@@ -42,6 +44,8 @@ def test_what_another_attempt_may_mend_is_tried_again(tmp_path, monkeypatch, err
 
 
 def test_an_error_that_quotes_the_token_does_not_get_through(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+
     def fails(*_):
         raise ValueError("bad header: Bearer hf_secret and hf_stored")
 
@@ -51,3 +55,17 @@ def test_an_error_that_quotes_the_token_does_not_get_through(tmp_path, monkeypat
     with pytest.raises(hub.PushError) as caught:
         hub.push(tmp_path, "ada/net", token=token)
     assert "hf_s" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_folder_without_weights_is_not_pushed_over_those_on_the_hub(tmp_path):
+    (tmp_path / "README.md").write_text("")
+    for folder in (tmp_path, tmp_path / "typo"):
+        with pytest.raises(ValueError, match="holds no weights: a push would remove those on the Hub"):
+            push(folder, "ada/model")
+
+
+@pytest.mark.parametrize("value", [93.0, -0.1, float("nan")])
+def test_accuracies_in_percent_are_refused_before_anything_is_written(tmp_path, value):
+    with pytest.raises(ValueError, match=r"fractions in .*top1="):
+        push_to_hub(torch.nn.Linear(2, 2), "ada/model", metrics={"top1": value}, folder=tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []

@@ -637,6 +637,29 @@ def test_pretrained_weights_that_are_a_program_are_refused_and_not_run(recipe, t
     assert not (tmp_path / "boom").exists()
 
 
+# The Hub; test_hub_push.py has a real one
+
+
+def refused_on_rank(folder):
+    recipe = load_recipe()
+    reserve = recipe.reserve
+
+    def refuses(*_, **__):
+        raise recipe.PushError("ada/net cannot be pushed to: it is not yours")
+
+    recipe.reserve = refuses
+    try:
+        return train_on_rank(folder, "--push_to_hub", "--hub_model_id=ada/net")
+    finally:
+        recipe.reserve = reserve
+
+
+def test_a_repository_that_will_never_be_writable_stops_all_replicas_before_training(tmp_path):
+    said = distributed.run(2, refused_on_rank, tmp_path)
+    assert all("it is not yours" in text for text in said), said
+    assert steps(tmp_path) == []
+
+
 # On a GPU
 
 

@@ -661,6 +661,7 @@ def test_hyperparameter_search_wraps_each_trials_model_with_its_own_flags(tmp_pa
     monkeypatch.setitem(
         trainer_module.ALL_HYPERPARAMETER_SEARCH_BACKENDS, trainer_utils.HPSearchBackend.OPTUNA, Backend
     )
+    monkeypatch.setattr("transformers.integrations.hp_params", dict)  # which knows those of packages installed
     trials = [{"rwp": True, "rwp_gamma": 0.1}, {"rwp": True, "rwp_gamma": 0.3, "rwp_alpha": 1.0}, {"rwp": False}]
     trainer = make(None, tmp_path, **LOUD, model_init=lambda: Tagger(), train_dataset=sentences(10))
     trainer.hyperparameter_search(hp_space=lambda trial: trials[trial.number], n_trials=3, backend="optuna")
