@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
@@ -70,3 +71,51 @@ def _finish(axes: Axes, title: str) -> None:
     axes.grid(axis="y", color="#E5E5E5")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+# Okabe and Ito's eight colours, each with a marker and a line of its own.
+_SERIES: list[dict[str, Any]] = [
+    {"color": "#000000", "marker": "o", "linestyle": "-"},
+    {"color": "#E69F00", "marker": "s", "linestyle": "--"},
+    {"color": "#56B4E9", "marker": "^", "linestyle": "-."},
+    {"color": "#009E73", "marker": "v", "linestyle": ":"},
+    {"color": "#D55E00", "marker": "D", "linestyle": "-"},
+    {"color": "#CC79A7", "marker": "P", "linestyle": "--"},
+    {"color": "#0072B2", "marker": "X", "linestyle": "-."},
+    {"color": "#F0E442", "marker": "*", "linestyle": ":", "markeredgecolor": "#777777"},
+]
+
+
+def comparison(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: str | os.PathLike[str]) -> None:
+    """Write a PNG that sets training methods side by side: accuracy over epochs, over time, and at the end over cost.
+
+    runs: for the name of each method (at most 8) the histories of its runs, one a seed: mappings with epoch, seconds,
+    gradients (gradient evaluations of each image so far) and top1 (a fraction in [0, 1]). Lines are means over seeds;
+    bars at the end span a standard deviation either way.
+    """
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    epochs, seconds, cost = figure.subplots(1, 3, sharey=True)
+    for (name, histories), style in zip(runs.items(), _SERIES, strict=False):
+        length = min(map(len, histories))
+        top1 = np.array([[100 * row["top1"] for row in history[:length]] for history in histories])
+        for axes, key in ((epochs, "epoch"), (seconds, "seconds")):
+            places = np.array([[row[key] for row in history[:length]] for history in histories]).mean(0)
+            axes.plot(places, top1.mean(0), label=name, linewidth=1.5, markersize=4, **style)
+        last = np.array([100 * history[-1]["top1"] for history in histories])
+        gradients = float(np.mean([history[-1]["gradients"] for history in histories]))
+        deviation = last.std(ddof=1) if len(last) > 1 else None
+        cost.errorbar(gradients, last.mean(), yerr=deviation, capsize=3, markersize=8, **{**style, "linestyle": "none"})
+    for axes, title, unit in (
+        (epochs, "Accuracy over epochs", "epoch"),
+        (seconds, "Accuracy over training time", "seconds of training"),
+        (cost, "Accuracy at the end, over cost", "gradient evaluations of each image"),
+    ):
+        axes.set_title(title, loc="left")
+        axes.set_xlabel(unit)
+        axes.grid(color="#E5E5E5")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    epochs.set_ylabel("top-1 accuracy (%)")
+    cost.margins(x=0.15)
+    figure.legend(*epochs.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.savefig(path, format="png", dpi=150)

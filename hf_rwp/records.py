@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -54,6 +55,41 @@ def without_places(value: Any) -> Any:
     path = Path(value)
     local = path.is_absolute() or value.startswith(("~", ".")) or (os.sep in value and path.exists())
     return path.name if local else value
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl file, none where there is no file; a last line that a kill cut short is left out.
+
+    Raises ValueError for a line that is no JSON.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise ValueError(
+                f"{path}, line {number} is no record ({error}): remove that line, or name another file"
+            ) from error
+    return records
+
+
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Add a line to a .jsonl file, made if missing, and have it on disk; what a kill cut short there is cut off."""
+    line = json.dumps(record, allow_nan=False).encode()  # before the file is touched
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = sum(1 for _ in read_records(path))
+    with path.open("a+b") as file:
+        file.seek(0)
+        lines = file.read().splitlines(keepends=True)
+        if len(lines) > whole:
+            file.truncate(sum(map(len, lines[:whole])))
+        separator = b"\n" if whole and not lines[whole - 1].endswith(b"\n") else b""
+        file.write(separator + line + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def command_of(script: str, arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
