@@ -5,7 +5,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from hf_rwp.plots import training_curves
+from hf_rwp.plots import comparison, training_curves
 
 
 @pytest.fixture
@@ -87,3 +87,28 @@ def test_a_wide_range_of_losses_gets_a_logarithmic_axis(draw, last, scale):
 def test_a_diverged_run_can_be_drawn(draw, loss):
     draw(epochs(2, train_loss=[2.0, loss], top1=[0.1, 0.1]))
     draw(epochs(1, train_loss=[loss], top1=[0.1]))
+
+
+def test_a_comparison_shows_means_over_seeds(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("hf_rwp.plots.Figure", lambda **o: figures.append(matplotlib.figure.Figure(**o)) or figures[-1])
+
+    def history(*top1, cost):
+        return [
+            {"epoch": i + 1, "seconds": 10 * cost * (i + 1), "gradients": cost * (i + 1), "top1": value}
+            for i, value in enumerate(top1)
+        ]
+
+    runs = {"plain": [history(0.5, 0.6, cost=1), history(0.7, 0.8, cost=1)], "SAM": [history(0.5, 0.9, cost=2)]}
+    comparison(runs, tmp_path / "comparison.png")
+    epochs, seconds, cost = figures[-1].axes
+    assert lines(epochs) == {"plain": ([1, 2], [60, 70]), "SAM": ([1, 2], [50, 90])}
+    assert lines(seconds)["SAM"] == ([20, 40], [50, 90])
+    points = [(bar.lines[0].get_xdata()[0], bar.lines[0].get_ydata()[0]) for bar in cost.containers]
+    assert points == [(2, 70), (4, 90)]
+    (whiskers,) = cost.containers[0].lines[2]
+    low, high = whiskers.get_segments()[0][:, 1]
+    assert (high - low) / 2 == pytest.approx(math.sqrt(200))
+    assert [text.get_text() for text in figures[-1].legends[0].get_texts()] == ["plain", "SAM"]
+    with PIL.Image.open(tmp_path / "comparison.png") as image:
+        assert image.format == "PNG"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from hf_rwp.records import command_of, environment, weights_digest, without_places
+from hf_rwp.records import append_record, command_of, environment, read_records, weights_digest, without_places
 
 
 def test_the_environment_names_versions_and_nobody():
@@ -50,3 +50,39 @@ def test_a_command_says_what_differs_from_the_defaults():
     defaults = {"lr": 0.1, "scale": [0.1, 1.0], "model": "resnet18", "ratio": None}
     arguments = {"lr": 0.2, "scale": [0.5, 1.0], "model": "resnet18", "ratio": None}
     assert command_of("train.py", arguments, defaults) == "accelerate launch train.py --lr 0.2 --scale 0.5 1.0"
+
+
+def test_records_are_appended_and_come_back(tmp_path):
+    file = tmp_path / "results" / "runs.jsonl"
+    assert read_records(file) == []
+    append_record(file, {"top1": 0.5})
+    first = file.read_bytes()
+    append_record(file, {"top1": 0.6, "name": "é"})
+    assert file.read_bytes().startswith(first)
+    assert read_records(file) == [{"top1": 0.5}, {"top1": 0.6, "name": "é"}]
+
+
+def test_a_record_that_a_kill_cut_short_is_left_out_and_cut_off(tmp_path):
+    file = tmp_path / "runs.jsonl"
+    file.write_text('{"top1": 0.5}\n{"top1": 0.6, "na')
+    assert read_records(file) == [{"top1": 0.5}]
+    append_record(file, {"top1": 0.7})
+    assert file.read_text() == '{"top1": 0.5}\n{"top1": 0.7}\n'
+
+
+def test_a_last_line_without_its_end_is_kept(tmp_path):
+    file = tmp_path / "runs.jsonl"
+    file.write_text('{"top1": 0.5}')
+    append_record(file, {"top1": 0.7})
+    assert file.read_text() == '{"top1": 0.5}\n{"top1": 0.7}\n'
+
+
+def test_what_is_no_record_is_named_and_kept(tmp_path):
+    file = tmp_path / "runs.jsonl"
+    file.write_text('{"top1": 0.5}\nhello\n{"top1": 0.7}\n')
+    with pytest.raises(ValueError, match="line 2 is no record"):
+        append_record(file, {"top1": 0.8})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        append_record(tmp_path / "other.jsonl", {"loss": float("nan")})
+    assert "hello" in file.read_text()
+    assert not (tmp_path / "other.jsonl").exists()
