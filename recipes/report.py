@@ -1,0 +1,172 @@
+"""Write what the records say into README.md and recipes/results/README.md, with pictures.
+
+```bash
+python recipes/report.py
+```
+
+Every figure comes from a line of `recipes/results/*.jsonl`, the words about them too: a difference between two methods
+is called one where the 95 % interval of the paired differences over seeds (Student's t) leaves out 0.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compare import METHODS, PROTOCOLS, by_method, curves_of, spread, table
+from scipy.stats import t as student
+
+from hf_rwp.plots import comparison
+from hf_rwp.records import read_records
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "recipes" / "results"
+BEGIN, END = "<!-- results: python recipes/report.py -->", "<!-- end of results -->"
+
+
+def main() -> None:
+    comparisons = read_comparisons(RESULTS)
+    for name, runs in comparisons.items():
+        for protocol, mine in by_protocol(runs).items():
+            comparison(curves_of(mine), RESULTS / f"compare_{name}_{protocol}.png")
+    (RESULTS / "README.md").write_text(details(comparisons), encoding="utf-8")
+    readme = ROOT / "README.md"
+    readme.write_text(with_section(readme.read_text(encoding="utf-8"), summary(comparisons)), encoding="utf-8")
+    print(f"Wrote {RESULTS / 'README.md'}, pictures beside it, and the results in {readme}")
+
+
+def read_comparisons(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The records of each comparison, by its name."""
+    files = sorted(folder.glob("compare_*.jsonl"))
+    return {file.stem.removeprefix("compare_"): read_records(file) for file in files}
+
+
+def by_protocol(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The finished runs under each protocol that has some."""
+    runs = [record for record in records if record["kind"] == "run"]
+    found = {protocol: [record for record in runs if record["protocol"] == protocol] for protocol in PROTOCOLS}
+    return {protocol: mine for protocol, mine in found.items() if mine}
+
+
+def with_section(text: str, section: str) -> str:
+    """`text` with `section` between its two markers."""
+    before, _, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"README.md lacks the markers {BEGIN} and {END}: put them where the results are to be")
+    return f"{before}{BEGIN}\n{section}\n{end}{after}"
+
+
+def summary(comparisons: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """For README.md: top-1 of each method on each task, and what RWP gained."""
+    parts = []
+    for protocol, title in PROTOCOLS.items():
+        found = {name: by_protocol(records).get(protocol) for name, records in comparisons.items()}
+        tasks = {name: by_method(runs) for name, runs in found.items() if runs}
+        if not tasks:
+            continue
+        rows = [("method", "cost", *(described(comparisons[name]) for name in tasks))]
+        rows.append(("---",) * len(rows[0]))
+        for name, method in METHODS.items():
+            runs = [task[name] for task in tasks.values() if name in task]
+            if runs:
+                cells = [spread([100 * run["top1"] for run in task.get(name, [])]) for task in tasks.values()]
+                rows.append((method.title, cost_of(runs[0], tasks, name), *cells))
+        parts.append(f"Top-1 accuracy (%) at {title}; mean ± standard deviation over seeds:")
+        parts.append(as_table(rows))
+        parts.append("\n".join(f"- {sentence(described(comparisons[name]), task)}" for name, task in tasks.items()))
+    return "\n\n".join(["", *parts, ""])
+
+
+def cost_of(runs: Sequence[Mapping[str, Any]], tasks: Mapping[str, Mapping[str, Any]], name: str) -> str:
+    """Gradient evaluations of each image, relative to plain training's."""
+    for task in tasks.values():
+        if "base" in task and name in task:
+            ratio = task[name][0]["gradients"] / task["base"][0]["gradients"]
+            return f"{ratio:.2g}x"
+    return f"{runs[0]['gradients']:.3g}"
+
+
+def details(comparisons: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """For recipes/results/README.md: every table and picture, and what stood behind it."""
+    parts = [
+        "# Results",
+        "Rendered from the records in this folder by `python recipes/report.py`; do not edit. A record is one run: its "
+        "command, settings, seed, versions, hardware, commit, date and figures. Accuracy is that of the last epoch on "
+        "images that chose nothing; ± is the standard deviation over seeds. `against plain` is the mean of the "
+        "differences seed by seed. Settings are learning rate, weight decay, and rho or gamma.",
+    ]
+    for name, records in comparisons.items():
+        parts.append(f"## {described(records)}")
+        parts.append(conditions(records))
+        for protocol, runs in by_protocol(records).items():
+            parts.append(f"### {PROTOCOLS[protocol].capitalize()}")
+            parts.append(table(runs))
+            parts.append(f"![accuracy over epochs, time and cost](compare_{name}_{protocol}.png)")
+            parts.append(f"{sentence(described(records), by_method(runs))}")
+    return "\n\n".join(parts) + "\n"
+
+
+def described(records: Sequence[Mapping[str, Any]]) -> str:
+    """A comparison's task in a few words."""
+    task = records[0]["task"]
+    data = {"cifar10": "CIFAR-10"}.get(task["data_dir"] or task.get("dataset", "digits"), "digits")
+    images = f", {task['train_images']:,} images" if "train_images" in task else ""
+    noise = f", {task['label_noise']:.0%} of labels random" if "label_noise" in task else ""
+    return f"{data}{images}{noise}"
+
+
+def conditions(records: Sequence[Mapping[str, Any]]) -> str:
+    """What a reader has to know to believe a table."""
+    task, runs = records[0]["task"], [record for record in records if record["kind"] == "run"]
+    trials = [record for record in records if record["kind"] == "trial"]
+    hardware, versions = runs[-1]["hardware"], runs[-1]["versions"]
+    settings = ", ".join(f"{key} {value}" for key, value in task.items() if key not in ("data_dir", "model"))
+    chosen = (
+        f"Settings were chosen for each method on {trials[0]['images']['evaluated']:,} held-out training images, "
+        f"from a grid of {len({str(trial['settings']) for trial in trials if trial['method'] == 'base'})} "
+        f"({', '.join(sorted({PROTOCOLS[trial['protocol']] for trial in trials}))}; one seed)."
+        if trials
+        else "Settings were given, not searched."
+    )
+    return (
+        f"{task['model']}; {settings}; evaluated on {runs[0]['images']['evaluated']:,} images. {chosen} "
+        f"{hardware['device']}, {hardware['threads']} thread(s) a process; torch {versions['torch']}. Times were taken "
+        "while other work ran on the machine: compare costs by gradients."
+    )
+
+
+def sentence(task: str, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """What the runs say of RWP against each of its rivals."""
+    if "rwp" not in runs:
+        return f"{task}: RWP has not been run."
+    said = []
+    for rival in ("base", "sam", "sam10"):
+        if rival in runs:
+            said.append(f"{verdict(runs['rwp'], runs[rival])} {METHODS[rival].title}")
+    best = max(runs, key=lambda name: statistics.mean(run["top1"] for run in runs[name]))
+    return f"{task}: RWP is {', '.join(said)}. The best mean has {METHODS[best].title}."
+
+
+def verdict(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> str:
+    """Whether accuracies differ, by the 95 % interval of their paired differences over seeds."""
+    there = {run["seed"]: run["top1"] for run in theirs}
+    gains = [100 * (run["top1"] - there[run["seed"]]) for run in ours if run["seed"] in there]
+    if len(gains) < 2:
+        return "not to be told apart by one seed from"
+    mean = statistics.mean(gains)
+    margin = student.ppf(0.975, len(gains) - 1) * statistics.stdev(gains) / len(gains) ** 0.5
+    interval = f"({mean:+.2f}, 95 % interval {mean - margin:+.2f} to {mean + margin:+.2f})"
+    if mean - margin > 0:
+        return f"better {interval} than"
+    if mean + margin < 0:
+        return f"worse {interval} than"
+    return f"not to be told apart {interval} from"
+
+
+def as_table(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+if __name__ == "__main__":
+    main()
