@@ -121,7 +121,7 @@ class Arguments(ImageArguments, RWPArguments):
         default=None,
         metadata={
             "help": "Images of the training split for `--search`, outside of `--train_images` where there are enough; "
-            "a tenth if not set."
+            "a fifth if not set."
         },
     )
     label_noise: float = field(
@@ -211,6 +211,7 @@ def main(args: Arguments) -> None:
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     results, output_dir = Path(args.results), Path(args.output_dir)
+    check_task(args, read_records(results), results)
     facts = {"command": command_of(f"recipes/{Path(__file__).name}", *described_arguments(args))}
     facts |= environment(accelerator)
     data = load_data(args, accelerator.device)
@@ -220,7 +221,7 @@ def main(args: Arguments) -> None:
             f"{len(data['held_in'])} images to train on are fewer than the {per_step} of one step: set a smaller "
             "batch_size, more train_images, or fewer validation_images"
         )
-    train = partial(run, accelerator, args, data, facts)
+    train, news = partial(run, accelerator, args, data, facts), 0
 
     for protocol in args.protocols:
         speed = seconds_per_step(accelerator, args, data) if protocol == "time" else {}
@@ -229,14 +230,18 @@ def main(args: Arguments) -> None:
         trials = [(name, settings) for name in args.methods for settings in grid(args, name)] if args.search else []
         for number, (name, settings) in enumerate(trials, start=1):
             label = f"{protocol}, trial {number}/{len(trials)}"
-            train("trial", protocol, name, settings, args.seeds[0], max(1, round(shorter * lengths[name])), label)
+            steps = max(1, round(shorter * lengths[name]))
+            news += train("trial", protocol, name, settings, args.seeds[0], steps, label)
         runs = [(seed, name) for seed in args.seeds for name in args.methods]
         for number, (seed, name) in enumerate(runs, start=1):
             settings = chosen(args, read_records(results), name, protocol)
-            train("run", protocol, name, settings, seed, lengths[name], f"{protocol}, run {number}/{len(runs)}")
+            label = f"{protocol}, run {number}/{len(runs)}"
+            news += train("run", protocol, name, settings, seed, lengths[name], label)
 
     if accelerator.is_main_process:
         records = [record for record in read_records(results) if record["kind"] == "run"]
+        if not news:
+            print(f"All of it is in {results} already; --results FILE begins another one")
         for protocol in args.protocols:
             mine = [record for record in records if record["protocol"] == protocol]
             comparison(curves_of(mine), output_dir / f"{protocol}.png")
@@ -271,7 +276,7 @@ def load_data(args: Arguments, device: torch.device) -> dict[str, Any]:
     config = resolve_data_config(size, model=model) | {"input_size": (3, size["img_size"], size["img_size"])}
     _, transform = image_transforms(args, config)
     rows, test_rows = len(splits["train"]), len(splits["validation"])
-    validation = rows // 10 if args.validation_images is None else args.validation_images
+    validation = rows // 5 if args.validation_images is None else args.validation_images
     for name, wanted, there in (
         ("train_images", args.train_images, rows),
         ("validation_images", validation, rows - 1),
@@ -374,7 +379,6 @@ def grid(args: Arguments, name: str) -> Iterator[dict[str, float | None]]:
 def chosen(args: Arguments, records: Iterable[Mapping[str, Any]], name: str, protocol: str) -> dict[str, float | None]:
     """The best settings of this protocol's search, else of that under `images`, else those of the flags."""
     trials = [record for record in records if record["kind"] == "trial" and record["method"] == name]
-    trials = [record for record in trials if record["task"] == task_of(args)]
     for searched in (protocol, "images"):
         found = [record for record in trials if record["protocol"] == searched]
         if found:
@@ -536,8 +540,8 @@ def run(
     seed: int,
     steps: int,
     label: str,
-) -> None:
-    """Train one model to the end and append its record, unless that is there already.
+) -> bool:
+    """Train one model to the end and append its record, unless that is there already. Returns whether it trained.
 
     kind: `run`, on all training images, evaluated on the test images; `trial`, on and with those held in and out.
     """
@@ -561,7 +565,7 @@ def run(
         known = [record for record in read_records(results) if all(record.get(key) == what[key] for key in what)]
     accelerator.wait_for_everyone()  # all replicas have read before the main one writes
     if known:
-        return
+        return False
     images, judges = (data["train"], data["test"]) if kind == "run" else (data["held_in"], data["held_out"])
     per_step = images_per_step(args, name, protocol, args.batch_size * replicas)
     training = Training(accelerator, args, data, images, name, settings, seed, steps, per_step // replicas)
@@ -627,6 +631,7 @@ def run(
         remove_checkpoints(folder, keep=[])
     accelerator.free_memory()
     torch._dynamo.reset()  # each model is compiled anew, and torch limits how often one function is
+    return True
 
 
 def seconds_per_step(accelerator: Accelerator, args: Arguments, data: Mapping[str, Any]) -> dict[str, float]:
@@ -675,6 +680,16 @@ def task_of(args: Arguments) -> dict[str, Any]:
     kept = {key: value for key, value in facts.items() if key not in others and not key.startswith("rwp")}
     always = ("model", "epochs", "batch_size", "opt")
     return {key: value for key, value in kept.items() if value != defaults[key] or key in always or key == "data_dir"}
+
+
+def check_task(args: Arguments, records: Sequence[Mapping[str, Any]], results: Path) -> None:
+    """Raise ValueError where a file has runs that these cannot be compared to."""
+    ours = task_of(args)
+    for theirs in (record["task"] for record in records):
+        other = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+        if other:
+            said = ", ".join(f"{key} {theirs.get(key)!r} and not {ours.get(key)!r}" for key in other)
+            raise ValueError(f"{results} holds another comparison ({said}): set another --name, or --results FILE")
 
 
 def described_arguments(args: Arguments) -> tuple[dict, dict]:

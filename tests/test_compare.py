@@ -242,22 +242,28 @@ def test_a_run_that_was_cut_ends_in_the_same_figures(compare, tmp_path, monkeypa
     assert not list((tmp_path / "cut" / "checkpoints").glob("*/step_*"))
 
 
-def test_finished_runs_are_not_run_again(compare, tmp_path, monkeypatch):
+def test_finished_runs_are_not_run_again(compare, tmp_path, monkeypatch, capsys):
     before = start(compare, tmp_path, "--methods", "base", "rwp")
     monkeypatch.setattr(compare.Training, "step", lambda *_: pytest.fail("trained again"))
     assert start(compare, tmp_path, "--methods", "base", "rwp") == before
+    assert "All of it is in" in capsys.readouterr().out
     monkeypatch.undo()
     monkeypatch.setattr(compare, "load_images", few_digits)
     more = start(compare, tmp_path, "--methods", "base", "rwp", "--seeds", "0", "1")
     assert [(r["method"], r["seed"]) for r in more] == [("base", 0), ("rwp", 0), ("base", 1), ("rwp", 1)]
-    other = start(compare, tmp_path, "--methods", "base", "--label_noise=0.5")
-    assert len(other) == 5
 
 
-def test_settings_of_another_task_are_not_taken(compare, tmp_path):
+def test_a_file_holds_one_comparison(compare, tmp_path):
+    before = start(compare, tmp_path, "--methods=base")
+    with pytest.raises(ValueError, match=r"another comparison \(label_noise None and not 0.5\): set another --name"):
+        start(compare, tmp_path, "--methods=base", "--label_noise=0.5")
+    assert read_records(tmp_path / "records.jsonl") == before
+
+
+def test_a_search_serves_later_runs_of_the_same_file(compare, tmp_path):
     start(compare, tmp_path, "--methods=base", "--search=true", "--lrs", "0.01", "--weight_decays", "1e-3")
-    *_, last = start(compare, tmp_path, "--methods=base", "--label_noise=0.5")
-    assert last["settings"]["lr"] == 0.02
+    *_, last = start(compare, tmp_path, "--methods=base", "--protocols=gradients")
+    assert (last["settings"]["lr"], last["settings"]["weight_decay"]) == (0.01, 1e-3)
 
 
 def test_equal_time_gives_a_slower_method_fewer_steps(compare, tmp_path, monkeypatch):

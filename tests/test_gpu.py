@@ -28,7 +28,7 @@ def batch(number: int, which: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(device: str, dtype: torch.dtype, steps: int) -> tuple[list[tuple[dict, dict, dict]], str]:
-    """Of each step the weights before it, those of the forward pass, and the gradient; the digest of the last weights."""
+    """Of each step the weights before it, those of its forward pass, and the gradient; the last weights' digest."""
     net = network().to(device, dtype, memory_format=torch.channels_last)
     optimizer = RWP(torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), net, gamma=0.05, alpha=ALPHA)
     model = DistributedDataParallel(net)

@@ -1,0 +1,101 @@
+"""recipes/report.py: the words and tables say what the records do, and README.md what the command would write."""
+
+import json
+import re
+import sys
+
+import pytest
+from imagenet import RECIPES, load_recipe
+
+ROOT = RECIPES.parent
+
+
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(RECIPES)
+    return load_recipe(RECIPES / "report.py")
+
+
+def runs(method, top1, protocol="images", gradients=10.0):
+    common = {"kind": "run", "protocol": protocol, "method": method, "gradients": gradients, "seconds": 3.0}
+    task = {"data_dir": "cifar10", "train_images": 3000, "label_noise": 0.3, "model": "test_resnet", "epochs": 10}
+    common |= {
+        "task": task,
+        "settings": {"lr": 0.1, "weight_decay": 5e-4, "strength": None},
+        "images": {"evaluated": 9},
+    }
+    common |= {"hardware": {"device": "x86_64", "threads": 1}, "versions": {"torch": "2.14"}}
+    history = [{"epoch": 10.0, "seconds": 3.0, "gradients": gradients}]
+    return [
+        common | {"seed": seed, "top1": value, "history": [row | {"top1": value} for row in history]}
+        for seed, value in enumerate(top1)
+    ]
+
+
+def test_a_difference_is_one_beyond_its_interval(report):
+    base = runs("base", [0.50, 0.51, 0.52])
+    # By hand: differences 1, 2, 3 points; mean 2, sd 1, t(0.975, 2) = 4.303, margin 4.303 / sqrt(3) = 2.48.
+    assert report.verdict(runs("rwp", [0.51, 0.53, 0.55]), base) == (
+        "not to be told apart (+2.00, 95 % interval -0.48 to +4.48) from"
+    )
+    assert report.verdict(runs("rwp", [0.53, 0.54, 0.551]), base).startswith("better (+3.03")
+    assert report.verdict(runs("rwp", [0.40, 0.41, 0.421]), base).startswith("worse (-9.97")
+    assert report.verdict(runs("rwp", [0.9]), base) == "not to be told apart by one seed from"
+
+
+def test_a_summary_has_a_column_a_task_and_says_who_won(report):
+    records = runs("base", [0.5, 0.6]) + runs("sam", [0.7, 0.7], gradients=20.0) + runs("rwp", [0.6, 0.65])
+    text = report.summary({"small": records, "other": runs("rwp", [0.1, 0.2])})
+    task = "CIFAR-10, 3,000 images, 30% of labels random"
+    assert f"| method | cost | {task} | {task} |" in text
+    assert "| plain | 1x | 55.00 ± 7.07 |  |" in text
+    assert "| SAM | 2x | 70.00 ± 0.00 |  |" in text
+    assert "| RWP | 1x | 62.50 ± 3.54 | 15.00 ± 7.07 |" in text
+    assert "The best mean has SAM." in text
+
+
+def test_the_section_goes_between_its_markers(report):
+    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    new = report.with_section(text, "\nnew\n")
+    assert new == f"before\n{report.BEGIN}\n\nnew\n\n{report.END}\nafter\n"
+    assert report.with_section(new, "\nnew\n") == new
+    with pytest.raises(ValueError, match="lacks the markers"):
+        report.with_section("no markers", "new")
+
+
+def test_readme_says_what_the_records_do(report):
+    comparisons = report.read_comparisons(report.RESULTS)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert report.with_section(readme, report.summary(comparisons)) == readme
+    full = (report.RESULTS / "README.md").read_text(encoding="utf-8")
+    assert report.details(comparisons) == full
+    for picture in re.findall(r"\]\(([^)]+\.png)\)", full):
+        assert (report.RESULTS / picture).exists()
+
+
+def test_records_of_comparisons_are_whole(report):
+    """Every published run says what RWP did, under which settings, where and from which commit."""
+    for name, records in report.read_comparisons(report.RESULTS).items():
+        assert records, name
+        for record in records:
+            assert {"command", "git_commit", "versions", "hardware", "date", "seed", "settings"} <= set(record)
+            assert "-dirty" not in record["git_commit"]
+            if "rwp" in record["method"]:
+                assert record["rwp"]["slots"]["perturbed"] == record["steps"]
+                assert record["rwp"]["relative_noise"]["largest"]["size"] > 0
+            assert not re.search(r"/(home|root|tmp|work)/", json.dumps(record))
+
+
+def test_the_command_writes_all_of_it(report, tmp_path, monkeypatch):
+    results = tmp_path / "recipes" / "results"
+    results.mkdir(parents=True)
+    lines = [json.dumps(record) for record in runs("base", [0.5, 0.6]) + runs("rwp", [0.6, 0.65])]
+    (results / "compare_small.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "README.md").write_text(f"# Mine\n{report.BEGIN}\n{report.END}\n")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", results)
+    report.main()
+    assert (results / "compare_small_images.png").exists()
+    assert "| RWP | 62.50 ± 3.54 | +7.50 ± 3.54 | 2 |" in (results / "README.md").read_text()
+    assert "| RWP | 1x | 62.50 ± 3.54 |" in (tmp_path / "README.md").read_text()
+    assert "compare" in sys.modules
