@@ -283,8 +283,8 @@ class RWPTrainerMixin(_AnyTrainer):
         final = {name: value for row in history for name, value in row.items()}
         if self.rwp is not None:
             final["rwp"] = self.rwp.report() | {"gamma": self.rwp.defaults["rwp_gamma"]}
-        arguments = {name: without_places(value) for name, value in self.args.to_dict().items()}
-        arguments = {name: value for name, value in arguments.items() if not name.endswith(("_token", "_dir"))}
+        arguments = without_places(self.args.to_dict())
+        arguments = {name: value for name, value in arguments.items() if not name.endswith("_dir")}
         return {
             "final": final,
             "seconds": final.get("train_runtime"),

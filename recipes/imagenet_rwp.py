@@ -331,7 +331,7 @@ def main(args: Arguments) -> None:
     resume_from = checkpoint_to_resume(args, checkpoints, finished=results_file.exists())
     state = read_state(resume_from, needed=STATE) if resume_from else None
     check_writable(output_dir)
-    facts = {name: without_places(value) for name, value in asdict(args).items()}
+    facts = without_places(asdict(args))
     if not args.eval_only:
         check_batch(args, replicas, micro_steps, mixes)
         if state:
@@ -665,7 +665,7 @@ def described_arguments(args: Arguments) -> tuple[dict, dict]:
     """The arguments that decide what comes out of a run, and their defaults for the same data."""
     defaults = asdict(Arguments(data_dir=args.data_dir, dataset=args.dataset))
     places = ("rwp", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "push_to_hub")
-    facts = {name: without_places(value) for name, value in asdict(args).items()}
+    facts = without_places(asdict(args))
     facts = {name: value for name, value in facts.items() if name not in places and not name.startswith("hub_")}
     return facts, defaults | {"data_dir": None, "dataset": None}
 

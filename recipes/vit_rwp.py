@@ -257,7 +257,7 @@ def main(args: Arguments) -> None:
     output_dir = Path(args.output_dir)
     results_file = output_dir / "results.json"
     resume_from = checkpoint_to_resume(args, finished=results_file.exists())
-    facts = {name: without_places(value) for name, value in args.to_dict().items()}
+    facts = without_places(args.to_dict())
     if resume_from:
         check_arguments(facts, resume_from.parent / "arguments.json")
     output_dir.mkdir(parents=True, exist_ok=True)
