@@ -33,7 +33,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from hf_rwp.card import PAPER, PICTURES, Facts, cell, facts_of
+from hf_rwp.card import PAPER, PICTURES, Facts, cell, facts_of, plain
 from hf_rwp.folder import save_any
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def add_card(
     logs: a folder with TensorBoard's files, which the Hub shows; copied without the machine's name, which they carry in
     theirs. facts: as `facts_of` takes them.
     """
-    folder = Path(folder)
+    folder, results = Path(folder), plain(results)
     for picture in pictures:
         _write(folder / Path(picture).name, Path(picture).read_bytes())
     if logs is not None:
@@ -381,6 +381,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     of_record = commands.add_parser("record", help="Append a run's results.json to a file of records.")
     of_record.add_argument("results", type=Path, metavar="RESULTS.json")
     of_record.add_argument("records", type=Path, metavar="RECORDS.jsonl")
+    of_record.add_argument("--dataset", metavar="ID", help="What `--data_dir` held, by its id on the Hub.")
     of_record.add_argument("--note", help="What the figures do not say, for the card.")
     of_card = commands.add_parser("card", help="Render the card of the last record in each file, as FOLDER/NAME.md.")
     of_card.add_argument("records", type=Path, nargs="+", metavar="RECORDS.jsonl")
@@ -394,7 +395,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SystemExit(f"error: {error}") from None
     elif command == "record":
         record = json.loads(options["results"].read_text(encoding="utf-8"))
-        record |= {"note": options["note"]} if options["note"] else {}
+        record |= {name: options[name] for name in ("dataset", "note") if options[name]}
         with options["records"].open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
     else:
