@@ -223,7 +223,7 @@ class RWPTrainerMixin(_AnyTrainer):
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
-        token: str | None = None,
+        token: str | bool | None = None,
         revision: str | None = None,
         private: bool | None = None,
         *,
@@ -270,7 +270,7 @@ class RWPTrainerMixin(_AnyTrainer):
         hub.add_card(folder, known, pictures=pictures, repo_id=repo_id, **said)
         where: dict[str, Any] = {"revision": revision or self.args.hub_revision, "tag": tag}
         where["private"] = self.args.hub_private_repo if private is None else private
-        where |= {"token": token or self.args.hub_token, "message": commit_message or "End of training"}
+        where |= {"token": self.args.hub_token if token is None else token, "message": commit_message or "End of training"}
         return (hub.push if blocking else hub.push_later)(folder, repo_id, **where)
 
     def _results(self) -> dict[str, Any]:

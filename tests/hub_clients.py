@@ -79,6 +79,20 @@ def push(folder, repo_id, options=None):
     return push(folder, repo_id, **(options or {}))
 
 
+def push_with_a_new_client(folder, repo_id):
+    """A push in whose middle huggingface_hub closes its client, as it does when a connection fails."""
+    from huggingface_hub import HfApi, close_session
+
+    real = HfApi.list_repo_files
+
+    def closes(self, *arguments, **options):
+        close_session()
+        return real(self, *arguments, **options)
+
+    HfApi.list_repo_files = closes
+    return push(folder, repo_id)
+
+
 def push_in_background(folder, copy, repo_id):
     """A push while the model's folder is written anew, and a second one that finds the first under way."""
     from hf_rwp.hub import BackgroundPush, add_card

@@ -308,6 +308,14 @@ def test_a_silent_server_is_given_up_and_asked_again(hub, clients, folder, place
     assert outcome.seconds < 3
 
 
+def test_a_silent_server_is_given_up_by_a_client_made_on_the_way_too(hub, clients, folder):
+    hub.fail("POST", "/commit/", silent(3))
+    outcome = clients.run("push_with_a_new_client", folder, "ada/model", token=WRITE, **{"hf_rwp.hub.TIMEOUT": 0.5})
+    assert outcome.status == 0, outcome.output
+    assert set(hub.files("ada/model")) == MODEL
+    assert outcome.seconds < 3
+
+
 @pytest.mark.parametrize("number", [409, 412])
 def test_a_commit_that_others_came_before_is_made_again(hub, clients, folder, number):
     hub.fail("POST", "/commit/", status(number, message="A commit has happened since"), times=3)
@@ -316,7 +324,9 @@ def test_a_commit_that_others_came_before_is_made_again(hub, clients, folder, nu
 
 
 def test_what_does_not_pass_ends_in_the_command_that_finishes_it(hub, clients, folder):
-    """Half of the upload is there by then, and is not sent again."""
+    """Half of the upload is there by then, and is not sent again; other weights go, but for those in folders."""
+    earlier = {"pytorch_model.bin": b"pickle", "model-00001-of-00002.safetensors": b"half", "onnx/model.bin": b"mine"}
+    hub.make("ada/model", private=True, **earlier)
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     hub.fail("PUT", f"/lfs-store/{weights}", cut, times=ALWAYS)
     outcome = clients.run("push", folder, "ada/model", {"private": True, "revision": "v2", "tag": "x"}, token=WRITE)
@@ -333,7 +343,8 @@ def test_what_does_not_pass_ends_in_the_command_that_finishes_it(hub, clients, f
     assert done.returncode == 0, done.stderr
     assert shlex.split(command)[:4] == ["hf", "upload", "ada/model", str(folder)]
     assert hub.repos["ada/model"].private
-    assert hub.files("ada/model", "v2") == {file.name: file.read_bytes() for file in folder.iterdir()}
+    expected = {file.name: file.read_bytes() for file in folder.iterdir()} | {"onnx/model.bin": b"mine"}
+    assert hub.files("ada/model", "v2") == expected
     assert hub.repos["ada/model"].tags == {"x": hub.head("ada/model", "v2").oid}
     assert sent(hub) == 1
 
