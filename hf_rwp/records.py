@@ -75,6 +75,11 @@ def hub_id(name: str | None) -> str | None:
     return name if name and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) and not Path(name).exists() else None
 
 
+def base_of(model: nn.Module) -> str | None:
+    """What a transformers model was fine-tuned from, by its id on the Hub; None where it has none."""
+    return hub_id(getattr(getattr(model, "config", None), "_name_or_path", None))
+
+
 def _last_part(place: re.Match[str]) -> str:
     text = place[0]
     path = re.sub(r"^\w[\w+.-]*://[^/]*|[?#].*", "", text)

@@ -25,7 +25,7 @@ from hf_rwp.arguments import RWPArguments
 from hf_rwp.environment import refuse_data_parallel, refuse_unsupported, this_replica
 from hf_rwp.optimizer import RWP
 from hf_rwp.placement import shares_of
-from hf_rwp.records import environment, without_places
+from hf_rwp.records import base_of, environment, without_places
 from hf_rwp.tracking import LossTracker
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,8 @@ class RWPTrainerMixin(_AnyTrainer):
     model: Any
     optimizer: Any
     rwp: RWP | None = None
+    _report: Mapping[str, Any] | None = None  # of the wrapper, after training
+    _best_step: int | None = None  # whose weights these are, where training ended with the best ones
     _items: list[float] | None = None  # tokens by replica, or by micro-step on one; None where Trainer adds none up
     _parts: Sequence[float] = ()  # how much of this replica's loss each coming micro-step is
     _splits = False  # whether the window's one batch is to be split
@@ -119,9 +121,14 @@ class RWPTrainerMixin(_AnyTrainer):
         return {"rwp_gamma": gamma, "rwp_seed": self.rwp.state_dict()["rwp"]["seed"]}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._report = self._best_step = None
         try:
             output = super().train(*args, **kwargs)
             self._sync_buffers()
+            if self.rwp is not None:
+                self._report = self.rwp.report()  # while all replicas are here: the main one may push alone
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+                self._best_step = self.state.best_global_step
             return output
         finally:
             if self.rwp is not None:
@@ -234,8 +241,9 @@ class RWPTrainerMixin(_AnyTrainer):
     ) -> Any:
         """Trainer's, with the card of RWP: weights, configuration, preprocessing, card and figures in one commit.
 
-        Written to `hub` in the output folder first; neither Trainer's pickled arguments nor its logs go along. Call it
-        on all processes. results: what a recipe's results.json holds; taken from Trainer's log if not given.
+        Written to `hub` in the output folder first; neither Trainer's pickled arguments nor its logs go along. The main
+        process does it all, so that it may call this, or `save_model` with `push_to_hub=True`, alone. results: what a
+        recipe's results.json holds; taken from Trainer's log if not given, what RWP did included once training is over.
         pictures, facts: as `hf_rwp.push_to_hub` takes them; of those of Trainer, `model_name`, `finetuned_from`,
         `tasks` and `dataset_tags`, too.
 
@@ -254,10 +262,9 @@ class RWPTrainerMixin(_AnyTrainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.rwp is not None:
             self.rwp.eval()
-        self._sync_buffers()
-        known = dict(results) if results is not None else self._results()
         if not self.is_world_process_zero():
             return None
+        known = dict(results) if results is not None else self._results()
         self._finish_current_push()
         output = Path(self.args.output_dir)
         repo_id = self.hub_model_id or self.args.hub_model_id or output.absolute().name
@@ -274,21 +281,29 @@ class RWPTrainerMixin(_AnyTrainer):
         return (hub.push if blocking else hub.push_later)(folder, repo_id, **where)
 
     def _results(self) -> dict[str, Any]:
-        """What Trainer's log says of the run, as a recipe's results.json has it. Collective."""
+        """What Trainer's log says of the run, as a recipe's results.json has it."""
+        best = self._best_step
+        step = self.state.global_step if best is None else best
         rows: dict[float, dict[str, Any]] = {}
+        final: dict[str, Any] = {}
         for line in self.state.log_history:
-            row = rows.setdefault(line["step"], {"step": line["step"], "epoch": line.get("epoch")})
-            row |= {_LOGGED.get(name, name.removeprefix("eval_")): value for name, value in line.items()}
+            named = {_LOGGED.get(name, name.removeprefix("eval_")): value for name, value in line.items()}
+            rows[line["step"]] = rows.get(line["step"], {}) | named
+            evaluated = any(name.startswith("eval_") for name in line)  # which is true of the weights of its step alone
+            if line["step"] == step or (line["step"] < step and not evaluated):
+                final |= named
         history = list(rows.values())
-        final = {name: value for row in history for name, value in row.items()}
-        if self.rwp is not None:
-            final["rwp"] = self.rwp.report() | {"gamma": self.rwp.defaults["rwp_gamma"]}
+        final["step"] = step
+        if self._report is not None and self.rwp is not None:
+            final["rwp"] = {**self._report, "gamma": self.rwp.defaults["rwp_gamma"]}
         arguments = without_places(self.args.to_dict())
         arguments = {name: value for name, value in arguments.items() if not name.endswith("_dir")}
         return {
             "final": final,
-            "seconds": final.get("train_runtime"),
+            **({} if best is None else {"chosen": "best"}),
+            "seconds": next((row["train_runtime"] for row in history if "train_runtime" in row), None),
             "arguments": arguments,
+            "base_model": base_of(self.model),
             **environment(self.accelerator),
             "history": [row for row in history if {"train_loss", "eval_loss", "top1", "accuracy"} & row.keys()],
         }

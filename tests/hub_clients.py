@@ -117,6 +117,35 @@ def train(folder, *flags):
     imagenet.train(recipe, folder, *flags)
 
 
+def die_while_pushing(folder, *flags):
+    """A run that is interrupted in its second epoch, once a file `uploading` says that the first one's push is under way.
+
+    Returns what was being pushed, and then whether that push goes on, and whether it left something.
+    """
+    import imagenet
+
+    recipe, made = imagenet.load_recipe(), []
+    real, validate = recipe.BackgroundPush, recipe.validate
+
+    def note(*arguments, **options):
+        made.append(real(*arguments, **options))
+        return made[0]
+
+    def dies(*arguments):
+        if made[0].busy:
+            while not Path(folder, "uploading").exists():
+                time.sleep(1)
+            made.append({file.name for file in Path(folder, "pushing").iterdir()})
+            raise KeyboardInterrupt
+        return validate(*arguments)
+
+    recipe.BackgroundPush, recipe.validate = note, dies
+    try:
+        train(folder, *flags)
+    except KeyboardInterrupt:
+        return made[1], made[0].busy, Path(folder, "pushing").exists()
+
+
 def notebook(folder, repo_id):
     """The loop of the README, and one call."""
     import timm

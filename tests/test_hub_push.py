@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import distributed
@@ -20,10 +21,13 @@ import yaml
 from hub_clients import Clients
 from hub_server import OTHER, READ, WRITE, HubServer, cut, silent, slow, status
 from imagenet import train, train_on_rank
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file
 from timm.data import resolve_data_config
 
 from hf_rwp.folder import save_model
 from hf_rwp.hub import add_card
+from hf_rwp.records import weights_digest
 
 MODEL = {"README.md", "config.json", "model.safetensors", "results.json", "curves.png"}
 PUSH = ("--push_to_hub", "--hub_model_id=ada/digits")
@@ -92,6 +96,16 @@ def head(hub, repo_id, revision="main"):
     return yaml.safe_load(hub.files(repo_id, revision)["README.md"].decode().split("---\n")[1])
 
 
+def of_folder(folder):
+    return timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+def digest_of(weights):
+    model = timm.create_model("test_resnet", num_classes=10)
+    model.load_state_dict(weights)
+    return weights_digest(model)
+
+
 def sent(hub):
     """Names of the LFS files that went over the wire."""
     return len(hub.requests("PUT", "/lfs-store/"))
@@ -126,6 +140,8 @@ def test_the_recipe_pushes_and_anyone_downloads(hub, clients, tmp_path):
 
     results = json.loads(files["results.json"])
     assert len(results["history"]) == 2
+    assert results["weights_sha256"] == weights_digest(of_folder(run / "model"))  # the average's
+    assert [results["weights_sha256"]] != results["replicas_sha256"]
     facts = head(hub, "ada/digits")
     assert {"rwp", "timm", "arxiv:2211.11489"} <= set(facts["tags"])
     assert facts["library_name"] == "timm"
@@ -459,6 +475,26 @@ def test_a_push_in_the_background_that_fails_is_told_and_survived(hub, clients, 
     assert hub.commits("ada/digits")[-1] == "End of training"
 
 
+def test_a_run_that_dies_takes_its_push_in_the_background_with_it(hub, clients, tmp_path):
+    """And what an earlier one left of its own is not pushed."""
+    (tmp_path / "pushing").mkdir()
+    (tmp_path / "pushing" / "old.bin").write_text("of a run that was killed")
+
+    def tell(handler):
+        (tmp_path / "uploading").touch()
+        slow(1)(handler)
+
+    hub.fail("PUT", "/lfs-store/", tell, times=ALWAYS)
+    outcome = clients.run("die_while_pushing", tmp_path, *PUSH, "--hub_strategy=every_save", token=WRITE)
+    assert outcome.status == 0, outcome.output
+    pushing, busy, left = outcome.value
+    assert pushing == MODEL
+    assert not busy
+    assert not left
+    assert hub.requests("PUT", "/lfs-store/")
+    assert hub.commits("ada/digits") == []
+
+
 def test_of_two_replicas_one_pushes(tmp_path):
     """Offline, as the ranks of these tests are: what it says tells which of them tried."""
     first, second = distributed.run(2, train_on_rank, tmp_path, *PUSH, "--epochs=1", "--batch_size=12")
@@ -467,19 +503,102 @@ def test_of_two_replicas_one_pushes(tmp_path):
     assert {file.name for file in (tmp_path / "model").iterdir()} == MODEL
 
 
-def test_a_disk_that_fills_up_stops_the_push_and_not_the_training(recipe, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def unheard(recipe, monkeypatch):
+    """The recipe without a Hub; gives the folders that it pushed in the background, as they were, and then at last."""
+    pushed = []
+
+    def note(folder, *_, **__):
+        pushed.append({file.name: file.read_bytes() for file in Path(folder).iterdir()})
+
+    monkeypatch.setattr(recipe, "reserve", lambda *_, **__: None)
+    monkeypatch.setattr(recipe, "push", note)
+    monkeypatch.setattr(recipe.BackgroundPush, "start", lambda _, folder, message: note(folder))
+    return pushed
+
+
+def test_between_two_epochs_the_card_has_no_accuracy_of_other_weights(recipe, tmp_path, unheard):
+    train(recipe, tmp_path, *PUSH, "--hub_strategy=every_save", "--checkpointing_steps=2")
+    finals = [json.loads(files["results.json"])["final"] for files in unheard]
+    assert [final["step"] for final in finals] == [2, 3, 4, 6, 6]
+    for files, final in zip(unheard, finals, strict=True):
+        whole = final["step"] % 3 == 0
+        assert (b"Top-1 accuracy" in files["README.md"]) == ("top1" in final) == whole
+        weights = load(files["model.safetensors"])
+        assert json.loads(files["results.json"])["weights_sha256"] == digest_of(weights)
+
+
+@pytest.mark.parametrize("flags", [[], ["--model_ema", "--model_ema_decay=0.5"]], ids=["weights", "average"])
+def test_the_best_weights_are_pushed_whatever_became_of_their_folder(recipe, tmp_path, unheard, monkeypatch, flags):
+    """The first epoch's, which another disk was too full for at the time."""
+    real = recipe.save_model
+
+    def full(_, folder, **__):
+        monkeypatch.setattr(recipe, "save_model", real)
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(recipe, "save_model", full)
+    monkeypatch.setattr(recipe, "accuracy_of", lambda row: -row["step"])
+    train(recipe, tmp_path, *PUSH, "--hub_strategy=best", *flags)
+    (files,) = unheard
+    name = "ema" if flags else "model"
+    expected = load_file(tmp_path / "checkpoints" / "step_3" / f"{name}.safetensors")
+    expected = {name.removeprefix("module."): tensor for name, tensor in expected.items()}
+    weights = load(files["model.safetensors"])
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    best, last = json.loads(files["results.json"]), json.loads((tmp_path / "results.json").read_text())
+    assert (best["final"]["step"], best["chosen"], last["final"]["step"]) == (3, "best", 6)
+    assert best["weights_sha256"] == digest_of(weights) != last["weights_sha256"]
+    assert "replicas_sha256" not in best  # which is of the last weights
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left")])
+def test_a_disk_that_is_full_at_last_leaves_the_command_that_pushes(recipe, tmp_path, unheard, monkeypatch, error):
+    real = recipe.save_model
+
+    def full(model, folder, **options):
+        if folder.name == "best":
+            raise error
+        real(model, folder, **options)
+
+    monkeypatch.setattr(recipe, "save_model", full)
+    with pytest.raises(SystemExit, match=r"No space left[\s\S]*\n    hf upload ada/digits .*/model "):
+        train(recipe, tmp_path, *PUSH, "--hub_strategy=best", "--epochs=1")
+    assert not unheard
+    assert of_folder(tmp_path / "model").num_classes == 10
+
+
+def test_weights_of_timm_are_named_as_the_base_model(recipe, tmp_path, monkeypatch):
+    real = timm.create_model
+    monkeypatch.setattr(recipe.timm, "create_model", lambda name, pretrained, **options: real(name, **options))
+    train(recipe, tmp_path, "--pretrained", "--epochs=1")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "timm/test_resnet.r160_in1k"
+    assert "| pretrained | timm |" in card
+
+
+def test_weights_of_a_folder_are_no_base_model(recipe, tmp_path, made):
+    train(recipe, tmp_path, f"--pretrained={made}", "--epochs=1", "--img_size=160")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "base_model" not in card
+    assert "| pretrained | model |" in card
+    assert str(made.parent) not in card
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_disk_that_fills_up_stops_the_push_and_not_the_training(recipe, tmp_path, monkeypatch, capsys, error):
     real, calls = recipe.save_model, []
 
     def full_at_first(*arguments, **options):
         calls.append(1)
         if len(calls) == 1:
-            raise OSError(28, "No space left on device")
+            raise error
         return real(*arguments, **options)
 
     monkeypatch.setattr(recipe, "save_model", full_at_first)
     monkeypatch.setattr(recipe, "reserve", lambda *_, **__: None)
     with pytest.raises(SystemExit, match="unset HF_HUB_OFFLINE"):
         train(recipe, tmp_path, *PUSH, "--hub_strategy=every_save")
-    assert "nothing is pushed at step 3: [Errno 28]" in capsys.readouterr().err
+    assert re.search(r"nothing is pushed at step 3: .*No space left", capsys.readouterr().err)
     assert len(calls) == 3
     assert {file.name for file in (tmp_path / "model").iterdir()} == MODEL
