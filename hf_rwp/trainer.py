@@ -255,7 +255,8 @@ class RWPTrainerMixin(_AnyTrainer):
             given = [name for name, value in names.items() if value is not None]
             if given:
                 raise ValueError(f"{', '.join(given)}: Trainer's own push, which this is without rwp=True, has no such")
-            return super().push_to_hub(commit_message, blocking, token, revision, private, **facts)
+            given_token: Any = token  # which Trainer passes on
+            return super().push_to_hub(commit_message, blocking, given_token, revision, private, **facts)
         from hf_rwp import hub  # huggingface_hub, for those who push alone
         from hf_rwp.folder import save_any
 
@@ -277,7 +278,8 @@ class RWPTrainerMixin(_AnyTrainer):
         hub.add_card(folder, known, pictures=pictures, repo_id=repo_id, **said)
         where: dict[str, Any] = {"revision": revision or self.args.hub_revision, "tag": tag}
         where["private"] = self.args.hub_private_repo if private is None else private
-        where |= {"token": self.args.hub_token if token is None else token, "message": commit_message or "End of training"}
+        where["token"] = self.args.hub_token if token is None else token
+        where["message"] = commit_message or "End of training"
         return (hub.push if blocking else hub.push_later)(folder, repo_id, **where)
 
     def _results(self) -> dict[str, Any]:

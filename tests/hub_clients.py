@@ -117,8 +117,14 @@ def train(folder, *flags):
     imagenet.train(recipe, folder, *flags)
 
 
+def train_vit(folder, *flags):
+    import vit
+
+    vit.train(folder, *vit.SMALL, *flags)
+
+
 def die_while_pushing(folder, *flags):
-    """A run that is interrupted in its second epoch, once a file `uploading` says that the first one's push is under way.
+    """A run that is interrupted in its second epoch, once a file `uploading` says that a push is under way.
 
     Returns what was being pushed, and then whether that push goes on, and whether it left something.
     """

@@ -10,7 +10,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import distributed
@@ -205,6 +204,41 @@ def test_the_trainer_pushes_with_the_same_card(hub, clients, tmp_path, kind):
         outcome = clients.run("load_transformers", "ada/net")
         assert outcome.status == 0, outcome.output
         assert outcome.value[1] == {0: "bee", 1: "crab", 2: "eel"}
+
+
+def test_the_recipe_on_trainer_pushes_with_the_same_card(hub, clients, tmp_path, made):
+    hub.make("ada/base", **{file.name: file.read_bytes() for file in made.iterdir()})
+    flags = ["--model_name_or_path=ada/base", "--num_train_epochs=1", "--push_to_hub", "--hub_model_id=ada/vit"]
+    outcome = clients.run("train_vit", tmp_path, *flags, token=WRITE)
+    assert outcome.status == 0, outcome.output
+    files, facts = hub.files("ada/vit"), head(hub, "ada/vit")
+    assert set(files) - {"arguments.json"} == MODEL  # which Trainer's own push left, on the way
+    assert (facts["base_model"], facts["library_name"]) == ("ada/base", "timm")
+    (result,) = facts["model-index"][0]["results"]
+    assert result["dataset"]["name"] == "Handwritten digits (scikit-learn)"
+    results = json.loads(files["results.json"])
+    assert [metric["value"] for metric in result["metrics"]] == [results["final"]["top1"], results["final"]["top5"]]
+    assert results["data"]["validation"]["images"] == 41
+    assert results["weights_sha256"] == weights_digest(of_folder(tmp_path / "model"))
+    card = files["README.md"].decode()
+    for text in ("(curves.png)", "| model_name_or_path | ada/base |", "gamma, size of the noise | 0.01 |"):
+        assert text in card
+    assert_same_logits(clients.run("logits", "ada/vit", tmp_path / "model"), [*"0123456789"])
+
+
+def test_a_failed_push_of_the_recipe_on_trainer_ends_in_the_command_that_finishes_it(hub, clients, tmp_path):
+    hub.fail("POST", "/commit/", status(403, message="Storage limit reached"), times=ALWAYS)
+    flags = ["--load_best_model_at_end", "--push_to_hub", "--hub_model_id=ada/vit", "--rwp=false"]
+    outcome = clients.run("train_vit", tmp_path, *flags, token=WRITE)
+    assert outcome.status == 1
+    assert "Storage limit reached" in outcome.output
+    assert "Traceback" not in outcome.output
+    assert f"hf upload ada/vit {tmp_path / 'model'} ." in outcome.output
+    results = json.loads((tmp_path / "model" / "results.json").read_text())
+    best = json.loads((tmp_path / "results.json").read_text())["best"]
+    assert results["chosen"] == "best"
+    assert f"checkpoint-{results['final']['step']}" == best["checkpoint"]
+    assert results["final"]["top1"] == best["top1"]
 
 
 # What is there afterwards

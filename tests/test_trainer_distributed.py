@@ -4,9 +4,10 @@ import itertools
 import json
 from types import SimpleNamespace
 
+import distributed
 import pytest
 import torch
-from distributed import rank, run
+from distributed import run
 from test_distributed import Collectives
 from trainer_runs import (
     LOUD,
@@ -198,7 +199,7 @@ def push_alone(folder):
 
     class Saves(TrainerCallback):
         def on_step_end(self, *_, **__):
-            if rank() == 0:
+            if distributed.rank() == 0:
                 trainer.save_model()
 
     with pytest.MonkeyPatch.context() as patch:
@@ -207,7 +208,7 @@ def push_alone(folder):
         options = {"push_to_hub": True, "hub_model_id": REPO.repo_id, "max_steps": 2, "callbacks": [Saves()]}
         trainer = make(Classifier(), folder, **LOUD, **options, train_dataset=images(20))
         trainer.train()
-        if rank() == 0:
+        if distributed.rank() == 0:
             trainer.push_to_hub()
     return pushed
 
