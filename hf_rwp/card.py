@@ -25,7 +25,7 @@ _HYPER_PARAMETERS = (
     *("layer_decay", "clip_grad", "max_grad_norm", "sched", "lr_scheduler_type", "warmup_epochs", "warmup_steps"),
     *("warmup_ratio", "min_lr", "mixup", "cutmix", "smoothing", "label_smoothing_factor", "bce_loss", "drop"),
     *("drop_path", "model_ema", "model_ema_decay", "img_size", "scale", "crop_padding", "hflip", "color_jitter"),
-    *("aa", "reprob", "cutout", "sync_bn", "seed"),
+    *("aa", "reprob", "cutout", "sync_bn", "pretrained", "model_name_or_path", "seed"),
 )
 
 
@@ -65,6 +65,7 @@ class Facts:
 
     # Computed once
     figures: Mapping[str, str] = field(default_factory=dict)
+    by_epoch: bool = False  # whether results.json has more rows than the last
     pictures: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -79,6 +80,11 @@ class Facts:
     def address(self) -> str:
         """For `timm.create_model`."""
         return f"hf-hub:{self.repo_id}" if self.repo_id else "local-dir:path/to/this/folder"
+
+    @property
+    def machine(self) -> str:
+        texts = {"device": "{}", "cores": "{} cores", "threads": "{} threads", "mixed_precision": "mixed precision: {}"}
+        return ", ".join(texts[name].format(self.hardware[name]) for name in texts if self.hardware.get(name))
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -120,6 +126,7 @@ def facts_of(
     pictures: names of the files beside the card. Where an average of the weights was evaluated, its figures count: it
     is what was saved.
     """
+    results = plain(results)
     arguments, final = results["arguments"], results.get("final", {})
     method = arguments.get("method") or ("rwp" if arguments.get("rwp") else "base")
     rwp = final.get("rwp", {}) if method == "rwp" else {}
@@ -130,8 +137,8 @@ def facts_of(
     images = "top1" in metrics or user.get("library", "timm") == "timm" or "ForImageClassification" in model
     facts: dict[str, Any] = {
         "task": "image-classification" if images else None,
-        "base_model": _hub_id(results, "pretrained"),
-        "dataset": arguments.get("dataset"),
+        "base_model": results.get("base_model") or _hub_id(arguments.get("pretrained")),
+        "dataset": results.get("dataset") or arguments.get("dataset"),
         "name": (user.get("repo_id") or "").split("/")[-1] or f"{model or 'model'}_{method}",
         "architecture": model,
         "method": method,
@@ -140,7 +147,7 @@ def facts_of(
         "placement": rwp.get("placement"),
         "replicas": results.get("hardware", {}).get("replicas", rwp.get("replicas")),
         "slots": rwp.get("slots"),
-        "data": _data(arguments),
+        "data": results.get("dataset") or _data(arguments),
         "split": results.get("data", {}).get("validation", {}).get("split") or arguments.get("validation_split"),
         "metrics": metrics,
         "hyper_parameters": {key: arguments[key] for key in _HYPER_PARAMETERS if _said(key, arguments, method)},
@@ -149,6 +156,7 @@ def facts_of(
         "commit": results.get("git_commit"),
         "command": results.get("command"),
         "date": results.get("date"),
+        "by_epoch": bool(results.get("history")),
         "figures": _figures(results, metrics, averaged, "images" if images else "samples"),
         "pictures": {file: text for file, text in PICTURES.items() if file in pictures},
     }
@@ -158,6 +166,15 @@ def facts_of(
 def cell(text: Any) -> str:
     """One cell of a Markdown table, whatever the text."""
     return " ".join(str(text).split()).replace("|", r"\|").replace("<", "&lt;")
+
+
+def plain(value: Any) -> Any:
+    """A value with Python's own numbers and lists in place of those of NumPy and torch."""
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _said(name: str, arguments: Mapping[str, Any], method: str) -> bool:
@@ -180,9 +197,8 @@ def _data(arguments: Mapping[str, Any]) -> str:
     return arguments.get("dataset") or folder or DIGITS
 
 
-def _hub_id(results: Mapping[str, Any], name: str) -> str | None:
+def _hub_id(value: str | None) -> str | None:
     """An argument's value if it names something on the Hub: a folder's name was cut to its last part."""
-    value = results["arguments"].get(name)
     return value if value and value.count("/") == 1 else None
 
 
@@ -200,9 +216,7 @@ def _figures(results: Mapping[str, Any], metrics: Mapping[str, float], averaged:
     epoch, total = final.get("epoch"), results["arguments"].get("epochs")
     if epoch is not None:
         of = f" of {total}" if total and epoch < total else ""
-        rows["Epochs" + (", the best by held-out accuracy" if results.get("chosen") == "best" else "")] = (
-            f"{epoch:g}{of}"
-        )
+        rows["Epochs" + (", up to the best evaluation" if results.get("chosen") == "best" else "")] = f"{epoch:g}{of}"
     rows |= _row("Optimizer steps", final.get("step"), ",")
     slots = final.get("rwp", {}).get("slots")
     if slots:

@@ -8,16 +8,17 @@ Only huggingface_hub is imported with this module: `python -m hf_rwp.hub` starts
 """
 
 import argparse
+import functools
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +29,13 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     ModelCardData,
-    get_session,
     get_token,
+    set_client_factory,
 )
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import _http
 
-from hf_rwp.card import PAPER, PICTURES, Facts, cell, facts_of
+from hf_rwp.card import PAPER, PICTURES, Facts, cell, facts_of, plain
 from hf_rwp.folder import save_any
 
 if TYPE_CHECKING:
@@ -45,8 +47,10 @@ TEMPLATE = Path(__file__).with_name("model_card.md")
 RESULTS = "results.json"
 WAITS = (2, 10, 30)  # seconds from one attempt to the next, beside those that huggingface_hub makes within each
 TIMEOUT = 60  # seconds without a sign of the server; huggingface_hub itself would wait for ever
+LAST_WAIT = 600  # seconds that the last push waits for one in the background, to do the whole job itself then
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt")
+_STALE = ("model*.safetensors*", "adapter_model*.safetensors", "pytorch_model*.bin*", "adapter_model*.bin")
 _PASSING = (408, 409, 412, 429)  # statuses, beside 500 and above, that another attempt may not meet
 _HTTPError: Any = HfHubHTTPError.__bases__[0]  # of httpx or httpx2, whichever this huggingface_hub speaks with
 _HINTS = {
@@ -83,7 +87,7 @@ def add_card(
     logs: a folder with TensorBoard's files, which the Hub shows; copied without the machine's name, which they carry in
     theirs. facts: as `facts_of` takes them.
     """
-    folder = Path(folder)
+    folder, results = Path(folder), plain(results)
     for picture in pictures:
         _write(folder / Path(picture).name, Path(picture).read_bytes())
     if logs is not None:
@@ -104,14 +108,14 @@ def push(
     revision: str | None = None,
     tag: str | None = None,
     private: bool | None = None,
-    token: str | None = None,
+    token: str | bool | None = None,
     message: str = "Upload model",
 ) -> str:
     """Send a folder to the Hub in one commit, and return the commit's address; what is there already is not sent.
 
     Weights at the top of the repository that the folder does not have are removed by the same commit, so that there is
     one set of them. revision: a branch, made if missing. tag: of the commit. private: of a repository that is made; an
-    existing public one is refused.
+    existing public one is refused. token: as huggingface_hub has it; True is the stored one, False none.
 
     Raises PushError once huggingface_hub's attempts, and some more with growing pauses, have failed.
     """
@@ -148,11 +152,11 @@ def _say_if_it_failed(done: "Future[str]") -> None:
         logger.error("%s", done.exception())
 
 
-def reserve(repo_id: str, *, private: bool | None = None, token: str | None = None) -> None:
+def reserve(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> None:
     """Make the repository ahead of a long run. Raises PushError if it will never be writable; warns if it may be."""
     try:
-        with _limited_patience():
-            _create(HfApi(token=token), repo_id, private)
+        _limit_patience()
+        _create(HfApi(token=token), repo_id, private)
     except (_HTTPError, OSError, RuntimeError, ValueError) as error:
         if _status(error) in _HINTS or isinstance(error, PushError):
             raise PushError(f"{repo_id} cannot be pushed to: {_described(error, token)}") from None
@@ -178,7 +182,7 @@ def push_to_hub(
     revision: str | None = None,
     tag: str | None = None,
     private: bool | None = None,
-    token: str | None = None,
+    token: str | bool | None = None,
     message: str = "Upload model",
     **facts: Any,
 ) -> str:
@@ -237,9 +241,14 @@ class BackgroundPush:
         self._process = subprocess.Popen([*self._command, "--message", message], stdin=subprocess.DEVNULL)
 
     def finish(self) -> None:
-        """Wait for the push under way."""
+        """Wait for the push under way, and end it after `LAST_WAIT` seconds."""
         if self._process is not None:
-            self._process.wait()
+            try:
+                self._process.wait(LAST_WAIT)
+            except subprocess.TimeoutExpired:
+                logger.warning("the push in the background is not done after %s s, and is ended", LAST_WAIT)
+                self._process.kill()
+                self._process.wait()
         shutil.rmtree(self._copy, ignore_errors=True)
 
     def stop(self) -> None:
@@ -252,8 +261,12 @@ class BackgroundPush:
 def hf_upload(
     folder: Path, repo_id: str, *, revision: str | None = None, tag: str | None = None, private: bool | None = None
 ) -> str:
-    """The command line that does what `push` does, with huggingface_hub alone."""
+    """The command line that does what `push` does, with huggingface_hub alone.
+
+    It removes other weights by the names that libraries look for: `*` reaches into folders, which `push` leaves alone.
+    """
     upload = ["hf", "upload", repo_id, str(folder), "."]
+    upload += [word for pattern in _STALE for word in ("--delete", pattern)]
     upload += ["--revision", revision] if revision else []
     upload += ["--private"] if private else []
     then = ["hf", "repos", "tag", "create", repo_id, str(tag), *(["--revision", revision] if revision else [])]
@@ -263,17 +276,17 @@ def hf_upload(
 def _push_once(
     api: HfApi, folder: Path, repo_id: str, revision: str | None, tag: str | None, private: bool | None, message: str
 ) -> str:
-    with _limited_patience():
-        _create(api, repo_id, private)
-        if revision and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
-        stale = [name for name in api.list_repo_files(repo_id, revision=revision) if _is_weights(name)]
-        operations: list[Any] = [CommitOperationDelete(name) for name in stale if name not in files]
-        operations += [CommitOperationAdd(name, str(file)) for name, file in files.items()]
-        commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
-        if tag:
-            _tag(api, repo_id, tag, commit.oid)
+    _limit_patience()
+    _create(api, repo_id, private)
+    if revision and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    stale = [name for name in api.list_repo_files(repo_id, revision=revision) if _is_weights(name)]
+    operations: list[Any] = [CommitOperationDelete(name) for name in stale if name not in files]
+    operations += [CommitOperationAdd(name, str(file)) for name, file in files.items()]
+    commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+    if tag:
+        _tag(api, repo_id, tag, commit.oid)
     return str(commit.commit_url)
 
 
@@ -300,15 +313,20 @@ def _is_weights(name: str) -> bool:
     return "/" not in name and name.endswith(_WEIGHTS)
 
 
-@contextmanager
-def _limited_patience() -> Iterator[None]:
-    """Meanwhile a silent server is an error after `TIMEOUT` seconds."""
-    session = get_session()
-    before, session.timeout = session.timeout, TIMEOUT
-    try:
-        yield
-    finally:
-        session.timeout = before
+@functools.cache
+def _limit_patience() -> None:
+    """From now on a silent server is an error in this process after `TIMEOUT` seconds.
+
+    Whichever client speaks with it: huggingface_hub makes a new one when a connection fails, by the factory alone.
+    """
+    make = _http._GLOBAL_CLIENT_FACTORY  # the user's, where there is one; it has no public name
+
+    def factory() -> Any:
+        client = make()
+        client.timeout = TIMEOUT
+        return client
+
+    set_client_factory(factory)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -336,8 +354,8 @@ def _passes(error: BaseException) -> bool:
     return any(isinstance(cause, passing) for cause in causes)
 
 
-def _described(error: BaseException, token: str | None) -> str:
-    """An error in one line, and what to do about it where that is known; never with the token."""
+def _described(error: BaseException, token: str | bool | None) -> str:
+    """An error in one line, and what to do about it where that is known; never with the token or a signed address."""
     causes = [*_causes(error)]
     first = next((cause for cause in causes if isinstance(cause, (_HTTPError, OSError))), causes[-1])
     lines = [line.strip() for line in str(first).splitlines() if line.strip()]
@@ -346,9 +364,10 @@ def _described(error: BaseException, token: str | None) -> str:
         text = "huggingface_hub is offline: unset HF_HUB_OFFLINE"
     hint = _HINTS.get(_status(error) or 0)
     text += f" ({hint})" if hint else ""
-    for secret in filter(None, (token, get_token())):
-        text = text.replace(secret, "***")
-    return text
+    for secret in (token, get_token()):
+        if secret and isinstance(secret, str):
+            text = text.replace(secret, "***")
+    return re.sub(r"(://)(?:[^\s/@]+@)?([^\s?'\"]*)(?:\?[^\s'\"]*)?", r"\1\2", text)
 
 
 def _write(file: Path, content: str | bytes) -> None:
@@ -381,6 +400,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     of_record = commands.add_parser("record", help="Append a run's results.json to a file of records.")
     of_record.add_argument("results", type=Path, metavar="RESULTS.json")
     of_record.add_argument("records", type=Path, metavar="RECORDS.jsonl")
+    of_record.add_argument("--dataset", metavar="ID", help="What `--data_dir` held, by its id on the Hub.")
     of_record.add_argument("--note", help="What the figures do not say, for the card.")
     of_card = commands.add_parser("card", help="Render the card of the last record in each file, as FOLDER/NAME.md.")
     of_card.add_argument("records", type=Path, nargs="+", metavar="RECORDS.jsonl")
@@ -393,10 +413,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         except PushError as error:
             raise SystemExit(f"error: {error}") from None
     elif command == "record":
+        from hf_rwp.records import append_record
+
         record = json.loads(options["results"].read_text(encoding="utf-8"))
-        record |= {"note": options["note"]} if options["note"] else {}
-        with options["records"].open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_record(
+            options["records"], record | {name: options[name] for name in ("dataset", "note") if options[name]}
+        )
     else:
         for records in options["records"]:
             _write(options["folder"] / f"{records.stem}.md", card_of_record(records))

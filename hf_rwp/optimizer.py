@@ -265,9 +265,9 @@ class RWP(OptimizerWrapper):
         """What really happened so far, over all replicas. Collective: call it on all of them.
 
         Returns windows begun; slots, the micro-steps completed since construction, clean and perturbed; placement,
-        replicas and alpha; and `relative_noise`, ||noise|| / ||weight|| as measured in the weights at the first
-        perturbed micro-step since the last report, for the perturbed tensors with the most, the median and the fewest
-        elements.
+        replicas and alpha; and `relative_noise`, ||noise|| / ||weight|| as last measured in the weights, which is at
+        the first perturbed micro-step after a report, for the perturbed tensors with the most, the median and the
+        fewest elements.
         """
         replicas = this_replica()[1]
         mine = (self._slots, self._relative_noise)
@@ -275,7 +275,7 @@ class RWP(OptimizerWrapper):
         if replicas > 1:
             dist.all_gather_object(everyone, mine)
         sizes: list[tuple[str, int, float]] = next((sizes for _, sizes in everyone if sizes), [])
-        self._measure, self._relative_noise = True, []
+        self._measure = True
         return {
             "placement": "parallel" if replicas > 1 else "sequential",
             "replicas": replicas,

@@ -1,10 +1,12 @@
 """What a run was: hardware, versions, commit and the weights' digest, without a trace of whose machine it was."""
 
+import glob
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,6 +19,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+_PLACE = re.compile(r"""\w[\w+.-]*://[^\s'",;|]+|(?<![\w./<~*)\]-])(~\w*|\.{1,2})?/[^\s'",;|:{}()\[\]]+""")
+_OF_THE_HUB = ("hf://", "https://huggingface.co/")
+_BRACES = re.compile(r"\{[^{}\s]*\}")  # of WebDataset's {000..099}
+_PRIVATE = re.compile(r"(^|_)(token|url|host|hostname|endpoint|address|addr|ip|password|secret|api_key)$")
 _PACKAGES = ("accelerate", "timm", "transformers", "datasets", "hf-rwp")
 
 
@@ -49,12 +55,36 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def without_places(value: Any) -> Any:
-    """An argument's value with the last part alone of a path on this machine."""
+    """An argument's value without a trace of a machine: of each path, and of each address but the Hub's, the last part.
+
+    In lists and mappings of any depth. Of a mapping, what is a token or names a machine is left out.
+    """
+    if isinstance(value, Mapping):
+        return {name: without_places(item) for name, item in value.items() if not _PRIVATE.search(str(name))}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(without_places, value))
     if not isinstance(value, str):
         return value
-    path = Path(value)
-    local = path.is_absolute() or value.startswith(("~", ".")) or (os.sep in value and path.exists())
-    return path.name if local else value
+    pattern = _BRACES.sub("*", value)
+    if value.startswith(("/", "~", "./", "../")) or (os.sep in pattern and glob.glob(pattern)):
+        return Path(value).name
+    return _PLACE.sub(_last_part, value)
+
+
+def hub_id(name: str | None) -> str | None:
+    """The name of a model if it can only be one on the Hub, and is no path on this machine."""
+    return name if name and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) and not Path(name).exists() else None
+
+
+def base_of(model: nn.Module) -> str | None:
+    """What a transformers model was fine-tuned from, by its id on the Hub; None where it has none."""
+    return hub_id(getattr(getattr(model, "config", None), "_name_or_path", None))
+
+
+def _last_part(place: re.Match[str]) -> str:
+    text = place[0]
+    path = re.sub(r"^\w[\w+.-]*://[^/]*|[?#].*", "", text)
+    return text if text.startswith(_OF_THE_HUB) else path.rstrip("/").rpartition("/")[2]
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from hf_rwp.arguments import RWPArguments
 from hf_rwp.environment import refuse_data_parallel, refuse_unsupported, this_replica
 from hf_rwp.optimizer import RWP
 from hf_rwp.placement import shares_of
-from hf_rwp.records import environment, without_places
+from hf_rwp.records import base_of, environment, without_places
 from hf_rwp.tracking import LossTracker
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,8 @@ class RWPTrainerMixin(_AnyTrainer):
     model: Any
     optimizer: Any
     rwp: RWP | None = None
+    _report: Mapping[str, Any] | None = None  # of the wrapper, after training
+    _best_step: int | None = None  # whose weights these are, where training ended with the best ones
     _items: list[float] | None = None  # tokens by replica, or by micro-step on one; None where Trainer adds none up
     _parts: Sequence[float] = ()  # how much of this replica's loss each coming micro-step is
     _splits = False  # whether the window's one batch is to be split
@@ -119,9 +121,14 @@ class RWPTrainerMixin(_AnyTrainer):
         return {"rwp_gamma": gamma, "rwp_seed": self.rwp.state_dict()["rwp"]["seed"]}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._report = self._best_step = None
         try:
             output = super().train(*args, **kwargs)
             self._sync_buffers()
+            if self.rwp is not None:
+                self._report = self.rwp.report()  # while all replicas are here: the main one may push alone
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+                self._best_step = self.state.best_global_step
             return output
         finally:
             if self.rwp is not None:
@@ -223,7 +230,7 @@ class RWPTrainerMixin(_AnyTrainer):
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
-        token: str | None = None,
+        token: str | bool | None = None,
         revision: str | None = None,
         private: bool | None = None,
         *,
@@ -234,8 +241,9 @@ class RWPTrainerMixin(_AnyTrainer):
     ) -> Any:
         """Trainer's, with the card of RWP: weights, configuration, preprocessing, card and figures in one commit.
 
-        Written to `hub` in the output folder first; neither Trainer's pickled arguments nor its logs go along. Call it
-        on all processes. results: what a recipe's results.json holds; taken from Trainer's log if not given.
+        Written to `hub` in the output folder first; neither Trainer's pickled arguments nor its logs go along. The main
+        process does it all, so that it may call this, or `save_model` with `push_to_hub=True`, alone. results: what a
+        recipe's results.json holds; taken from Trainer's log if not given, what RWP did included once training is over.
         pictures, facts: as `hf_rwp.push_to_hub` takes them; of those of Trainer, `model_name`, `finetuned_from`,
         `tasks` and `dataset_tags`, too.
 
@@ -247,17 +255,17 @@ class RWPTrainerMixin(_AnyTrainer):
             given = [name for name, value in names.items() if value is not None]
             if given:
                 raise ValueError(f"{', '.join(given)}: Trainer's own push, which this is without rwp=True, has no such")
-            return super().push_to_hub(commit_message, blocking, token, revision, private, **facts)
+            given_token: Any = token  # which Trainer passes on
+            return super().push_to_hub(commit_message, blocking, given_token, revision, private, **facts)
         from hf_rwp import hub  # huggingface_hub, for those who push alone
         from hf_rwp.folder import save_any
 
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.rwp is not None:
             self.rwp.eval()
-        self._sync_buffers()
-        known = dict(results) if results is not None else self._results()
         if not self.is_world_process_zero():
             return None
+        known = dict(results) if results is not None else self._results()
         self._finish_current_push()
         output = Path(self.args.output_dir)
         repo_id = self.hub_model_id or self.args.hub_model_id or output.absolute().name
@@ -270,25 +278,34 @@ class RWPTrainerMixin(_AnyTrainer):
         hub.add_card(folder, known, pictures=pictures, repo_id=repo_id, **said)
         where: dict[str, Any] = {"revision": revision or self.args.hub_revision, "tag": tag}
         where["private"] = self.args.hub_private_repo if private is None else private
-        where |= {"token": token or self.args.hub_token, "message": commit_message or "End of training"}
+        where["token"] = self.args.hub_token if token is None else token
+        where["message"] = commit_message or "End of training"
         return (hub.push if blocking else hub.push_later)(folder, repo_id, **where)
 
     def _results(self) -> dict[str, Any]:
-        """What Trainer's log says of the run, as a recipe's results.json has it. Collective."""
+        """What Trainer's log says of the run, as a recipe's results.json has it."""
+        best = self._best_step
+        step = self.state.global_step if best is None else best
         rows: dict[float, dict[str, Any]] = {}
+        final: dict[str, Any] = {}
         for line in self.state.log_history:
-            row = rows.setdefault(line["step"], {"step": line["step"], "epoch": line.get("epoch")})
-            row |= {_LOGGED.get(name, name.removeprefix("eval_")): value for name, value in line.items()}
+            named = {_LOGGED.get(name, name.removeprefix("eval_")): value for name, value in line.items()}
+            rows[line["step"]] = rows.get(line["step"], {}) | named
+            evaluated = any(name.startswith("eval_") for name in line)  # which is true of the weights of its step alone
+            if line["step"] == step or (line["step"] < step and not evaluated):
+                final |= named
         history = list(rows.values())
-        final = {name: value for row in history for name, value in row.items()}
-        if self.rwp is not None:
-            final["rwp"] = self.rwp.report() | {"gamma": self.rwp.defaults["rwp_gamma"]}
-        arguments = {name: without_places(value) for name, value in self.args.to_dict().items()}
-        arguments = {name: value for name, value in arguments.items() if not name.endswith(("_token", "_dir"))}
+        final["step"] = step
+        if self._report is not None and self.rwp is not None:
+            final["rwp"] = {**self._report, "gamma": self.rwp.defaults["rwp_gamma"]}
+        arguments = without_places(self.args.to_dict())
+        arguments = {name: value for name, value in arguments.items() if not name.endswith("_dir")}
         return {
             "final": final,
-            "seconds": final.get("train_runtime"),
+            **({} if best is None else {"chosen": "best"}),
+            "seconds": next((row["train_runtime"] for row in history if "train_runtime" in row), None),
             "arguments": arguments,
+            "base_model": base_of(self.model),
             **environment(self.accelerator),
             "history": [row for row in history if {"train_loss", "eval_loss", "top1", "accuracy"} & row.keys()],
         }

@@ -675,7 +675,7 @@ def task_of(args: Arguments) -> dict[str, Any]:
     """What is learned and how, alike for the methods and settings that are compared."""
     others = {"methods", "protocols", "seeds", "search", "lrs", "weight_decays", "strengths", "lr", "weight_decay"}
     others |= {"name", "results", "output_dir", "evaluations", "workers", "max_bad_images", "shuffle_buffer"}
-    facts = {key: without_places(value) for key, value in asdict(args).items()}
+    facts = without_places(asdict(args))
     defaults = asdict(Arguments(data_dir=args.data_dir, dataset=args.dataset))
     kept = {key: value for key, value in facts.items() if key not in others and not key.startswith("rwp")}
     always = ("model", "epochs", "batch_size", "opt")
@@ -695,7 +695,7 @@ def check_task(args: Arguments, records: Sequence[Mapping[str, Any]], results: P
 def described_arguments(args: Arguments) -> tuple[dict, dict]:
     """The arguments as given, and their defaults for the same data."""
     defaults = asdict(Arguments(data_dir=args.data_dir, dataset=args.dataset))
-    facts = {name: without_places(value) for name, value in asdict(args).items()}
+    facts = without_places(asdict(args))
     return {name: value for name, value in facts.items() if name not in ("results", "output_dir", "rwp")}, defaults
 
 

@@ -71,7 +71,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast, gather_object, set_seed
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, load_model
 from timm.data import Mixup, resolve_data_config
 from timm.layers import convert_sync_batchnorm
 from timm.loss import BinaryCrossEntropy
@@ -95,12 +95,12 @@ from hf_rwp.checkpoints import (
 )
 from hf_rwp.data import load_images
 from hf_rwp.folder import save_model
-from hf_rwp.hub import BackgroundPush, PushError, add_card, push, reserve
+from hf_rwp.hub import BackgroundPush, PushError, add_card, hf_upload, push, reserve
 from hf_rwp.loading import ImageLoader, build_loader
 from hf_rwp.metrics import Top1, Top5, label_rank
 from hf_rwp.placement import role
 from hf_rwp.plots import training_curves
-from hf_rwp.records import command_of, environment, weights_digest, without_places
+from hf_rwp.records import command_of, environment, hub_id, weights_digest, without_places
 from hf_rwp.transforms import BatchTransform, erasings, image_transforms
 
 # Flags that may change on resuming; and those whose old values come back with the optimizer's state.
@@ -331,7 +331,7 @@ def main(args: Arguments) -> None:
     resume_from = checkpoint_to_resume(args, checkpoints, finished=results_file.exists())
     state = read_state(resume_from, needed=STATE) if resume_from else None
     check_writable(output_dir)
-    facts = {name: without_places(value) for name, value in asdict(args).items()}
+    facts = without_places(asdict(args))
     if not args.eval_only:
         check_batch(args, replicas, micro_steps, mixes)
         if state:
@@ -389,6 +389,7 @@ def main(args: Arguments) -> None:
 
         sam = SAM(base.param_groups, lambda *_, **__: base, rho=args.sam_rho)
     model, optimizer = accelerator.prepare(module, rwp or sam or base)
+    trained = ema.module if ema else module  # the weights that a user gets
     averages = {"ema": ema} if ema else {}  # not registered with accelerate, which would unpickle whatever is there
     scheduler, epochs = create_scheduler(args, optimizer, updates)
     mixup = create_mixup(args, len(label_names))
@@ -475,26 +476,29 @@ def main(args: Arguments) -> None:
             best = [max(history, key=accuracy_of)["step"]] if history else []
             remove_checkpoints(checkpoints, keep=kept + best)
             if background:
-                publish(improved=not images and done in best)
+                publish(not images and done in best, seconds)
 
-    def publish(improved: bool) -> None:
-        """Have the weights as they are pushed in the background, if it is time."""
+    def publish(improved: bool, seconds: float) -> None:
+        """Have the weights as they are pushed in the background, if it is time. seconds: of this epoch."""
         by_accuracy = args.hub_strategy == "best"
         folder = best_folder if by_accuracy else model_folder
         if not (improved if by_accuracy else not background.busy):
             return
         try:
-            write_model(folder, results_so_far())
+            write_model(folder, results_so_far(seconds))
             background.start(folder, f"Step {done}")
         except (OSError, RuntimeError, SafetensorError) as error:
             print(f"warning: nothing is pushed at step {done}: {error}. Training goes on", file=sys.stderr)
 
-    def results_so_far() -> dict:
-        """What results.json will hold. On the main process."""
+    def results_so_far(seconds: float = 0.0) -> dict:
+        """What results.json will hold. On the main process. seconds: of an epoch that is under way."""
+        last = history[-1] if history else {}
         return {
-            "final": history[-1] if history else {},
-            "seconds": sum(row["seconds"] for row in history),
+            "final": last if last.get("step") == done else {"step": done},
+            "seconds": sum(row["seconds"] for row in history) + seconds,
+            "weights_sha256": weights_digest(trained),
             "arguments": facts,
+            "base_model": base_of(args, module),
             "command": command_of(f"recipes/{Path(__file__).name}", *described_arguments(args)),
             "data": {
                 role: {"images": getattr(split, "num_rows", None), "split": name_of(split)}
@@ -506,16 +510,8 @@ def main(args: Arguments) -> None:
 
     def write_model(folder: Path, results: dict) -> None:
         """The weights as they are, and their card: all that goes to the Hub. On the main process."""
-        save_model(
-            ema.module if ema else module,
-            folder,
-            label_names=label_names,
-            data_config=data_config,
-            model_args=model_args,
-        )
-        write_card(folder, results)
-
-    def write_card(folder: Path, results: dict) -> None:
+        parts = {"label_names": label_names, "data_config": data_config, "model_args": model_args}
+        save_model(trained, folder, **parts)
         training_curves(history, curves)
         add_card(
             folder,
@@ -525,6 +521,18 @@ def main(args: Arguments) -> None:
             repo_id=args.hub_model_id,
             architecture=module.pretrained_cfg["architecture"],
         )
+
+    def write_best() -> Path:
+        """The weights of the best epoch, read from its checkpoint, and their card; returns their folder."""
+        best = max(history, key=accuracy_of)
+        checkpoint = checkpoints / f"step_{best['step']}"
+        if not checkpoint.exists():  # a run that goes on from elsewhere
+            print(f"warning: {checkpoint} is not there, the best one: the last weights are pushed", file=sys.stderr)
+            return model_folder
+        for name, of in {"model": model, **averages}.items():
+            load_model(of, checkpoint / f"{name}.safetensors")
+        write_model(best_folder, results_so_far() | {"final": best, "chosen": "best"})
+        return best_folder
 
     def stop() -> None:
         if background:
@@ -626,7 +634,7 @@ def main(args: Arguments) -> None:
     digests = gather_object([weights_digest(module)])
     if accelerator.is_main_process:
         # One digest, as long as all replicas are bit-equal.
-        results = results_so_far() | {"weights_sha256": sorted(set(digests))}
+        results = results_so_far() | {"replicas_sha256": sorted(set(digests))}
         write_model(model_folder, results)
         partial_file = results_file.with_suffix(".partial")
         partial_file.write_text(json.dumps(results, indent=2))
@@ -635,26 +643,32 @@ def main(args: Arguments) -> None:
         print(f"Wrote {results_file}, {curves}, {model_folder} and {newest(checkpoints)}")
     accelerator.end_training()  # the other replicas need not wait for a push
     if args.push_to_hub and accelerator.is_main_process:
-        pushed = model_folder
-        if background:
-            background.finish()
-        if args.hub_strategy == "best":
-            chosen, card = max(history, key=accuracy_of), best_folder / "results.json"
-            if card.exists() and json.loads(card.read_text())["final"].get("step") == chosen["step"]:
-                pushed = best_folder
-                of_best = {name: value for name, value in results.items() if name != "weights_sha256"}
-                write_card(pushed, of_best | {"final": chosen, "chosen": "best"})
-            else:
-                print(f"warning: {best_folder} holds other weights than the best: the last are pushed", file=sys.stderr)
         try:
+            if background:
+                background.finish()
+            pushed = write_best() if args.hub_strategy == "best" else model_folder
             print(f"Pushed to {push(pushed, args.hub_model_id, tag=args.hub_tag, message='End of training', **hub)}")
         except PushError as error:
             raise SystemExit(f"error: {error}") from None
+        except (OSError, RuntimeError, SafetensorError) as error:
+            command = hf_upload(model_folder, args.hub_model_id, tag=args.hub_tag, **hub)
+            raise SystemExit(
+                f"error: nothing is pushed: {error}\n{model_folder} holds the last weights. This pushes them:\n\n"
+                f"    {command}"
+            ) from None
 
 
 def accuracy_of(row: dict) -> float:
     """What tells which epoch was the best."""
     return row.get("top1_ema", row["top1"])
+
+
+def base_of(args: Arguments, module: nn.Module) -> str | None:
+    """The weights that training started from, by their id on the Hub; None where they have none."""
+    if args.pretrained != "timm":
+        return hub_id(args.pretrained)
+    config = module.pretrained_cfg
+    return config.get("hf_hub_id") or "timm/" + ".".join(filter(None, (config["architecture"], config.get("tag"))))
 
 
 def name_of(split: Any) -> str | None:
@@ -665,7 +679,7 @@ def described_arguments(args: Arguments) -> tuple[dict, dict]:
     """The arguments that decide what comes out of a run, and their defaults for the same data."""
     defaults = asdict(Arguments(data_dir=args.data_dir, dataset=args.dataset))
     places = ("rwp", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "push_to_hub")
-    facts = {name: without_places(value) for name, value in asdict(args).items()}
+    facts = without_places(asdict(args))
     facts = {name: value for name, value in facts.items() if name not in places and not name.startswith("hub_")}
     return facts, defaults | {"data_dir": None, "dataset": None}
 

@@ -35,7 +35,9 @@ ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 accelerate launch --config_file recipe
 ```
 
 The flags are Trainer's own (`--num_train_epochs`, `--bf16`, `--push_to_hub`, ...), those of RWP, and those of images
-that imagenet_rwp.py has as well; all can stand in a file, `--config FILE.yaml`.
+that imagenet_rwp.py has as well; all can stand in a file, `--config FILE.yaml`. With `--push_to_hub` what `model` holds
+goes to the Hub at last, or the `adapter`; if that fails, the command that finishes it is on stderr, and the exit status
+is 1.
 """
 
 import copy
@@ -83,10 +85,11 @@ from hf_rwp import RWPTrainer, RWPTrainingArguments
 from hf_rwp.arguments import ImageArguments, parse_arguments
 from hf_rwp.data import load_images
 from hf_rwp.folder import save_model
+from hf_rwp.hub import PushError, add_card, push
 from hf_rwp.loading import BatchPlan, ImageDataset
 from hf_rwp.metrics import Top1, Top5, label_rank
 from hf_rwp.plots import training_curves
-from hf_rwp.records import environment, weights_digest, without_places
+from hf_rwp.records import base_of, environment, weights_digest, without_places
 from hf_rwp.transforms import image_transforms
 
 # The small ViT that is trained where no model is named, on 32 pixels: 16 patches, 0.3 million parameters. At the usual
@@ -257,7 +260,7 @@ def main(args: Arguments) -> None:
     output_dir = Path(args.output_dir)
     results_file = output_dir / "results.json"
     resume_from = checkpoint_to_resume(args, finished=results_file.exists())
-    facts = {name: without_places(value) for name, value in args.to_dict().items()}
+    facts = without_places(args.to_dict())
     if resume_from:
         check_arguments(facts, resume_from.parent / "arguments.json")
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -309,27 +312,53 @@ def main(args: Arguments) -> None:
     digests = gather_object([weights_digest(unwrapped(model))])
     if is_main:
         curves, folder = output_dir / "curves.png", output_dir / "model"
+        pushed, library = folder, "timm" if timm_model else "transformers"
         if args.lora_r:
-            model.save_pretrained(output_dir / "adapter")
-            model = copy.deepcopy(model).merge_and_unload()  # the adapter itself is what is pushed
+            pushed, library = output_dir / "adapter", "peft"
+            model.save_pretrained(pushed)
+            model = copy.deepcopy(model).merge_and_unload()
         save_whole(model, folder, label_names, data_config, model_args)
         training_curves(history, curves)
         results = {
             "final": history[-1],
             **({"best": {"checkpoint": Path(best).name, **kept}} if best else {}),
             "seconds": sum(row["seconds"] for row in history),
-            "weights_sha256": sorted(set(digests)),  # one, as long as all replicas are bit-equal
+            "weights_sha256": weights_digest(model),
+            "replicas_sha256": sorted(set(digests)),  # one, as long as all replicas are bit-equal
             "arguments": facts,
+            "base_model": base_of(model),
+            "data": {
+                role: {"images": split.num_rows, "split": str(split.split) if split.split else None}
+                for role, split in splits.items()
+            },
             **environment(accelerator),
             "history": history,
         }
         partial_file = results_file.with_suffix(".partial")
         partial_file.write_text(json.dumps(results, indent=2))
         partial_file.replace(results_file)
+        step, of_pushed = trainer.state.best_global_step, dict(results)
+        if best:
+            row = next((row for row in history if row["step"] == step), {"step": step})
+            of_pushed |= {"final": row | kept, "chosen": "best"}
+        if args.lora_r:
+            del of_pushed["weights_sha256"]  # of the whole model
+        add_card(
+            pushed,
+            of_pushed,
+            pictures=[curves],
+            repo_id=trainer.hub_model_id or args.hub_model_id,
+            library=library,
+            architecture=model.config.architecture if timm_model else type(model).__name__,
+        )
         print(table(results))
         print(f"Wrote {results_file}, {curves} and {folder}" + (f", {output_dir / 'adapter'}" if args.lora_r else ""))
-    if args.push_to_hub:
-        trainer.push_to_hub(commit_message="End of training")
+    if args.push_to_hub and is_main:
+        where = {"revision": args.hub_revision, "private": args.hub_private_repo, "token": args.hub_token}
+        try:
+            print(f"Pushed to {push(pushed, trainer.hub_model_id, message='End of training', **where)}")
+        except PushError as error:
+            raise SystemExit(f"error: {error}") from None
 
 
 class ImageTrainer(RWPTrainer):
@@ -478,7 +507,7 @@ class Record(TrainerCallback):
         if self.trainer.rwp is not None:
             report = self.trainer.rwp.report()
             slots = {kind: self.slots[kind] + count for kind, count in report["slots"].items()}
-            entry["rwp"] = {**report, "slots": slots}
+            entry["rwp"] = {**report, "slots": slots, "gamma": self.trainer.rwp.defaults["rwp_gamma"]}
         state.log_history.append(entry)
 
     def unreadable(self, images: ImageDataset) -> int:

@@ -79,6 +79,20 @@ def push(folder, repo_id, options=None):
     return push(folder, repo_id, **(options or {}))
 
 
+def push_with_a_new_client(folder, repo_id):
+    """A push in whose middle huggingface_hub closes its client, as it does when a connection fails."""
+    from huggingface_hub import HfApi, close_session
+
+    real = HfApi.list_repo_files
+
+    def closes(self, *arguments, **options):
+        close_session()
+        return real(self, *arguments, **options)
+
+    HfApi.list_repo_files = closes
+    return push(folder, repo_id)
+
+
 def push_in_background(folder, copy, repo_id):
     """A push while the model's folder is written anew, and a second one that finds the first under way."""
     from hf_rwp.hub import BackgroundPush, add_card
@@ -101,6 +115,41 @@ def train(folder, *flags):
     recipe = imagenet.load_recipe()
     recipe.load_images = imagenet.few_digits
     imagenet.train(recipe, folder, *flags)
+
+
+def train_vit(folder, *flags):
+    import vit
+
+    vit.train(folder, *vit.SMALL, *flags)
+
+
+def die_while_pushing(folder, *flags):
+    """A run that is interrupted in its second epoch, once a file `uploading` says that a push is under way.
+
+    Returns what was being pushed, and then whether that push goes on, and whether it left something.
+    """
+    import imagenet
+
+    recipe, made = imagenet.load_recipe(), []
+    real, validate = recipe.BackgroundPush, recipe.validate
+
+    def note(*arguments, **options):
+        made.append(real(*arguments, **options))
+        return made[0]
+
+    def dies(*arguments):
+        if made[0].busy:
+            while not Path(folder, "uploading").exists():
+                time.sleep(1)
+            made.append({file.name for file in Path(folder, "pushing").iterdir()})
+            raise KeyboardInterrupt
+        return validate(*arguments)
+
+    recipe.BackgroundPush, recipe.validate = note, dies
+    try:
+        train(folder, *flags)
+    except KeyboardInterrupt:
+        return made[1], made[0].busy, Path(folder, "pushing").exists()
 
 
 def notebook(folder, repo_id):

@@ -60,7 +60,7 @@ def results_of(recipe, folder, *flags):
 
 
 def weights(results):
-    (sha,) = results["weights_sha256"]
+    (sha,) = results["replicas_sha256"]
     return sha
 
 

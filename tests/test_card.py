@@ -5,14 +5,17 @@ import os
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from hub_server import _yaml_errors
 
 from hf_rwp.card import cell, facts_of
-from hf_rwp.hub import card_of_record, main, render_card
+from hf_rwp.hub import add_card, card_of_record, main, render_card
 
 ROOT = Path(__file__).parents[1]
 RECORDS = sorted((ROOT / "recipes" / "results").glob("*.jsonl"))
@@ -86,6 +89,8 @@ def test_a_card_says_what_the_run_did():
     assert table["where the two gradients were taken"] == "side by side, on different replicas"
     assert table["Noise relative to the weights, largest layer"] == "0.4 (conv.weight)"
     assert table["Epochs"] == "2 of 3"
+    assert table["pretrained"] == "timm/resnet18.a1_in1k"
+    assert table["hardware"] == "x86_64, 2 cores, 1 threads, mixed precision: no"
     assert table["Training time, seconds"] == "12.5"
     assert table["commit"] == "0123abc"
     assert not {"sam_rho", "rwp_eta", "rwp_beta"} & table.keys()  # which did nothing
@@ -126,6 +131,44 @@ def test_a_card_without_results_is_a_card():
     assert not _yaml_errors(card)
     assert "model-index" not in head(card)
     assert "## Results" not in card
+
+
+def test_a_record_between_two_evaluations_is_a_card():
+    card = render_card(facts_of(RESULTS | {"final": {"step": 31}, "history": [RESULTS["final"]]}))
+    assert rows(card)["Optimizer steps"] == "31"
+    assert "model-index" not in head(card)
+    assert "accuracy" not in card
+    assert "90.00" not in card
+
+
+def test_epoch_by_epoch_is_said_of_a_history_alone():
+    assert "\nAll of this is in `results.json`." in render_card(facts_of(RESULTS))
+    history = [RESULTS["final"]]
+    assert "\nAll of this, epoch by epoch, is in" in render_card(facts_of(RESULTS | {"history": history}))
+
+
+@pytest.mark.parametrize(
+    ("hardware", "said"),
+    [({"device": "H100"}, "H100"), ({"cores": 2, "mixed_precision": "no"}, "2 cores, mixed precision: no"), ({}, None)],
+)
+def test_of_the_hardware_what_is_known_is_said(hardware, said):
+    assert rows(render_card(facts_of(RESULTS | {"hardware": hardware}))).get("hardware") == said
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(tmp_path):
+    final = {"top1": np.float32(0.5), "top5": torch.tensor(0.75), "eval_loss": np.float64(1.5), "step": np.int64(1000)}
+    results = RESULTS | {"final": final, "history": [{"top1": np.array([0.5])}]}
+    card = render_card(facts_of(results))
+    assert [metric["value"] for metric in head(card)["model-index"][0]["results"][0]["metrics"]] == [0.5, 0.75]
+    assert rows(card)["Optimizer steps"] == "1,000"
+    add_card(tmp_path, results)
+    assert json.loads((tmp_path / "results.json").read_text())["final"]["top5"] == 0.75
+
+
+def test_a_base_model_that_the_run_found_out_is_named():
+    results = {"arguments": {"pretrained": "timm"}, "base_model": "timm/resnet18.a1_in1k"}
+    assert head(render_card(facts_of(results)))["base_model"] == "timm/resnet18.a1_in1k"
+    assert "base_model" not in head(render_card(facts_of({"arguments": {"pretrained": "model"}})))  # a folder
 
 
 def test_a_loss_that_is_no_number_is_left_out():
@@ -185,12 +228,15 @@ def test_recording_appends_and_rendering_follows(tmp_path):
     results, records = tmp_path / "results.json", tmp_path / "beasts.jsonl"
     for top1 in (0.5, 0.75):
         results.write_text(json.dumps(RESULTS | {"final": RESULTS["final"] | {"top1": top1}}, indent=2))
-        main(["record", str(results), str(records), "--note", f"Beasts, {top1}."])
+        main(["record", str(results), str(records), "--note", f"Beasts, {top1}.", "--dataset", "ada/all-beasts"])
     assert [json.loads(line)["final"]["top1"] for line in records.read_text().splitlines()] == [0.5, 0.75]
     main(["card", str(records), "--folder", str(tmp_path)])
     card = (tmp_path / "beasts.md").read_text()
     assert rows(card)["Top-1 accuracy on 100 held-out images"] == "75.00 %"
     assert "\nBeasts, 0.75.\n" in card
+    assert head(card)["datasets"] == ["ada/all-beasts"]
+    assert head(card)["model-index"][0]["results"][0]["dataset"]["type"] == "ada/all-beasts"
+    assert " on ada/all-beasts" in card
 
 
 # The wheel
@@ -210,6 +256,7 @@ def test_the_wheel_alone_renders_a_card(tmp_path):
     )
     assert built.returncode == 0, built.stdout + built.stderr
     (wheel,) = wheels.glob("hf_rwp-*.whl")
+    assert "hf_rwp/model_card.md" in zipfile.ZipFile(wheel).namelist()
     venv.create(place, with_pip=False)
     (packages,) = place.glob("lib/python*/site-packages")
     installed = subprocess.run([*pip, "install", "--no-deps", "--target", str(packages), str(wheel)], **options)
@@ -217,14 +264,17 @@ def test_the_wheel_alone_renders_a_card(tmp_path):
     borrowed = [path for path in sys.path if path.endswith("site-packages")]
     (packages / "borrowed.pth").write_text("\n".join(borrowed))
     program = (
-        "import sys, hf_rwp; from hf_rwp.hub import render_card; from hf_rwp.card import facts_of\n"
-        "print(hf_rwp.__file__, hf_rwp.__version__, 'torch' in sys.modules)\n"
+        "import sys, hf_rwp; from hf_rwp.hub import TEMPLATE, render_card; from hf_rwp.card import facts_of\n"
+        "print(*(module.__file__ for name, module in sys.modules.items() if name.startswith('hf_rwp')), TEMPLATE)\n"
+        "print('torch' in sys.modules)\n"
         "print(render_card(facts_of({'arguments': {'method': 'rwp'}}, name='beasts')))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     run = subprocess.run([str(place / "bin" / "python"), "-c", program], env=environment, cwd=tmp_path, **options)
     assert run.returncode == 0, run.stderr
-    first, _, card = run.stdout.partition("\n")
-    assert first.startswith(str(packages))  # not this checkout
-    assert first.endswith("False")  # a card needs no torch
+    files, torch_too, card = run.stdout.split("\n", 2)
+    assert len(files.split()) >= 4
+    for file in files.split():
+        assert Path(file).is_relative_to(packages), file  # not this checkout
+    assert torch_too == "False"  # a card needs no torch
     assert card.rstrip() == render_card(facts_of({"arguments": {"method": "rwp"}}, name="beasts")).rstrip()

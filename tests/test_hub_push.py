@@ -20,10 +20,13 @@ import yaml
 from hub_clients import Clients
 from hub_server import OTHER, READ, WRITE, HubServer, cut, silent, slow, status
 from imagenet import train, train_on_rank
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file
 from timm.data import resolve_data_config
 
 from hf_rwp.folder import save_model
 from hf_rwp.hub import add_card
+from hf_rwp.records import weights_digest
 
 MODEL = {"README.md", "config.json", "model.safetensors", "results.json", "curves.png"}
 PUSH = ("--push_to_hub", "--hub_model_id=ada/digits")
@@ -92,6 +95,16 @@ def head(hub, repo_id, revision="main"):
     return yaml.safe_load(hub.files(repo_id, revision)["README.md"].decode().split("---\n")[1])
 
 
+def of_folder(folder):
+    return timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+def digest_of(weights):
+    model = timm.create_model("test_resnet", num_classes=10)
+    model.load_state_dict(weights)
+    return weights_digest(model)
+
+
 def sent(hub):
     """Names of the LFS files that went over the wire."""
     return len(hub.requests("PUT", "/lfs-store/"))
@@ -126,6 +139,8 @@ def test_the_recipe_pushes_and_anyone_downloads(hub, clients, tmp_path):
 
     results = json.loads(files["results.json"])
     assert len(results["history"]) == 2
+    assert results["weights_sha256"] == weights_digest(of_folder(run / "model"))  # the average's
+    assert [results["weights_sha256"]] != results["replicas_sha256"]
     facts = head(hub, "ada/digits")
     assert {"rwp", "timm", "arxiv:2211.11489"} <= set(facts["tags"])
     assert facts["library_name"] == "timm"
@@ -189,6 +204,41 @@ def test_the_trainer_pushes_with_the_same_card(hub, clients, tmp_path, kind):
         outcome = clients.run("load_transformers", "ada/net")
         assert outcome.status == 0, outcome.output
         assert outcome.value[1] == {0: "bee", 1: "crab", 2: "eel"}
+
+
+def test_the_recipe_on_trainer_pushes_with_the_same_card(hub, clients, tmp_path, made):
+    hub.make("ada/base", **{file.name: file.read_bytes() for file in made.iterdir()})
+    flags = ["--model_name_or_path=ada/base", "--num_train_epochs=1", "--push_to_hub", "--hub_model_id=ada/vit"]
+    outcome = clients.run("train_vit", tmp_path, *flags, token=WRITE)
+    assert outcome.status == 0, outcome.output
+    files, facts = hub.files("ada/vit"), head(hub, "ada/vit")
+    assert set(files) - {"arguments.json"} == MODEL  # which Trainer's own push left, on the way
+    assert (facts["base_model"], facts["library_name"]) == ("ada/base", "timm")
+    (result,) = facts["model-index"][0]["results"]
+    assert result["dataset"]["name"] == "Handwritten digits (scikit-learn)"
+    results = json.loads(files["results.json"])
+    assert [metric["value"] for metric in result["metrics"]] == [results["final"]["top1"], results["final"]["top5"]]
+    assert results["data"]["validation"]["images"] == 41
+    assert results["weights_sha256"] == weights_digest(of_folder(tmp_path / "model"))
+    card = files["README.md"].decode()
+    for text in ("(curves.png)", "| model_name_or_path | ada/base |", "gamma, size of the noise | 0.01 |"):
+        assert text in card
+    assert_same_logits(clients.run("logits", "ada/vit", tmp_path / "model"), [*"0123456789"])
+
+
+def test_a_failed_push_of_the_recipe_on_trainer_ends_in_the_command_that_finishes_it(hub, clients, tmp_path):
+    hub.fail("POST", "/commit/", status(403, message="Storage limit reached"), times=ALWAYS)
+    flags = ["--load_best_model_at_end", "--push_to_hub", "--hub_model_id=ada/vit", "--rwp=false"]
+    outcome = clients.run("train_vit", tmp_path, *flags, token=WRITE)
+    assert outcome.status == 1
+    assert "Storage limit reached" in outcome.output
+    assert "Traceback" not in outcome.output
+    assert f"hf upload ada/vit {tmp_path / 'model'} ." in outcome.output
+    results = json.loads((tmp_path / "model" / "results.json").read_text())
+    best = json.loads((tmp_path / "results.json").read_text())["best"]
+    assert results["chosen"] == "best"
+    assert f"checkpoint-{results['final']['step']}" == best["checkpoint"]
+    assert results["final"]["top1"] == best["top1"]
 
 
 # What is there afterwards
@@ -308,6 +358,14 @@ def test_a_silent_server_is_given_up_and_asked_again(hub, clients, folder, place
     assert outcome.seconds < 3
 
 
+def test_a_silent_server_is_given_up_by_a_client_made_on_the_way_too(hub, clients, folder):
+    hub.fail("POST", "/commit/", silent(3))
+    outcome = clients.run("push_with_a_new_client", folder, "ada/model", token=WRITE, **{"hf_rwp.hub.TIMEOUT": 0.5})
+    assert outcome.status == 0, outcome.output
+    assert set(hub.files("ada/model")) == MODEL
+    assert outcome.seconds < 3
+
+
 @pytest.mark.parametrize("number", [409, 412])
 def test_a_commit_that_others_came_before_is_made_again(hub, clients, folder, number):
     hub.fail("POST", "/commit/", status(number, message="A commit has happened since"), times=3)
@@ -316,7 +374,9 @@ def test_a_commit_that_others_came_before_is_made_again(hub, clients, folder, nu
 
 
 def test_what_does_not_pass_ends_in_the_command_that_finishes_it(hub, clients, folder):
-    """Half of the upload is there by then, and is not sent again."""
+    """Half of the upload is there by then, and is not sent again; other weights go, but for those in folders."""
+    earlier = {"pytorch_model.bin": b"pickle", "model-00001-of-00002.safetensors": b"half", "onnx/model.bin": b"mine"}
+    hub.make("ada/model", private=True, **earlier)
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     hub.fail("PUT", f"/lfs-store/{weights}", cut, times=ALWAYS)
     outcome = clients.run("push", folder, "ada/model", {"private": True, "revision": "v2", "tag": "x"}, token=WRITE)
@@ -333,7 +393,8 @@ def test_what_does_not_pass_ends_in_the_command_that_finishes_it(hub, clients, f
     assert done.returncode == 0, done.stderr
     assert shlex.split(command)[:4] == ["hf", "upload", "ada/model", str(folder)]
     assert hub.repos["ada/model"].private
-    assert hub.files("ada/model", "v2") == {file.name: file.read_bytes() for file in folder.iterdir()}
+    expected = {file.name: file.read_bytes() for file in folder.iterdir()} | {"onnx/model.bin": b"mine"}
+    assert hub.files("ada/model", "v2") == expected
     assert hub.repos["ada/model"].tags == {"x": hub.head("ada/model", "v2").oid}
     assert sent(hub) == 1
 
@@ -448,6 +509,26 @@ def test_a_push_in_the_background_that_fails_is_told_and_survived(hub, clients, 
     assert hub.commits("ada/digits")[-1] == "End of training"
 
 
+def test_a_run_that_dies_takes_its_push_in_the_background_with_it(hub, clients, tmp_path):
+    """And what an earlier one left of its own is not pushed."""
+    (tmp_path / "pushing").mkdir()
+    (tmp_path / "pushing" / "old.bin").write_text("of a run that was killed")
+
+    def tell(handler):
+        (tmp_path / "uploading").touch()
+        slow(1)(handler)
+
+    hub.fail("PUT", "/lfs-store/", tell, times=ALWAYS)
+    outcome = clients.run("die_while_pushing", tmp_path, *PUSH, "--hub_strategy=every_save", token=WRITE)
+    assert outcome.status == 0, outcome.output
+    pushing, busy, left = outcome.value
+    assert pushing == MODEL
+    assert not busy
+    assert not left
+    assert hub.requests("PUT", "/lfs-store/")
+    assert hub.commits("ada/digits") == []
+
+
 def test_of_two_replicas_one_pushes(tmp_path):
     """Offline, as the ranks of these tests are: what it says tells which of them tried."""
     first, second = distributed.run(2, train_on_rank, tmp_path, *PUSH, "--epochs=1", "--batch_size=12")
@@ -456,19 +537,102 @@ def test_of_two_replicas_one_pushes(tmp_path):
     assert {file.name for file in (tmp_path / "model").iterdir()} == MODEL
 
 
-def test_a_disk_that_fills_up_stops_the_push_and_not_the_training(recipe, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def unheard(recipe, monkeypatch):
+    """The recipe without a Hub; gives the folders that it pushed in the background, as they were, and then at last."""
+    pushed = []
+
+    def note(folder, *_, **__):
+        pushed.append({file.name: file.read_bytes() for file in Path(folder).iterdir()})
+
+    monkeypatch.setattr(recipe, "reserve", lambda *_, **__: None)
+    monkeypatch.setattr(recipe, "push", note)
+    monkeypatch.setattr(recipe.BackgroundPush, "start", lambda _, folder, message: note(folder))
+    return pushed
+
+
+def test_between_two_epochs_the_card_has_no_accuracy_of_other_weights(recipe, tmp_path, unheard):
+    train(recipe, tmp_path, *PUSH, "--hub_strategy=every_save", "--checkpointing_steps=2")
+    finals = [json.loads(files["results.json"])["final"] for files in unheard]
+    assert [final["step"] for final in finals] == [2, 3, 4, 6, 6]
+    for files, final in zip(unheard, finals, strict=True):
+        whole = final["step"] % 3 == 0
+        assert (b"Top-1 accuracy" in files["README.md"]) == ("top1" in final) == whole
+        weights = load(files["model.safetensors"])
+        assert json.loads(files["results.json"])["weights_sha256"] == digest_of(weights)
+
+
+@pytest.mark.parametrize("flags", [[], ["--model_ema", "--model_ema_decay=0.5"]], ids=["weights", "average"])
+def test_the_best_weights_are_pushed_whatever_became_of_their_folder(recipe, tmp_path, unheard, monkeypatch, flags):
+    """The first epoch's, which another disk was too full for at the time."""
+    real = recipe.save_model
+
+    def full(_, folder, **__):
+        monkeypatch.setattr(recipe, "save_model", real)
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(recipe, "save_model", full)
+    monkeypatch.setattr(recipe, "accuracy_of", lambda row: -row["step"])
+    train(recipe, tmp_path, *PUSH, "--hub_strategy=best", *flags)
+    (files,) = unheard
+    name = "ema" if flags else "model"
+    expected = load_file(tmp_path / "checkpoints" / "step_3" / f"{name}.safetensors")
+    expected = {name.removeprefix("module."): tensor for name, tensor in expected.items()}
+    weights = load(files["model.safetensors"])
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    best, last = json.loads(files["results.json"]), json.loads((tmp_path / "results.json").read_text())
+    assert (best["final"]["step"], best["chosen"], last["final"]["step"]) == (3, "best", 6)
+    assert best["weights_sha256"] == digest_of(weights) != last["weights_sha256"]
+    assert "replicas_sha256" not in best  # which is of the last weights
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left")])
+def test_a_disk_that_is_full_at_last_leaves_the_command_that_pushes(recipe, tmp_path, unheard, monkeypatch, error):
+    real = recipe.save_model
+
+    def full(model, folder, **options):
+        if folder.name == "best":
+            raise error
+        real(model, folder, **options)
+
+    monkeypatch.setattr(recipe, "save_model", full)
+    with pytest.raises(SystemExit, match=r"No space left[\s\S]*\n    hf upload ada/digits .*/model "):
+        train(recipe, tmp_path, *PUSH, "--hub_strategy=best", "--epochs=1")
+    assert not unheard
+    assert of_folder(tmp_path / "model").num_classes == 10
+
+
+def test_weights_of_timm_are_named_as_the_base_model(recipe, tmp_path, monkeypatch):
+    real = timm.create_model
+    monkeypatch.setattr(recipe.timm, "create_model", lambda name, pretrained, **options: real(name, **options))
+    train(recipe, tmp_path, "--pretrained", "--epochs=1")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "timm/test_resnet.r160_in1k"
+    assert "| pretrained | timm |" in card
+
+
+def test_weights_of_a_folder_are_no_base_model(recipe, tmp_path, made):
+    train(recipe, tmp_path, f"--pretrained={made}", "--epochs=1", "--img_size=160")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "base_model" not in card
+    assert "| pretrained | model |" in card
+    assert str(made.parent) not in card
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_disk_that_fills_up_stops_the_push_and_not_the_training(recipe, tmp_path, monkeypatch, capsys, error):
     real, calls = recipe.save_model, []
 
     def full_at_first(*arguments, **options):
         calls.append(1)
         if len(calls) == 1:
-            raise OSError(28, "No space left on device")
+            raise error
         return real(*arguments, **options)
 
     monkeypatch.setattr(recipe, "save_model", full_at_first)
     monkeypatch.setattr(recipe, "reserve", lambda *_, **__: None)
     with pytest.raises(SystemExit, match="unset HF_HUB_OFFLINE"):
         train(recipe, tmp_path, *PUSH, "--hub_strategy=every_save")
-    assert "nothing is pushed at step 3: [Errno 28]" in capsys.readouterr().err
+    assert re.search(r"nothing is pushed at step 3: .*No space left", capsys.readouterr().err)
     assert len(calls) == 3
     assert {file.name for file in (tmp_path / "model").iterdir()} == MODEL

@@ -108,7 +108,7 @@ def test_other_replicas_go_on_where_the_checkpoint_was(recipe, tmp_path, capsys)
     resumed = [*flags, "--resume_from_checkpoint=latest"]
     assert distributed.run(2, train_on_rank, folder, *resumed) == ["", ""]
     found = results(folder)
-    assert len(found["weights_sha256"]) == 1
+    assert len(found["replicas_sha256"]) == 1
     assert [row["epoch"] for row in found["history"]] == [1, 2]
     assert [row["step"] for row in found["history"]] == [3 + 70 // 20, 3 + 70 // 20 + 100 // 20]
     slots = found["final"]["rwp"]["slots"]

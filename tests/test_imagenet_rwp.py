@@ -70,7 +70,7 @@ def test_two_cpu_replicas_start_from_the_file_in_the_repository(tmp_path):
     assert run.returncode == 0, run.stderr
     found = results(tmp_path / "out")
     assert found["hardware"]["replicas"] == 2
-    assert len(found["weights_sha256"]) == 1
+    assert len(found["replicas_sha256"]) == 1
     assert found["final"]["rwp"]["placement"] == "parallel"
     # two epochs of one step of two parts
     assert found["final"]["rwp"]["slots"] == {"clean": 4, "perturbed": 4}
@@ -80,7 +80,7 @@ def test_two_cpu_replicas_start_from_the_file_in_the_repository(tmp_path):
 @pytest.mark.parametrize("method", ["base", "sam"])
 def test_replicas_of_every_method_end_bit_equal(tmp_path, method):
     assert distributed.run(2, train_on_rank, tmp_path, f"--method={method}") == ["", ""]
-    assert len(results(tmp_path)["weights_sha256"]) == 1
+    assert len(results(tmp_path)["replicas_sha256"]) == 1
 
 
 def test_one_bar_an_epoch_on_a_terminal(tmp_path):

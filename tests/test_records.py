@@ -7,7 +7,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from hf_rwp.records import append_record, command_of, environment, read_records, weights_digest, without_places
+from hf_rwp.records import (
+    append_record,
+    command_of,
+    environment,
+    hub_id,
+    read_records,
+    weights_digest,
+    without_places,
+)
 
 
 def test_the_environment_names_versions_and_nobody():
@@ -35,6 +43,22 @@ def test_digests_are_equal_for_equal_bits_alone():
         ("../someone/pets", "pets"),
         ("~/data/pets", "pets"),
         ("here/pets", "pets"),  # a folder that there is
+        ("here/pe*", "pe*"),
+        ("here/{a..z}ets", "{a..z}ets"),
+        ("/home/some one/*.parquet", "*.parquet"),
+        ("file:///home/someone/pets", "pets"),
+        ("s3://someone/pets/?X-Amz-Signature=1", "pets"),
+        ("http://user:word@10.0.0.1:8000/pets", "pets"),
+        ("http://10.0.0.1:8000", ""),
+        ("hf://datasets/ada/pets", "hf://datasets/ada/pets"),
+        ("local-dir:/home/someone/model", "local-dir:model"),
+        ("{img: '/home/someone/a.png', scale: 1/2}", "{img: 'a.png', scale: 1/2}"),
+        ("--in=/home/someone/a --out=~/someone/b", "--in=a --out=b"),
+        (["/home/someone/a", {"b": ("~/c", 1)}], ["a", {"b": ("c", 1)}]),
+        ({"vllm_server_host": "gpu7", "base_url": "gpu7", "nested": {"token": "hf_x", "lr": 1}}, {"nested": {"lr": 1}}),
+        ("</s>", "</s>"),
+        (".*/attn", ".*/attn"),
+        ("hf-hub:timm/resnet50", "hf-hub:timm/resnet50"),
         ("timm/resnet50.a1_in1k", "timm/resnet50.a1_in1k"),
         (0.1, 0.1),
         (None, None),
@@ -44,6 +68,16 @@ def test_places_on_this_machine_are_left_out(value, kept, tmp_path, monkeypatch)
     (tmp_path / "here" / "pets").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert without_places(value) == kept
+
+
+@pytest.mark.parametrize("name", ["timm/resnet50.a1_in1k", "gpt2"])
+def test_what_is_no_path_here_is_an_id_on_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hub_id(name) == name
+    (tmp_path / name).mkdir(parents=True)
+    assert hub_id(name) is None
+    for path in ("", None, "./ada/net", "../net", "/ada/net", "~/net", "a/b/c"):
+        assert hub_id(path) is None
 
 
 def test_a_command_says_what_differs_from_the_defaults():

@@ -3,12 +3,16 @@
 That its step is the paper's on one replica and on several is test_trainer_distributed's.
 """
 
+import dataclasses
+import itertools
 import json
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import distributed
 import pytest
@@ -637,6 +641,77 @@ def test_push_to_hub_uploads_clean_weights(tmp_path, monkeypatch, boundaries):
     assert len(pushed) == 3
     for weights, expected in zip(pushed, [*boundaries[1:], boundaries[2]], strict=True):
         assert same(weights, expected)
+
+
+@dataclasses.dataclass
+class Served(RWPTrainingArguments):
+    vllm_server_host: str = "gpu7.lab"
+    vllm_server_base_url: str = "http://gpu7.lab:8000"
+    train_file: str = "file:///home/someone/pets.json"
+
+
+def pushed_by(trainer, monkeypatch):
+    """results.json and the card, of a push that goes nowhere."""
+    folders = []
+    monkeypatch.setattr("hf_rwp.hub.push", lambda folder, *_, **__: folders.append(folder))
+    trainer.push_to_hub()
+    return json.loads((folders[0] / "results.json").read_text()), (folders[0] / "README.md").read_text()
+
+
+def test_the_card_of_the_best_weights_has_their_figures(tmp_path, monkeypatch):
+    options = {"load_best_model_at_end": True, "metric_for_best_model": "eval_score", "greater_is_better": False}
+    steps = itertools.count(1)
+    trainer = make(
+        Classifier(),
+        tmp_path,
+        **{**LOUD, **options, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1},
+        train_dataset=images(15),
+        eval_dataset=images(6),
+        compute_metrics=lambda _: {"accuracy": next(steps) / 4, "score": 0.0},  # the first one stays the best
+    )
+    trainer.train()
+    assert (trainer.state.global_step, trainer.state.best_global_step) == (3, 1)
+    results, card = pushed_by(trainer, monkeypatch)
+    assert (results["final"]["step"], results["final"]["accuracy"], results["chosen"]) == (1, 0.25, "best")
+    assert len(results["history"]) == 3
+    assert results["seconds"] > 0
+    assert "25.00 %" in card
+    assert "Epochs, up to the best evaluation" in card
+    best = load_file(Path(trainer.state.best_model_checkpoint) / "model.safetensors")
+    assert same(load_file(tmp_path / "hub" / "model.safetensors"), best)
+
+
+def test_an_accuracy_of_earlier_weights_is_not_on_the_card(tmp_path, monkeypatch):
+    """Pushed after step 2, and ahead of its evaluation."""
+    found = []
+
+    class Pushes(TrainerCallback):
+        def on_step_end(self, args, state, *_, **__):
+            if state.global_step == 2:
+                found.append(pushed_by(trainer, monkeypatch))
+
+    options = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": images(6), "train_dataset": images(15)}
+    figures = {"compute_metrics": lambda _: {"accuracy": 0.25}, "callbacks": [Pushes()]}
+    trainer = make(Classifier(), tmp_path, **LOUD, **options, **figures)
+    trainer.train()
+    ((results, card),) = found
+    assert results["final"]["step"] == 2
+    assert "train_loss" in results["final"]
+    assert not {"accuracy", "eval_loss"} & results["final"].keys()
+    assert "25.00 %" not in card
+
+
+def test_a_trainers_card_names_its_base_model_and_no_machine(tmp_path, monkeypatch):
+    trainer = make(Classifier(), tmp_path, arguments=Served, **LOUD, train_dataset=images(5))
+    trainer.model.config = SimpleNamespace(_name_or_path="ada/base")
+    results, card = pushed_by(trainer, monkeypatch)
+    assert "base_model: ada/base" in card
+    (tmp_path / "ada" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    here = pushed_by(trainer, monkeypatch)
+    assert "base_model" not in here[1]
+    text = json.dumps([results, here]) + card
+    assert not re.search(rf"gpu7|someone|{re.escape(str(tmp_path))}|hub_token", text)
 
 
 def test_hyperparameter_search_wraps_each_trials_model_with_its_own_flags(tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
 """RWPTrainer on 1, 2 and 3 replicas, on real gloo groups: its step is the paper's, its logs are the plain losses."""
 
 import itertools
-from collections import Counter
+import json
+from types import SimpleNamespace
 
+import distributed
 import pytest
 import torch
 from distributed import run
@@ -26,6 +28,7 @@ from transformers import Trainer, TrainerCallback
 from hf_rwp import RWP, RWPTrainer, RWPTrainerMixin
 
 BATCHES = {1: 3, 2: 3, 3: 4}  # on every replica, by accumulation: the last window is short
+REPO = SimpleNamespace(repo_id="ada/net")
 REMAINDER = 3  # sentences in the last batch, so that halves are odd
 # alpha, accumulation, whether Trainer counts tokens, and whether it does so across replicas
 CASES = [(0.3, *case, True) for case in itertools.product([1, 2, 3], [True, False])]
@@ -141,13 +144,14 @@ def test_a_step_takes_the_images_that_trainer_takes(both, world):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(rwp, plain, strict=True))
 
 
-def test_no_collective_more_than_trainers_but_one_for_each_log(both):
+def test_no_collective_more_than_trainers_but_one_for_each_log_and_a_report_at_last(both):
     for rank in both[2]:
         more = rank["on"][3] - rank["trainer"][3]
         assert not rank["trainer"][3] - rank["on"][3]
         assert sum(rank["trainer"][3].values()) > 0
-        # LossTracker's sums, once for each of the three logs.
-        assert Counter({name.split("[(")[1]: count for name, count in more.items()}) == {"3, 2)]": 3}
+        sums = {name: count for name, count in more.items() if name.endswith("[(3, 2)]")}
+        assert [*sums.values()] == [3]  # LossTracker's, once for each of the three logs
+        assert [count for name, count in more.items() if name not in sums] == [1, 1]  # an object: its size, and itself
 
 
 # BatchNorm
@@ -181,6 +185,40 @@ def test_batch_norm_buffers_agree_at_every_evaluation_and_save_and_at_the_end(tm
     apart = run(2, batch_norm, tmp_path, Trainer)
     assert len(apart[0]) == 5
     assert not any(same(ours, theirs) for ours, theirs in zip(*apart, strict=True))  # or there is nothing to repair
+
+
+# The Hub
+
+
+def push_alone(folder):
+    """What the main process pushes by itself, after training and in it, while the other goes on."""
+    pushed = []
+
+    def note(folder, *_, **__):
+        pushed.append(json.loads((folder / "results.json").read_text())["final"])
+
+    class Saves(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            if distributed.rank() == 0:
+                trainer.save_model()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_rwp.hub.push", note)
+        patch.setattr("transformers.trainer.hf_api", lambda: SimpleNamespace(create_repo=lambda *_, **__: REPO))
+        options = {"push_to_hub": True, "hub_model_id": REPO.repo_id, "max_steps": 2, "callbacks": [Saves()]}
+        trainer = make(Classifier(), folder, **LOUD, **options, train_dataset=images(20))
+        trainer.train()
+        if distributed.rank() == 0:
+            trainer.push_to_hub()
+    return pushed
+
+
+def test_the_main_process_may_push_alone(tmp_path):
+    (*during, last), others = run(2, push_alone, tmp_path, timeout=10)
+    assert [final["step"] for final in during] == [1, 2]
+    assert last["rwp"]["slots"] == {"clean": 2, "perturbed": 2}
+    assert last["rwp"]["relative_noise"]
+    assert others == []
 
 
 # An unmodified Trainer, resumption, refusals

@@ -37,6 +37,7 @@ from hf_rwp.arguments import parse_arguments
 from hf_rwp.loading import ImageDataset
 from hf_rwp.transforms import image_transforms
 
+WEIGHTS, CARD = ("config.json", "model.safetensors"), ("README.md", "results.json", "curves.png")
 DIGITS = [str(digit) for digit in range(10)]
 FIGURES = ("epoch", "step", "train_loss", "loss_clean", "loss_perturbed", "learning_rate", "top1", "top5", "eval_loss")
 
@@ -125,7 +126,7 @@ def test_two_replicas_end_with_equal_weights(tmp_path):
     flags = [*SCRATCH, "--per_device_train_batch_size=16"]
     assert distributed.run(2, train_on_rank, tmp_path, *flags) == ["", ""]
     found = results(tmp_path)
-    assert len(found["weights_sha256"]) == 1
+    assert len(found["replicas_sha256"]) == 1
     assert found["hardware"]["replicas"] == 2
     assert found["final"]["rwp"]["placement"] == "parallel"
     assert found["final"]["rwp"]["slots"] == {"clean": 8, "perturbed": 8}
@@ -235,8 +236,7 @@ def test_results_say_what_was_run_and_not_where(run):
 
 def test_the_model_folder_is_one_that_transformers_loads(run):
     folder = run[0] / "model"
-    files = ["config.json", "model.safetensors", "preprocessor_config.json"]
-    assert sorted(path.name for path in folder.iterdir()) == files
+    assert {path.name for path in folder.iterdir()} == {*WEIGHTS, *CARD, "preprocessor_config.json"}
     model = AutoModelForImageClassification.from_pretrained(folder)
     assert model.config.id2label == dict(enumerate(DIGITS))
     images, _ = digits_to_validate()
@@ -417,7 +417,7 @@ def test_a_timm_model_loads_in_timm_and_in_transformers(tmp_path):
     scratch = ["--model_name_or_path=test_vit", "--img_size=32", "--model_kwargs={patch_size: 8, drop_path_rate: 0.1}"]
     found = results_of(tmp_path / "scratch", *flags, *scratch, "--crop_pct=0.9")
     folder = tmp_path / "scratch" / "model"
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert {path.name for path in folder.iterdir()} == {*WEIGHTS, *CARD}
     images, labels = digits_to_validate()
     logits = predict(folder, images)
     assert_figures_are(found["final"], logits, labels)
