@@ -112,14 +112,15 @@ def test_loss_under_noise_is_exact_for_the_given_draws(options):
     assert torch.equal(model.flat, w)
 
 
-def test_the_noise_is_the_one_that_rwp_trains_with(classifier, images):
+def test_the_noise_is_the_one_that_rwp_trains_with(images):
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
     seen = []
-    classifier.register_forward_hook(lambda model, *_: seen.append([p.detach().clone() for p in model.parameters()]))
-    loss_under_noise(classifier, images[:1], [0.02], draws=3, seed=5)
-    _, *measured = seen[:4]
-    optimizer = RWP(torch.optim.SGD(classifier.parameters(), lr=0.0), classifier, gamma=0.02, alpha=1.0, seed=5)
+    model.register_forward_hook(lambda model, *_: seen.append([p.detach().clone() for p in model.parameters()]))
+    loss_under_noise(model, images[:1], [0.02], draws=3, seed=5)
+    _, *measured = seen
+    optimizer = RWP(torch.optim.SGD(model.parameters(), lr=0.0), model, gamma=0.02, alpha=1.0, seed=5)
     for step in (1, 2):  # RWP counts its optimizer steps from 1
-        nn.functional.cross_entropy(classifier(images[0][0]).logits, images[0][1]).backward()
+        nn.functional.cross_entropy(model(images[0][0]), images[0][1]).backward()
         optimizer.step()
         assert all(map(torch.equal, seen[-1], measured[step]))
 
