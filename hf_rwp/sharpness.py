@@ -18,7 +18,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,8 @@ def loss_under_noise(
 
     gammas, mode, noise_1d: as in `RWP`. draws: of the noise, at least 3, the same ones for every gamma. The intervals
     are Student's t over draws: they tell how well the mean over noise is known, for these images; where the noise
-    wrecks the model losses are skewed, and the interval is rough. Raises ValueError for fewer draws.
+    wrecks the model losses are skewed, and the interval is rough. That of the accuracy is cut to [0, 1]. Raises
+    ValueError for fewer draws.
     """
     if draws < 3:
         raise ValueError(f"draws={draws} tell too little of their spread for an interval: take at least 3")
@@ -106,7 +107,9 @@ def loss_under_noise(
                     noise.add_noise_(weight, noise.noise_std(weight, gamma, mode), generator, scratch[weight.dtype])
                 points.append(_measured(model, batches, loss))
             rise = _estimate([point.loss - at_weights.loss for point in points])
-            levels.append(UnderNoise(gamma, rise, _estimate([point.accuracy for point in points])))
+            accuracy = _estimate([point.accuracy for point in points])
+            accuracy = replace(accuracy, low=max(accuracy.low, 0.0), high=min(accuracy.high, 1.0))
+            levels.append(UnderNoise(gamma, rise, accuracy))
     return levels
 
 
