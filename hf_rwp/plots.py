@@ -68,12 +68,12 @@ def training_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, format="png", dpi=150)
 
 
-def landscape(losses: Mapping[str, Any], coordinates: Sequence[float], path: Path) -> None:
+def landscape(losses: Mapping[str, Any], coordinates: Sequence[float], path: Path, label: str = "loss") -> None:
     """Write a PNG: the loss on a plane through the weights, as contours above and as a surface below, model by model.
 
     losses: for each model's name an array (len(coordinates), len(coordinates)), first index along the first direction.
     All models share axes, levels and colours. Losses above 0 that span more than a factor of ten are drawn on a
-    logarithmic scale; what is infinite or no number is left out.
+    logarithmic scale; what is infinite or no number is left out. label: of the colours.
     """
     grids = {name: np.ma.masked_invalid(np.asarray(grid, dtype=float)) for name, grid in losses.items()}
     known = np.concatenate([grid.compressed() for grid in grids.values()])
@@ -122,7 +122,7 @@ def landscape(losses: Mapping[str, Any], coordinates: Sequence[float], path: Pat
                 linewidth=0.3,
             )
         flat.plot(0, 0, "+", color="#D55E00", markersize=10, markeredgewidth=2)
-    figure.colorbar(ScalarMappable(norm, "viridis"), ax=figure.axes, label="loss", shrink=0.7, format="{x:g}")
+    figure.colorbar(ScalarMappable(norm, "viridis"), ax=figure.axes, label=label, shrink=0.7, format="{x:g}")
     figure.savefig(path, format="png", dpi=150)
 
 
