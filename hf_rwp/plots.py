@@ -69,7 +69,7 @@ def training_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def landscape(losses: Mapping[str, Any], coordinates: Sequence[float], path: Path, label: str = "loss") -> None:
-    """Write a PNG: the loss on a plane through the weights, as contours above and as a surface below, model by model.
+    """Write a PNG: the loss on a plane through the weights, as contours above and as a surface below, for each model.
 
     losses: for each model's name an array (len(coordinates), len(coordinates)), first index along the first direction.
     All models share axes, levels and colours. Losses above 0 that span more than a factor of ten are drawn on a
@@ -86,25 +86,27 @@ def landscape(losses: Mapping[str, Any], coordinates: Sequence[float], path: Pat
     marks = _decades(low, high) if logarithmic else MaxNLocator(6).tick_values(low, high)
     first, second = np.meshgrid(coordinates, coordinates, indexing="ij")
 
-    figure = Figure(figsize=(3.5 * len(grids) + 1.3, 7.2), layout="constrained")
-    panels = figure.add_gridspec(2, len(grids), height_ratios=(1, 1.1))
+    alone = len(grids) == 1
+    figure = Figure(figsize=(9, 4.4) if alone else (3.5 * len(grids) + 1.3, 7.2), layout="constrained")
+    places = figure.add_gridspec(1, 2) if alone else figure.add_gridspec(2, len(grids), height_ratios=(1, 1.1))
     for column, (name, grid) in enumerate(grids.items()):
-        flat = figure.add_subplot(panels[0, column], aspect="equal", xlabel="direction 1")
+        flat = figure.add_subplot(places[0, column], aspect="equal", xlabel="direction 1")
         flat.set_title(name, fontsize=11 if len(name) < 34 else 8)
         flat.set_ylabel("direction 2" if column == 0 else "")
         flat.set_xlim(coordinates[0], coordinates[-1])
         flat.set_ylim(coordinates[0], coordinates[-1])
-        flat.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2.5, 5, 10]))
-        flat.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2.5, 5, 10]))
-        raised = figure.add_subplot(panels[1, column], projection="3d", xlabel="direction 1", ylabel="direction 2")
+        place = places[0, 1] if alone else places[1, column]
+        raised = figure.add_subplot(place, projection="3d", xlabel="direction 1", ylabel="direction 2")
         raised.view_init(elev=30, azim=-60)
-        raised.set_box_aspect((1, 1, 0.8), zoom=1.2)
+        raised.set_box_aspect((1, 1, 0.8), zoom=1.0 if alone else 1.2)
         raised.tick_params(labelsize=8, pad=0)
         height = np.ma.log10(grid) if logarithmic else grid
         raised.set_zlim(*(np.log10([low, high]) if logarithmic else (low, high)))
         if logarithmic:
             raised.zaxis.set_major_locator(MaxNLocator(integer=True))
             raised.zaxis.set_major_formatter(FuncFormatter(lambda exponent, _: f"{10.0**exponent:g}"))
+        for axis in (flat.xaxis, flat.yaxis, raised.xaxis, raised.yaxis):
+            axis.set_major_locator(MaxNLocator(4, steps=[1, 2.5, 5, 10]))
         if grid.count():
             flat.contourf(first, second, grid, levels, norm=norm, cmap="viridis")
             lines = flat.contour(first, second, grid, marks, colors="white", linewidths=0.8)
@@ -149,7 +151,7 @@ def sharpness_curves(models: Mapping[str, Mapping[str, Any]], path: Path) -> Non
         (line, "Training loss along a random direction", "step, in norms of the filters"),
     ):
         _tidy(axes, title, label)
-    line.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(5))
     for axes in (rise, line):
         _logarithmic_if_positive(axes)
 
@@ -167,9 +169,9 @@ def sharpness_curves(models: Mapping[str, Mapping[str, Any]], path: Path) -> Non
     _bars(step, {name: [figures["worst_case"]["rise"]] for name, figures in trained.items()}, looks)
     rho = next(iter(trained.values()))["worst_case"]["rho"]
     _tidy(step, f"Loss rise by SAM's step, rho = {rho:g}", "")
-    figure.legend(
-        *rise.get_legend_handles_labels(), loc="outside upper center", ncols=min(4, len(models)), frameon=False
-    )
+    handles, names = rise.get_legend_handles_labels()
+    columns = min(4, len(names))
+    figure.legend(handles, names, loc="outside upper center", ncols=columns, handlelength=3, frameon=False)
     figure.savefig(path, format="png", dpi=150)
 
 
@@ -198,8 +200,10 @@ def _bars(
         hatch = _HATCHES[index % len(_HATCHES)]
         heights = _finite(heights)
         drawn = axes.bar(at, heights, 0.9 * width, color=looks[name]["color"], hatch=hatch, edgecolor="white")
-        axes.bar_label(drawn, [f"{height:.3g}" for height in heights], padding=2, fontsize=8)
+        numbers = [f"{height:.3g}" for height in heights]
+        axes.bar_label(drawn, numbers, padding=2, fontsize=8, rotation=90 if len(values) * len(heights) > 9 else 0)
     axes.set_xticks(range(len(groups)), groups)
+    axes.margins(y=0.13)  # room for the numbers
 
 
 def _tidy(axes: Axes, title: str, label: str) -> None:

@@ -161,22 +161,19 @@ def main(args: Arguments) -> None:
     label = f"loss on {images['train']:,} images of the split {record['data']['train']['split']}"
     planes = {name: found["train"]["plane"] for name, found in figures.items()}
     coordinates = next(iter(figures.values()))["train"]["plane_coordinates"]
-    with whole(output_dir / "landscape.json") as file:
-        file.write_text(json.dumps(without_nan(record), indent=2, allow_nan=False))
-    with whole(output_dir / "landscape.png") as file:
-        landscape(planes, coordinates, file, label)
-    with whole(output_dir / "sharpness.png") as file:
-        sharpness_curves(figures, file)
+    written = [output_dir / name for name in ("landscape.json", "landscape.png", "sharpness.png")]
+    with whole(written[0]) as numbers, whole(written[1]) as picture, whole(written[2]) as curves:
+        numbers.write_text(json.dumps(without_nan(record), indent=2, allow_nan=False))
+        landscape(planes, coordinates, picture, label)
+        sharpness_curves(figures, curves)
     print(table(figures, args))
-    print(f"Wrote {', '.join(str(output_dir / name) for name in ('landscape.png', 'sharpness.png', 'landscape.json'))}")
+    print(f"Wrote {', '.join(map(str, written))}")
     for name, place in folders.items():
         card = Path(place) / "README.md"
         if card.is_file():
-            with whole(card.with_name("landscape.png")) as file:
-                landscape({name: planes[name]}, coordinates, file, label)
-            text = with_picture(card.read_text(encoding="utf-8"), "landscape.png")
-            with whole(card) as file:
-                file.write_text(text, encoding="utf-8")
+            with whole(card.with_name("landscape.png")) as picture, whole(card) as text:
+                landscape({name: planes[name]}, coordinates, picture, label)
+                text.write_text(with_picture(card.read_text(encoding="utf-8"), "landscape.png"), encoding="utf-8")
             print(f"{card} shows its landscape")
 
 

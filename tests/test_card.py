@@ -11,7 +11,7 @@ import pytest
 import yaml
 from hub_server import _yaml_errors
 
-from hf_rwp.card import cell, facts_of
+from hf_rwp.card import cell, facts_of, with_picture
 from hf_rwp.hub import card_of_record, main, render_card
 
 ROOT = Path(__file__).parents[1]
@@ -131,6 +131,14 @@ def test_a_card_without_results_is_a_card():
 def test_a_loss_that_is_no_number_is_left_out():
     final = RESULTS["final"] | {"loss_perturbed": float("nan")}
     assert "Training loss at perturbed weights" not in rows(render_card(facts_of(RESULTS | {"final": final})))
+
+
+def test_a_picture_is_added_once_where_a_new_card_would_have_it():
+    card = render_card(facts_of(RESULTS, note="Kept."))
+    shown = with_picture(card, "landscape.png")
+    assert shown.split() == render_card(facts_of(RESULTS, pictures=["landscape.png"], note="Kept.")).split()
+    assert with_picture(shown, "landscape.png") == shown
+    assert with_picture("# A card of another kind\n", "landscape.png").endswith("](landscape.png)\n")
 
 
 @pytest.mark.parametrize("odd", ODD)
