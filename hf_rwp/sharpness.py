@@ -11,7 +11,8 @@ every number is over all of them. A model gives logits (B, C), as a tensor or as
 batch; only for integer labels is there an accuracy (nan elsewhere). The model is in eval mode meanwhile (BatchNorm's
 statistics are fixed, dropout is off); afterwards its weights, buffers, gradients and modes are what they were, to the
 bit, after an interrupt too, and the global random numbers are untouched. Weights are trainable floating-point
-parameters, each once. Equal seeds give models of one architecture, on one kind of device, equal draws.
+parameters, each once, and moving them takes one copy of them. Equal seeds give models of one architecture, on one kind
+of device, equal draws.
 """
 
 import itertools
@@ -136,9 +137,10 @@ def largest_eigenvalue(
 ) -> Eigenvalue:
     """The Hessian's largest eigenvalue: the most positive one, however large a negative one may be.
 
-    iterations: at most, at least 1, one pass over the batches each. tolerance: of the error, relative to the value.
-    Past its error bound the value may still be a smaller eigenvalue only if the random start (seed) happens to be
-    nearly orthogonal to the largest one's vector. nan where the loss is none.
+    iterations: at most, at least 1, one pass over the batches each. tolerance: of the error, relative to the value; a
+    value near 0 beside large ones may never reach it, and is then returned as not converged. A converged value is that
+    of a smaller eigenvalue only if the random start (seed) is all but orthogonal to the largest one's vector. nan where
+    the loss is no number.
 
     Lanczos' vectors are not kept orthogonal to each other: that brings copies of eigenvalues and no others (Paige,
     1980), and memory is that of a few copies of the weights, however many iterations. Products are in the model's

@@ -26,6 +26,7 @@ import json
 import math
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -295,7 +296,7 @@ def check_classes(place: str, theirs: list[str], ours: list[str]) -> None:
     """Raise ValueError unless the model's classes are the data's, as far as their names tell.
 
     Names of one class differ between libraries ("tench", "tench, Tinca tinca", "n01440764"): what they are called is
-    not compared, but a name that both have has to be at the same index.
+    not compared, but a name that both have, once ("crane" is a bird and a machine), has to be at the same index.
     """
     if len(theirs) != len(ours):
         raise ValueError(
@@ -303,8 +304,9 @@ def check_classes(place: str, theirs: list[str], ours: list[str]) -> None:
             "trained for (--data_dir or --dataset), or a model that was trained on this one"
         )
     first, second = ([name.split(",")[0].strip().lower() for name in names] for names in (theirs, ours))
+    times = Counter(first), Counter(second)
     for index, (one, other) in enumerate(zip(first, second, strict=True)):
-        if one != other and one in second:
+        if one != other and times[0][one] == times[1][one] == 1:
             raise ValueError(
                 f"{place} has class {theirs[index]!r} at index {index}, where the data has {ours[index]!r}: the same "
                 "classes have to be in the same order. Take the data that it was trained for"
