@@ -163,6 +163,14 @@ def facts_of(
     return Facts(**(facts | {name: value for name, value in user.items() if value is not None}))
 
 
+def with_picture(card: str, file: str) -> str:
+    """A card that shows one more of `PICTURES`, ahead of the section on training; all else it says is kept."""
+    if f"]({file})" in card:
+        return card
+    before, section, after = card.partition("\n## Training\n")
+    return f"{before.rstrip()}\n\n![{PICTURES[file]}]({file})\n{section}{after}"
+
+
 def cell(text: Any) -> str:
     """One cell of a Markdown table, whatever the text."""
     return " ".join(str(text).split()).replace("|", r"\|").replace("<", "&lt;")

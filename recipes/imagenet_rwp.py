@@ -529,7 +529,7 @@ def main(args: Arguments) -> None:
         if not checkpoint.exists():  # a run that goes on from elsewhere
             print(f"warning: {checkpoint} is not there, the best one: the last weights are pushed", file=sys.stderr)
             return model_folder
-        for name, of in {"model": model, **averages}.items():
+        for name, of in {"model": module, **averages}.items():  # accelerate saves what it has wrapped
             load_model(of, checkpoint / f"{name}.safetensors")
         write_model(best_folder, results_so_far() | {"final": best, "chosen": "best"})
         return best_folder

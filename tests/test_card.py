@@ -14,8 +14,13 @@ import torch
 import yaml
 from hub_server import _yaml_errors
 
+<<<<<<< HEAD
 from hf_rwp.card import cell, facts_of
 from hf_rwp.hub import add_card, card_of_record, main, render_card
+=======
+from hf_rwp.card import cell, facts_of, with_picture
+from hf_rwp.hub import card_of_record, main, render_card
+>>>>>>> sharp
 
 ROOT = Path(__file__).parents[1]
 RECORDS = sorted((ROOT / "recipes" / "results").glob("*.jsonl"))
@@ -174,6 +179,14 @@ def test_a_base_model_that_the_run_found_out_is_named():
 def test_a_loss_that_is_no_number_is_left_out():
     final = RESULTS["final"] | {"loss_perturbed": float("nan")}
     assert "Training loss at perturbed weights" not in rows(render_card(facts_of(RESULTS | {"final": final})))
+
+
+def test_a_picture_is_added_once_where_a_new_card_would_have_it():
+    card = render_card(facts_of(RESULTS, note="Kept."))
+    shown = with_picture(card, "landscape.png")
+    assert shown.split() == render_card(facts_of(RESULTS, pictures=["landscape.png"], note="Kept.")).split()
+    assert with_picture(shown, "landscape.png") == shown
+    assert with_picture("# A card of another kind\n", "landscape.png").endswith("](landscape.png)\n")
 
 
 @pytest.mark.parametrize("odd", ODD)

@@ -5,7 +5,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from hf_rwp.plots import comparison, training_curves
+from hf_rwp.plots import comparison, landscape, sharpness_curves, training_curves
 
 
 @pytest.fixture
@@ -112,3 +112,129 @@ def test_a_comparison_shows_means_over_seeds(tmp_path, monkeypatch):
     assert [text.get_text() for text in figures[-1].legends[0].get_texts()] == ["plain", "SAM"]
     with PIL.Image.open(tmp_path / "comparison.png") as image:
         assert image.format == "PNG"
+
+
+COORDINATES = [-1.0, -0.5, 0.0, 0.5, 1.0]
+
+
+def bowl(scale=1.0, least=0.01):
+    return [[least + scale * (a * a + b * b) for b in COORDINATES] for a in COORDINATES]
+
+
+def figures_of(scale, grid=None):
+    """What recipes/landscape.py writes of a model."""
+    levels = [
+        {
+            "gamma": gamma,
+            "loss_rise": {"mean": scale * gamma**2, "low": -0.001, "high": scale * gamma},
+            "accuracy": {"mean": 0.9 - gamma, "low": 0.8, "high": 1.0},
+        }
+        for gamma in (0.01, 0.02, 0.1)
+    ]
+    return {
+        "train": {
+            "under_noise": levels,
+            "coordinates": COORDINATES,
+            "line": [0.01 + scale * a * a for a in COORDINATES],
+            "largest_eigenvalue": {"value": scale},
+            "worst_case": {"rho": 0.05, "rise": scale / 10},
+        },
+        "held_out": {
+            "accuracy": 0.95,
+            "under_noise": levels,
+            "quantized": {"8": {"accuracy": 0.9}, "4": {"accuracy": 0.8}},
+        },
+    }
+
+
+@pytest.fixture
+def figure_of(tmp_path, monkeypatch):
+    """Draws with one of the plots' functions; gives the figure, and checks that a PNG was written."""
+    figures = []
+    monkeypatch.setattr("hf_rwp.plots.Figure", lambda **o: figures.append(matplotlib.figure.Figure(**o)) or figures[-1])
+
+    def drawn(plot, *arguments):
+        plot(*arguments, tmp_path / "picture.png")
+        with PIL.Image.open(tmp_path / "picture.png") as image:
+            assert image.format == "PNG"
+        return figures[-1]
+
+    return drawn
+
+
+def test_landscapes_of_several_models_have_the_same_axes_and_colours(figure_of):
+    *panels, bar = figure_of(landscape, {"flat": bowl(1.0), "sharp": bowl(50.0)}, COORDINATES).axes
+    assert [panel.get_title() for panel in panels] == ["flat", "", "sharp", ""]
+    (flat, raised), (flat_2, raised_2) = panels[:2], panels[2:]
+    for one, other in ((flat, flat_2), (raised, raised_2)):
+        assert one.get_xlim() == other.get_xlim()
+        assert one.get_ylim() == other.get_ylim()
+    assert raised.get_zlim() == raised_2.get_zlim()
+    one, other = (panel.collections[0] for panel in (flat, flat_2))
+    assert one.norm is other.norm
+    assert one.levels.tolist() == other.levels.tolist()
+    assert (one.norm.vmin, one.norm.vmax) == pytest.approx((0.01, 100.01))
+    assert bar.get_ylabel() == "loss"
+    assert bar.get_yscale() == "log"
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        bowl(-1.0, least=0.0),  # below 0: no logarithm
+        bowl(0.0),  # flat
+        [[1e30 if a == b else math.nan for b in COORDINATES] for a in COORDINATES],
+        [[math.inf] * 5 for _ in COORDINATES],
+    ],
+)
+def test_any_landscape_can_be_drawn(figure_of, grid):
+    figure_of(landscape, {"one": grid, "other": bowl()}, COORDINATES)
+    figure_of(landscape, {"one": grid}, COORDINATES)
+
+
+def test_the_first_direction_runs_along_x(figure_of):
+    ramp = [[1.0 + a for _ in COORDINATES] for a in COORDINATES]
+    flat, *_ = figure_of(landscape, {"ramp": ramp}, COORDINATES).axes
+    lines = flat.collections[1]
+    drawn = [(path.vertices[:, 0], level) for path, level in zip(lines.get_paths(), lines.levels, strict=True)]
+    assert any(0 < level < 2 for _, level in drawn)
+    assert all(x == pytest.approx(level - 1) for x, level in drawn)
+
+
+def test_sharpness_of_several_models_is_in_six_panels(figure_of):
+    figure = figure_of(sharpness_curves, {"base": figures_of(2.0), "rwp": figures_of(1.0)})
+    rise, accuracy, line, rounded, eigenvalue, step = figure.axes
+    assert [drawn.get_ydata().tolist() for drawn in rise.lines] == [
+        pytest.approx([2e-4, 8e-4, 2e-2]),
+        pytest.approx([1e-4, 4e-4, 1e-2]),
+    ]
+    assert rise.get_yscale() == "log"
+    assert accuracy.lines[0].get_xdata().tolist() == [0.0, 0.01, 0.02, 0.1]
+    assert accuracy.lines[0].get_ydata().tolist() == pytest.approx([95.0, 89.0, 88.0, 80.0])
+    assert line.lines[1].get_ydata().tolist() == figures_of(1.0)["train"]["line"]
+    assert [bar.get_height() for bar in rounded.patches] == pytest.approx([95, 90, 80] * 2)
+    assert [text.get_text() for text in rounded.get_xticklabels()] == ["as it is", "int8", "int4"]
+    assert [text.get_text() for text in eigenvalue.texts] == ["2", "1"]
+    assert [bar.get_height() for bar in step.patches] == [0.2, 0.1]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["base", "rwp"]
+
+
+def test_models_are_apart_in_colour_and_in_grey(figure_of):
+    names = [f"model {number}" for number in range(7)]
+    rise, *_, rounded, _, _ = figure_of(sharpness_curves, {name: figures_of(1.0) for name in names}).axes
+    for look in ("get_color", "get_linestyle", "get_marker"):
+        looks = {str(getattr(drawn, look)()) for drawn in rise.lines}
+        assert len(looks) == (7 if look != "get_linestyle" else len(looks))
+    assert len({bar.get_hatch() for bar in rounded.patches}) == 7
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None])
+def test_sharpness_of_a_diverged_model_can_be_drawn(figure_of, value):
+    figures = figures_of(1.0)
+    for level in figures["train"]["under_noise"]:
+        level["loss_rise"] = dict.fromkeys(("mean", "low", "high"), value)
+    figures["train"]["line"] = [value] * 5
+    figures["train"]["largest_eigenvalue"]["value"] = figures["train"]["worst_case"]["rise"] = value
+    figure_of(sharpness_curves, {"diverged": figures})
+    figure_of(sharpness_curves, {"base": figures_of(1.0), "diverged": figures})
