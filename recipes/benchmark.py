@@ -29,6 +29,7 @@ the table shows their median and quartiles. One JSON line with all times goes to
 import contextlib
 import copy
 import json
+import multiprocessing
 import os
 import random
 import statistics
@@ -46,7 +47,14 @@ import timm
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from datasets import Image
+from timm.data import create_loader, resolve_data_config
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import AverageMeter
 from torch import Tensor, nn
+from torch.multiprocessing import start_processes
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import profile
@@ -54,11 +62,13 @@ from tqdm import tqdm
 
 from hf_rwp import RWP
 from hf_rwp.arguments import parse_arguments
+from hf_rwp.data import load_images
 from hf_rwp.noise import new_scratch
 from hf_rwp.records import command_of, environment, without_places
 
 GAMMA = 0.01  # the paper's
 PASSES = 5  # over the weights' bytes: read and write them, write and read the snapshot, write them back; a copy has 2
+LOOP: dict[str, Any] = {"model": "test_resnet", "img_size": 32, "batch_size": 64}  # where loading is most of the work
 WARM_UP = 2  # rounds that are not counted: memory is allocated, DDP's buckets are built, kernels are tried
 IMPORT = """
 import time, torch
@@ -82,12 +92,17 @@ class Arguments:
     quick: bool = field(default=False, metadata={"help": "Whether to be done in two minutes on two cores."})
     rounds: int | None = field(
         default=None,
-        metadata={"help": "How often each variant is timed, at least 2; on a CPU 11, on a GPU 50, with `--quick` 5."},
+        metadata={"help": "How often each variant is timed, at least 2; on a CPU 9, on a GPU 50, with `--quick` 3."},
     )
     batch_size: int | None = field(
-        default=None, metadata={"help": "Images per rank, even; on a GPU 128, on a CPU 16, or 128 of 32 pixels."}
+        default=None, metadata={"help": "Images per rank, even; on a GPU 128, on a CPU 16, or 64 of 32 pixels."}
     )
     img_size: int | None = field(default=None, metadata={"help": "Height and width in pixels; the model's own."})
+    data_dir: str | None = field(
+        default=None,
+        metadata={"help": "Images to compare loops on, as imagenet_rwp.py takes them; the embedded digits if not set."},
+    )
+    workers: int = field(default=0, metadata={"help": "Processes that load these images; 0 is the main one."})
     threads: int | None = field(
         default=None, metadata={"help": "Of each process; if not set the ranks share the CPU's cores."}
     )
@@ -102,7 +117,7 @@ class Arguments:
         cuda = torch.cuda.is_available()
         everything = ["cifar_resnet18", "resnet18", "resnet50", "vit_small_patch16_224"]
         self.models = self.models or (everything[:1] if self.quick else everything)
-        self.rounds = (5 if self.quick else 50 if cuda else 11) if self.rounds is None else self.rounds
+        self.rounds = (3 if self.quick else 50 if cuda else 9) if self.rounds is None else self.rounds
         self.threads = max(1, len(os.sched_getaffinity(0)) // self.ranks) if self.threads is None else self.threads
         unknown = [name for name in self.models if name != "cifar_resnet18" and not timm.is_model(name)]
         for name, valid, valid_range in (
@@ -131,7 +146,9 @@ def main(args: Arguments) -> None:
     facts = environment(Accelerator(mixed_precision=args.mixed_precision))
     facts["hardware"] |= {"replicas": args.ranks, "threads": args.threads}
     print(f"{facts['hardware']['device']}, {args.ranks} ranks of {args.threads} threads, load average {busy:.2f}")
-    groups, alones = start(args.ranks, args), start(1, args)[0]
+    groups = start(run_rank, args.ranks, args)
+    (alones,) = start(run_rank, 1, args)
+    (loops,) = start(run_loops, 1, args)
     imports = [import_seconds() for _ in range(min(args.rounds, 5))]
     defaults = {item.name: item.default for item in fields(Arguments)}
     given = {name: without_places(value) for name, value in asdict(args).items()}
@@ -142,6 +159,7 @@ def main(args: Arguments) -> None:
         "device_type": "cuda" if torch.cuda.is_available() else "cpu",
         "shared_gpu": args.shared,
         **facts,
+        "loop_images_per_second": loops,
         "import_seconds": dict(zip(("hf_rwp", "RWP"), zip(*imports, strict=True), strict=True)),
         "measurements": [combined(*found) for found in zip(zip(*groups, strict=True), alones, strict=True)],
     }
@@ -156,10 +174,11 @@ def main(args: Arguments) -> None:
 # Measuring.
 
 
-def start(ranks: int, args: Arguments) -> list[list[dict]]:
-    """`measure` all models in as many processes; what each of them found."""
+def start(function: Callable[[int, int, Arguments, str], None], ranks: int, args: Arguments) -> list[Any]:
+    """Run `function` in as many processes; what each of them found."""
+    multiprocessing.set_forkserver_preload(["timm.data", "datasets", "hf_rwp.arguments"])  # imported once for all
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(run_rank, (ranks, args, folder), nprocs=ranks)
+        start_processes(function, (ranks, args, folder), nprocs=ranks, start_method="forkserver")
         return [json.loads(Path(folder, str(rank)).read_text()) for rank in range(ranks)]
 
 
@@ -245,7 +264,7 @@ def combined(group: tuple[dict, ...], alone: dict) -> dict:
 def images_per_rank(name: str, quick: bool) -> int:
     if torch.cuda.is_available():
         return 128
-    return (32 if quick else 128) if name == "cifar_resnet18" else 16
+    return (32 if quick else 64) if name == "cifar_resnet18" else 16
 
 
 def create_model(name: str, img_size: int | None) -> tuple[nn.Module, int]:
@@ -404,6 +423,79 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
     return peak
 
 
+def run_loops(_: int, __: int, args: Arguments, folder: str) -> None:
+    """Images per second of imagenet_rwp.py without RWP, and of a loop as in timm's train.py, on the same images."""
+    import imagenet_rwp
+
+    torch.set_num_threads(args.threads)
+    data = [f"--data_dir={args.data_dir}"] if args.data_dir else []
+    flags = ["--method=base", f"--img_size={LOOP['img_size']}", f"--batch_size={LOOP['batch_size']}", "--lr=0.01"]
+    flags += ["--epochs=2", "--hflip=0.5", "--color_jitter=0.4", "--train_interpolation=bilinear", "--report_to=none"]
+    flags += ["--scale", "0.08", "1", f"--workers={args.workers}", f"--output_dir={folder}/run"]
+    found: dict[str, list[float]] = {"imagenet_rwp": [], "timm": []}
+    for _ in tqdm(range(min(args.rounds, 5)), desc="loops"):
+        AcceleratorState._reset_state(True)
+        with contextlib.redirect_stdout(None):
+            imagenet_rwp.main(parse_arguments(imagenet_rwp.Arguments, [*flags, *data, "--overwrite_output_dir=true"]))
+        results = json.loads(Path(folder, "run", "results.json").read_text())
+        found["imagenet_rwp"].append(results["history"][-1]["images_per_second"])
+        found["timm"].append(timm_loop(load_images(data_dir=args.data_dir)["train"], args.workers))
+    Path(folder, "0").write_text(json.dumps(found))
+
+
+class Rows(torch.utils.data.Dataset):
+    """Images and labels as timm's reader of datasets takes them: one by one."""
+
+    transform: Callable[[Any], Any]  # timm's create_loader sets it
+
+    def __init__(self, split: Any) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        row = self.split[index]
+        return self.transform(row["image"].convert("RGB")), row["label"]
+
+
+def timm_loop(split: Any, workers: int) -> float:
+    """Images per second of the second epoch, as timm's train.py trains."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = timm.create_model(LOOP["model"], num_classes=split.features["label"].num_classes).to(device)
+    config = resolve_data_config({"img_size": LOOP["img_size"]}, model=model)
+    loader = create_loader(
+        Rows(split.cast_column("image", Image())),
+        input_size=config["input_size"],
+        batch_size=LOOP["batch_size"],
+        is_training=True,
+        scale=(0.08, 1.0),
+        hflip=0.5,
+        color_jitter=0.4,
+        interpolation="bilinear",
+        mean=config["mean"],
+        std=config["std"],
+        num_workers=workers,
+        device=device,
+        persistent_workers=workers > 0,
+    )
+    optimizer = create_optimizer_v2(model, opt="sgd", lr=0.01, weight_decay=5e-4, momentum=0.9)
+    scheduler, _ = create_scheduler_v2(optimizer, num_epochs=2, step_on_epochs=False, updates_per_epoch=len(loader))
+    losses, updates = AverageMeter(), 0
+    for _ in range(2):
+        seen, start = 0, time.perf_counter()
+        for images, labels in loader:
+            loss = cross_entropy(model(images), labels)
+            losses.update(loss.item(), len(images))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seen, updates = seen + len(images), updates + 1
+            scheduler.step_update(num_updates=updates, metric=losses.avg)
+        seconds = time.perf_counter() - start
+    return seen / seconds
+
+
 def import_seconds() -> list[float]:
     """How long `import hf_rwp`, and also taking RWP from it, last after `import torch`."""
     done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, check=True, text=True)
@@ -454,6 +546,9 @@ def rows(record: dict) -> list[dict]:
             on_row(f"extra memory / (weights + scratch), {role}", [most] * 2, 0.01 + first)
         counts = {kind: sum(calls.values()) for kind, calls in measured["collectives"].items()}
         on_row("collectives in a step, RWP - base", [counts["rwp"] - counts["base"]] * 2, 0.0)
+    loops = record["loop_images_per_second"]
+    speeds = ratios(loops["imagenet_rwp"], loops["timm"])
+    add("", "images/s, imagenet_rwp base / timm's loop", speeds, 1.0, at_least=True)
     add("", "seconds of import hf_rwp after import torch", record["import_seconds"]["hf_rwp"], 0.2)
     add("", "seconds of from hf_rwp import RWP after that", record["import_seconds"]["RWP"], None)
     return found

@@ -47,6 +47,7 @@ def test_every_row_of_the_design_is_measured_and_shown(run):
         "extra memory / (weights + scratch), clean": 0.01,
         "extra memory / (weights + scratch), perturbed": 1.01,
         "collectives in a step, RWP - base": 0.0,
+        "images/s, imagenet_rwp base / timm's loop": 1.0,
         "seconds of import hf_rwp after import torch": 0.2,
         "seconds of from hf_rwp import RWP after that": None,
     }
@@ -77,6 +78,7 @@ def test_ratios_are_the_medians_of_the_rounds(run):
         ("SAM", group["sam"] / group["rwp"]),
         ("noise + restore / memory", alone["noise"] / (2.5 * alone["copy"])),
         ("noise + restore / the reference", alone["noise"] / alone["reference"]),
+        ("images/s", np.divide(*(record["loop_images_per_second"][loop] for loop in ("imagenet_rwp", "timm")))),
     ):
         row = figure(record, start)
         np.testing.assert_allclose([*row["quartiles"], row["median"]], np.percentile(values, [25, 75, 50]))
@@ -148,7 +150,8 @@ def record_with(ratio, shared_gpu=False):
     measured |= {"alone_seconds": times, "collectives": {"base": {"allreduce": 3}, "rwp": {"allreduce": 4}}}
     imports = {"hf_rwp": [0.1] * 2, "RWP": [1.0] * 2}
     gpu = {"device_type": "cuda" if shared_gpu else "cpu", "shared_gpu": shared_gpu}
-    return {**gpu, "measurements": [measured], "import_seconds": imports}
+    loops = {"imagenet_rwp": [20.0] * 2, "timm": [10.0] * 2}
+    return {**gpu, "measurements": [measured], "import_seconds": imports, "loop_images_per_second": loops}
 
 
 @pytest.mark.parametrize(
