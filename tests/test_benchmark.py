@@ -1,11 +1,13 @@
 """recipes/benchmark.py: one tiny run on two real ranks, and its parts, against facts known otherwise."""
 
 import copy
+import itertools
 import json
 import os
 
 import imagenet
 import numpy as np
+import PIL.Image
 import pytest
 import timm
 import torch
@@ -23,8 +25,15 @@ def benchmark():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The record and what was printed."""
-    output = tmp_path_factory.mktemp("benchmark") / "results" / "benchmark.jsonl"
-    done = imagenet.launch(imagenet.RECIPES / "benchmark.py", *FLAGS, f"--output={output}")
+    folder = tmp_path_factory.mktemp("benchmark")
+    for split, label in itertools.product(("train", "validation"), ("dark", "light")):
+        (folder / "images" / split / label).mkdir(parents=True)
+        for index in range(64):
+            image = PIL.Image.new("RGB", (32, 32), (index, 2 * index, 255 * (label == "light")))
+            image.save(folder / "images" / split / label / f"{index}.png")
+    output = folder / "results" / "benchmark.jsonl"
+    flags = [*FLAGS, f"--data_dir={folder / 'images'}", f"--output={output}"]
+    done = imagenet.launch(imagenet.RECIPES / "benchmark.py", *flags)
     assert done.returncode == 0, done.stderr
     (line,) = output.read_text().splitlines()
     return json.loads(line), done.stdout
