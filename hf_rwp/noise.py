@@ -113,7 +113,12 @@ def add_noise_(weight: Tensor, std: Tensor, generator: torch.Generator, scratch:
 def relative_size(noisy: Tensor, clean: Tensor) -> Tensor:
     """||noisy - clean|| / ||clean||, a 0-dim tensor in float32 or better; 0 where both are 0."""
     dtype = torch.promote_types(clean.dtype, torch.float32)
-    noise: Tensor = torch.linalg.vector_norm(noisy.to(dtype) - clean, dtype=dtype)
+    if clean.ndim == 0:
+        noisy, clean = noisy.unsqueeze(0), clean.unsqueeze(0)
+    rows = max(1, 2**16 * len(clean) // max(1, clean.numel()))  # a piece at a time: no second copy of a large weight
+    pieces = zip(noisy.split(rows), clean.split(rows), strict=True)
+    norms = [torch.linalg.vector_norm(some_noisy.to(dtype) - some_clean) for some_noisy, some_clean in pieces]
+    noise: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return noise.div_(torch.linalg.vector_norm(clean, dtype=dtype).clamp_min_(torch.finfo(dtype).tiny))
 
 
