@@ -14,13 +14,8 @@ import torch
 import yaml
 from hub_server import _yaml_errors
 
-<<<<<<< HEAD
-from hf_rwp.card import cell, facts_of
-from hf_rwp.hub import add_card, card_of_record, main, render_card
-=======
 from hf_rwp.card import cell, facts_of, with_picture
-from hf_rwp.hub import card_of_record, main, render_card
->>>>>>> sharp
+from hf_rwp.hub import add_card, card_of_record, main, render_card
 
 ROOT = Path(__file__).parents[1]
 RECORDS = sorted((ROOT / "recipes" / "results").glob("*.jsonl"))

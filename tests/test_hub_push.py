@@ -19,7 +19,7 @@ import torch
 import yaml
 from hub_clients import Clients
 from hub_server import OTHER, READ, WRITE, HubServer, cut, silent, slow, status
-from imagenet import train, train_on_rank
+from imagenet import load_recipe, train, train_on_rank
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file
 from timm.data import resolve_data_config
@@ -636,3 +636,20 @@ def test_a_disk_that_fills_up_stops_the_push_and_not_the_training(recipe, tmp_pa
     assert re.search(r"nothing is pushed at step 3: .*No space left", capsys.readouterr().err)
     assert len(calls) == 3
     assert {file.name for file in (tmp_path / "model").iterdir()} == MODEL
+
+
+def best_on_rank(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        recipe = load_recipe()
+        patch.setattr(recipe, "reserve", lambda *_, **__: None)
+        patch.setattr(recipe, "push", lambda folder, *_, **__: folder)
+        patch.setattr(recipe.BackgroundPush, "start", lambda *_: None)
+        patch.setattr(recipe, "accuracy_of", lambda row: -row["step"])
+        return train_on_rank(folder, *PUSH, "--hub_strategy=best", "--model_ema")
+
+
+def test_two_replicas_push_the_best_weights(tmp_path):
+    assert distributed.run(2, best_on_rank, tmp_path) == ["", ""]
+    expected = load_file(tmp_path / "checkpoints" / "step_1" / "ema.safetensors")
+    weights = load_file(tmp_path / "best" / "model.safetensors")
+    assert all(torch.equal(weights[name.removeprefix("module.")], tensor) for name, tensor in expected.items())
