@@ -64,7 +64,7 @@ from hf_rwp import RWP
 from hf_rwp.arguments import parse_arguments
 from hf_rwp.data import load_images
 from hf_rwp.noise import new_scratch
-from hf_rwp.records import command_of, environment, without_places
+from hf_rwp.records import append_record, command_of, environment, without_places
 
 GAMMA = 0.01  # the paper's
 PASSES = 5  # over the weights' bytes: read and write them, write and read the snapshot, write them back; a copy has 2
@@ -164,10 +164,7 @@ def main(args: Arguments) -> None:
         "measurements": [combined(*found) for found in zip(zip(*groups, strict=True), alones, strict=True)],
     }
     record["rows"] = rows(record)
-    output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    append_record(Path(args.output), record)
     print(table(record["rows"]))
 
 

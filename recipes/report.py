@@ -25,13 +25,14 @@ BEGIN, END = "<!-- results: python recipes/report.py -->", "<!-- end of results 
 
 
 def main() -> None:
-    comparisons = read_comparisons(RESULTS)
+    comparisons, benchmarks = read_comparisons(RESULTS), read_benchmarks(RESULTS)
     for name, runs in comparisons.items():
         for protocol, mine in by_protocol(runs).items():
             comparison(curves_of(mine), RESULTS / f"compare_{name}_{protocol}.png")
-    (RESULTS / "README.md").write_text(details(comparisons), encoding="utf-8")
+    (RESULTS / "README.md").write_text(details(comparisons, benchmarks), encoding="utf-8")
     readme = ROOT / "README.md"
-    readme.write_text(with_section(readme.read_text(encoding="utf-8"), summary(comparisons)), encoding="utf-8")
+    section = summary(comparisons, benchmarks)
+    readme.write_text(with_section(readme.read_text(encoding="utf-8"), section), encoding="utf-8")
     print(f"Wrote {RESULTS / 'README.md'}, pictures beside it, and the results in {readme}")
 
 
@@ -39,6 +40,11 @@ def read_comparisons(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The records of each comparison, by its name."""
     files = sorted(folder.glob("compare_*.jsonl"))
     return {file.stem.removeprefix("compare_"): read_records(file) for file in files}
+
+
+def read_benchmarks(folder: Path) -> list[dict[str, Any]]:
+    """The last record of each file of benchmarks."""
+    return [read_records(file)[-1] for file in sorted(folder.glob("benchmark*.jsonl"))]
 
 
 def by_protocol(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -57,9 +63,13 @@ def with_section(text: str, section: str) -> str:
     return f"{before}{BEGIN}\n{section}\n{end}{after}"
 
 
-def summary(comparisons: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """For README.md: top-1 of each method on each task, and what RWP gained."""
+def summary(comparisons: Mapping[str, Sequence[Mapping[str, Any]]], benchmarks: Sequence[Mapping[str, Any]]) -> str:
+    """For README.md: what a step costs, top-1 of each method on each task, and what RWP gained."""
     parts = []
+    for record in benchmarks:
+        rows = [row for row in record["rows"] if "step /" in row["what"] or "/ step" in row["what"]]
+        parts.append(f"What a step costs, on {machine(record)}; ratios of medians over rounds (quartiles):")
+        parts.append(costs(rows))
     for protocol, title in PROTOCOLS.items():
         found = {name: by_protocol(records).get(protocol) for name, records in comparisons.items()}
         tasks = {name: by_method(runs) for name, runs in found.items() if runs}
@@ -87,7 +97,7 @@ def cost_of(runs: Sequence[Mapping[str, Any]], tasks: Mapping[str, Mapping[str, 
     return f"{runs[0]['gradients']:.3g}"
 
 
-def details(comparisons: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def details(comparisons: Mapping[str, Sequence[Mapping[str, Any]]], benchmarks: Sequence[Mapping[str, Any]]) -> str:
     """For recipes/results/README.md: every table and picture, and what stood behind it."""
     parts = [
         "# Results",
@@ -104,7 +114,45 @@ def details(comparisons: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             parts.append(table(runs))
             parts.append(f"![accuracy over epochs, time and cost](compare_{name}_{protocol}.png)")
             parts.append(f"{sentence(described(records), by_method(runs))}")
+    for record in benchmarks:
+        parts.append(f"## What a step costs, on {machine(record)}")
+        parts.append(
+            f"`{record['command']}`, {record['date']}, torch {record['versions']['torch']}, load average "
+            f"{record['load_average']:.2f} when it began. Medians over rounds, and quartiles; ratios are taken within "
+            "rounds. Limits are the project's own."
+        )
+        parts.append(costs(record["rows"]))
     return "\n\n".join(parts) + "\n"
+
+
+def machine(record: Mapping[str, Any]) -> str:
+    hardware = record["hardware"]
+    return f"{hardware['device']}, {hardware['replicas']} ranks of {hardware['threads']} thread(s)"
+
+
+def costs(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each figure of a benchmark, a column for each model."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    found = {(row["what"], row["model"]): row for row in rows}
+    lines = [("", *(model or "any model" for model in models), "limit"), ("---",) * (len(models) + 2)]
+    for what in dict.fromkeys(row["what"] for row in rows):
+        mine = [found.get((what, model)) for model in models]
+        limits = {
+            ("≥ " if row["at_least"] else "≤ ") + f"{row['limit']:g}"
+            for row in mine
+            if row and row["limit"] is not None
+        }
+        lines.append((what, *map(cost_cell, mine), ", ".join(sorted(limits))))
+    return as_table(lines)
+
+
+def cost_cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    low, high = row["quartiles"]
+    spread_of = "" if low == high else f" ({low:.3g} to {high:.3g})"
+    missed = " **missed**" if row["holds"] is False else ""
+    return f"{row['median']:.3g}{spread_of}{missed}"
 
 
 def described(records: Sequence[Mapping[str, Any]]) -> str:

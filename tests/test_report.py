@@ -45,13 +45,34 @@ def test_a_difference_is_one_beyond_its_interval(report):
 
 def test_a_summary_has_a_column_a_task_and_says_who_won(report):
     records = runs("base", [0.5, 0.6]) + runs("sam", [0.7, 0.7], gradients=20.0) + runs("rwp", [0.6, 0.65])
-    text = report.summary({"small": records, "other": runs("rwp", [0.1, 0.2])})
+    text = report.summary({"small": records, "other": runs("rwp", [0.1, 0.2])}, [])
     task = "CIFAR-10, 3,000 images, 30% of labels random"
     assert f"| method | cost | {task} | {task} |" in text
     assert "| plain | 1x | 55.00 ± 7.07 |  |" in text
     assert "| SAM | 2x | 70.00 ± 0.00 |  |" in text
     assert "| RWP | 1x | 62.50 ± 3.54 | 15.00 ± 7.07 |" in text
     assert "The best mean has SAM." in text
+
+
+def test_costs_have_a_column_a_model_and_say_what_was_missed(report):
+    def row(model, what, median, quartiles, limit, at_least=False):
+        holds = None if limit is None else median >= limit if at_least else median <= limit
+        given = {"model": model, "what": what, "median": median, "quartiles": quartiles}
+        return given | {"limit": limit, "at_least": at_least, "holds": holds}
+
+    rows = [
+        row("small", "RWP step / plain step", 1.02, [1.01, 1.03], None),
+        row("large", "RWP step / plain step", 1.07, [1.06, 1.08], 1.05),
+        row("large", "SAM step / RWP step", 1.95, [1.9, 2.0], 1.9, at_least=True),
+        row("", "import", 0.1, [0.1, 0.1], 0.2),
+    ]
+    assert report.costs(rows).splitlines() == [
+        "|  | small | large | any model | limit |",
+        "| --- | --- | --- | --- | --- |",
+        "| RWP step / plain step | 1.02 (1.01 to 1.03) | 1.07 (1.06 to 1.08) **missed** |  | ≤ 1.05 |",
+        "| SAM step / RWP step |  | 1.95 (1.9 to 2) |  | ≥ 1.9 |",
+        "| import |  |  | 0.1 | ≤ 0.2 |",
+    ]
 
 
 def test_the_section_goes_between_its_markers(report):
@@ -64,11 +85,11 @@ def test_the_section_goes_between_its_markers(report):
 
 
 def test_readme_says_what_the_records_do(report):
-    comparisons = report.read_comparisons(report.RESULTS)
+    records = report.read_comparisons(report.RESULTS), report.read_benchmarks(report.RESULTS)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert report.with_section(readme, report.summary(comparisons)) == readme
+    assert report.with_section(readme, report.summary(*records)) == readme
     full = (report.RESULTS / "README.md").read_text(encoding="utf-8")
-    assert report.details(comparisons) == full
+    assert report.details(*records) == full
     for picture in re.findall(r"\]\(([^)]+\.png)\)", full):
         assert (report.RESULTS / picture).exists()
 
