@@ -3,7 +3,7 @@
 # All methods on the embedded digits; then CIFAR-10, the settings chosen for each method on a validation split
 ```bash
 python recipes/compare.py
-python recipes/compare.py --config recipes/configs/cifar10_resnet18.yaml --dataset uoft-cs/cifar10 \
+python recipes/compare.py --config recipes/configs/compare/cifar10_resnet18.yaml --dataset uoft-cs/cifar10 \
     --methods base sam rwp --seeds 0 1 2 --search true
 ```
 
@@ -27,6 +27,7 @@ its last checkpoint. Images are decoded once and lie on the device, where they a
 import hashlib
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
+from imagenet_rwp import seed_of, use_fast_kernels
 from pytorch_optimizer import SAM, disable_running_stats, enable_running_stats
 from timm.data import resolve_data_config
 from timm.layers import BatchNormAct2d, create_conv2d
@@ -164,7 +166,7 @@ class Arguments(ImageArguments, RWPArguments):
     evaluations: int = field(default=10, metadata={"help": "How often a run is evaluated and saved, evenly spread."})
     name: str | None = field(default=None, metadata={"help": "Of the comparison; the data's name if not set."})
     results: str | None = field(
-        default=None, metadata={"help": "File of records; recipes/results/compare_NAME.jsonl if not set."}
+        default=None, metadata={"help": "File of records; recipes/results/compare/NAME.jsonl if not set."}
     )
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder for checkpoints and the picture; outputs/compare_NAME if not set."}
@@ -174,7 +176,7 @@ class Arguments(ImageArguments, RWPArguments):
         ImageArguments.__post_init__(self)
         RWPArguments.__post_init__(self)
         self.name = self.name or Path(self.data_dir or self.dataset or "digits").name
-        self.results = self.results or str(RECIPES / "results" / f"compare_{self.name}.jsonl")
+        self.results = self.results or str(RECIPES / "results" / "compare" / f"{self.name}.jsonl")
         self.output_dir = self.output_dir or f"outputs/compare_{self.name}"
         for name, known in (("methods", METHODS), ("protocols", PROTOCOLS)):
             unknown = [value for value in getattr(self, name) if value not in known]
@@ -208,12 +210,12 @@ def main(args: Arguments) -> None:
     )
     if accelerator.gradient_accumulation_steps > 1 or accelerator.scaler is not None:
         raise ValueError("methods are compared without accelerate's gradient accumulation, in bf16 or full precision")
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    use_fast_kernels(deterministic=False)
+    torch._dynamo.config.recompile_limit = 256  # each model is compiled anew
     results, output_dir = Path(args.results), Path(args.output_dir)
-    check_task(args, read_records(results), results)
+    check_task(args, accelerator.num_processes, records_in(results), results)
     facts = {"command": command_of(f"recipes/{Path(__file__).name}", *described_arguments(args))}
-    facts |= environment(accelerator)
+    facts |= environment(accelerator) | {"load_average": os.getloadavg()[0]}
     data = load_data(args, accelerator.device)
     per_step = args.batch_size * accelerator.num_processes
     if len(data["held_in"]) < per_step:
@@ -231,15 +233,15 @@ def main(args: Arguments) -> None:
         for number, (name, settings) in enumerate(trials, start=1):
             label = f"{protocol}, trial {number}/{len(trials)}"
             steps = max(1, round(shorter * lengths[name]))
-            news += train("trial", protocol, name, settings, args.seeds[0], steps, label)
+            news += train("trial", protocol, name, settings, args.seeds[0], steps, label, speed)
         runs = [(seed, name) for seed in args.seeds for name in args.methods]
         for number, (seed, name) in enumerate(runs, start=1):
-            settings = chosen(args, read_records(results), name, protocol)
+            settings = chosen(args, records_in(results), name, protocol)
             label = f"{protocol}, run {number}/{len(runs)}"
-            news += train("run", protocol, name, settings, seed, lengths[name], label)
+            news += train("run", protocol, name, settings, seed, lengths[name], label, speed)
 
     if accelerator.is_main_process:
-        records = [record for record in read_records(results) if record["kind"] == "run"]
+        records = [record for record in records_in(results) if record["kind"] == "run"]
         if not news:
             print(f"All of it is in {results} already; --results FILE begins another one")
         for protocol in args.protocols:
@@ -442,7 +444,8 @@ class Training:
         self.micro_steps = 2 if mixes(self.options) and accelerator.num_processes == 1 else 1
         if self.options:
             own = {key: value for key, value in self.options.items() if key not in ("schedule", "growth", "start")}
-            own |= {"gamma": settings["strength"], "seed": seed, "accumulation_steps": self.micro_steps}
+            own |= {"gamma": settings["strength"], "accumulation_steps": self.micro_steps}
+            own["seed"] += seed
             self.rwp = RWP(base, self.module, **own)
         elif self.method.sam_every:
             adaptive = self.method.adaptive
@@ -505,7 +508,8 @@ class Training:
         while start < stop:
             epoch, offset = divmod(start, size)
             if self.order is None or self.order[0] != epoch:
-                shuffled = np.random.default_rng([self.seed, epoch]).permutation(size)
+                # Apart from the draws of load_data, which are seeded by [data_seed] and [data_seed, 1].
+                shuffled = np.random.default_rng([self.seed, epoch, 1]).permutation(size)
                 self.order = epoch, torch.from_numpy(shuffled).to(self.images.labels.device)
             rows = self.order[1][offset : offset + stop - start]
             yield rows
@@ -540,6 +544,7 @@ def run(
     seed: int,
     steps: int,
     label: str,
+    speed: Mapping[str, float],
 ) -> bool:
     """Train one model to the end and append its record, unless that is there already. Returns whether it trained.
 
@@ -558,11 +563,9 @@ def run(
         "seed": seed,
         "replicas": replicas,
     }
-    if protocol == "time":
-        known = [record for record in read_records(results) if all(record[key] == what[key] for key in what)]
-    else:
+    if protocol != "time":  # which no two measurements make alike
         what["steps"] = steps
-        known = [record for record in read_records(results) if all(record.get(key) == what[key] for key in what)]
+    known = any(all(record.get(key) == what[key] for key in what) for record in records_in(results))
     accelerator.wait_for_everyone()  # all replicas have read before the main one writes
     if known:
         return False
@@ -571,10 +574,11 @@ def run(
     training = Training(accelerator, args, data, images, name, settings, seed, steps, per_step // replicas)
     folder = Path(args.output_dir) / "checkpoints" / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     history: list[dict[str, Any]] = []
-    done, seconds = 0, 0.0
+    done, seconds, slots_before = 0, 0.0, {"clean": 0, "perturbed": 0}
     if (latest := newest(folder)) is not None:
-        state = read_state(latest, needed=("step", "seconds", "gradients", "history", "steps"))
-        done, seconds, history, training.gradients = (state[key] for key in ("step", "seconds", "history", "gradients"))
+        kept = ("step", "seconds", "history", "gradients", "slots")
+        state = read_state(latest, needed=(*kept, "steps"))
+        done, seconds, history, training.gradients, slots_before = (state[key] for key in kept)
         steps = training.steps = state["steps"]
         load_checkpoint(accelerator, latest)
     points = sorted({round(steps * part / args.evaluations) for part in range(1, args.evaluations + 1)} - {0})
@@ -587,6 +591,14 @@ def run(
         leave=False,
         disable=None if accelerator.is_main_process else True,
     )
+
+    def report() -> dict[str, Any]:
+        """What RWP did, before a cut too. Collective."""
+        if training.rwp is None:
+            return {}
+        found = training.rwp.report()
+        return found | {"slots": {kind: slots_before[kind] + count for kind, count in found["slots"].items()}}
+
     training.module.train()
     try:
         for point in (point for point in points if point > done):
@@ -608,20 +620,23 @@ def run(
                 break  # diverged: the accuracy that it has is the result
             if done < steps:
                 position = {"step": done, "steps": steps, "seconds": seconds, "gradients": training.gradients}
-                save_checkpoint(accelerator, folder / f"step_{done}", position | {"history": history})
+                position |= {"history": history, "slots": report().get("slots", slots_before)}
+                save_checkpoint(accelerator, folder / f"step_{done}", position)
                 if accelerator.is_main_process:
                     remove_checkpoints(folder, keep=[done])
     finally:
         training.optimizer.eval()  # an interrupt may have left noise in the weights
         progress.close()
-    rwp = {"rwp": training.rwp.report()} if training.rwp else {}
+    rwp = {"rwp": report()} if training.rwp else {}
     if accelerator.is_main_process:
         final = history[-1]
         record = what | {
             "steps": steps,
+            "evaluations": args.evaluations,
             "batch_size": args.batch_size,
             "images_per_step": per_step,
             "top1": final["top1"],
+            **({"seconds_per_step": speed} if speed else {}),
             "gradients": final["gradients"],
             "seconds": final["seconds"],
             **rwp,
@@ -629,8 +644,8 @@ def run(
         }
         append_record(results, finite(record | ({"history": history} if kind == "run" else {}) | facts))
         remove_checkpoints(folder, keep=[])
+    accelerator.wait_for_everyone()  # what was appended may choose the next settings
     accelerator.free_memory()
-    torch._dynamo.reset()  # each model is compiled anew, and torch limits how often one function is
     return True
 
 
@@ -663,29 +678,27 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize()
 
 
-def seed_of(*position: int) -> int:
-    """A seed for a place in a run, apart from those of the order: (seed, step, replica)."""
-    return int(np.random.SeedSequence([*position, 0]).generate_state(1)[0])
-
-
 # What is written down.
 
 
 def task_of(args: Arguments) -> dict[str, Any]:
     """What is learned and how, alike for the methods and settings that are compared."""
     others = {"methods", "protocols", "seeds", "search", "lrs", "weight_decays", "strengths", "lr", "weight_decay"}
-    others |= {"name", "results", "output_dir", "evaluations", "workers", "max_bad_images", "shuffle_buffer"}
-    facts = without_places(asdict(args))
-    defaults = asdict(Arguments(data_dir=args.data_dir, dataset=args.dataset))
+    others |= {"name", "evaluations", "workers", "max_bad_images", "shuffle_buffer"}
+    facts, defaults = described_arguments(args)
     kept = {key: value for key, value in facts.items() if key not in others and not key.startswith("rwp")}
-    always = ("model", "epochs", "batch_size", "opt")
-    return {key: value for key, value in kept.items() if value != defaults[key] or key in always or key == "data_dir"}
+    always = ("model", "epochs", "batch_size", "opt", "data_dir")
+    return {key: value for key, value in kept.items() if value != defaults[key] or key in always}
 
 
-def check_task(args: Arguments, records: Sequence[Mapping[str, Any]], results: Path) -> None:
+def check_task(args: Arguments, replicas: int, records: Sequence[Mapping[str, Any]], results: Path) -> None:
     """Raise ValueError where a file has runs that these cannot be compared to."""
-    ours = task_of(args)
-    for theirs in (record["task"] for record in records):
+    alike = {"replicas": replicas, "evaluations": args.evaluations}
+    alike |= {"options": {name: options_of(args, name) for name in METHODS}}
+    for record in records:
+        theirs = record["task"] | {key: record[key] for key in alike if key in record}
+        ours = task_of(args) | {key: value for key, value in alike.items() if key in record}
+        ours["options"] = ours["options"][record["method"]]
         other = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
         if other:
             said = ", ".join(f"{key} {theirs.get(key)!r} and not {ours.get(key)!r}" for key in other)
@@ -696,7 +709,13 @@ def described_arguments(args: Arguments) -> tuple[dict, dict]:
     """The arguments as given, and their defaults for the same data."""
     defaults = asdict(Arguments(data_dir=args.data_dir, dataset=args.dataset))
     facts = without_places(asdict(args))
-    return {name: value for name, value in facts.items() if name not in ("results", "output_dir", "rwp")}, defaults
+    facts = {name: value for name, value in facts.items() if name not in ("results", "output_dir", "rwp")}
+    return facts, defaults | {"data_dir": None, "dataset": None}
+
+
+def records_in(results: Path) -> list[dict[str, Any]]:
+    """Trials and runs, without notes."""
+    return [record for record in read_records(results) if record["kind"] != "note"]
 
 
 def finite(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """Start a recipe, imagenet_rwp.py if not told so: in this process on a hundred of the digits, or as a user does."""
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -15,15 +15,12 @@ from hf_rwp.data import load_images
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 RECIPE = RECIPES / "imagenet_rwp.py"
+sys.path.append(str(RECIPES))  # as for whoever starts one
 SMALL = ["--img_size=16", "--batch_size=32", "--lr=0.02", "--report_to=none"]  # three steps an epoch
 
 
 def load_recipe(path=RECIPE):
-    if path.stem not in sys.modules:
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[path.stem]
+    return importlib.import_module(path.stem)
 
 
 def few_digits(**_):

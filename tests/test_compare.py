@@ -15,7 +15,6 @@ from imagenet import RECIPES, few_digits, load_recipe
 from torch.nn.functional import cross_entropy
 
 from hf_rwp.arguments import parse_arguments
-from hf_rwp.placement import role
 from hf_rwp.records import read_records
 
 TINY = ["--img_size=16", "--batch_size=20", "--epochs=2", "--lr=0.02", "--evaluations=2", "--warmup_epochs=0"]
@@ -98,7 +97,6 @@ def test_methods_see_the_same_images_and_every_image_once_an_epoch(compare):
 
 def test_plain_training_is_the_loop_that_everyone_writes(compare):
     ours, _ = training(compare, "base")
-    torch.manual_seed(0)
     compare.set_seed(0)
     model = compare.create_model(ours.args, 10, 16).to(memory_format=torch.channels_last)
     decays = [p for p in model.parameters() if p.ndim > 1]
@@ -191,6 +189,16 @@ def test_a_search_is_of_equal_size_and_never_sees_the_test_images(compare, tmp_p
     assert chooses & (pixels["held_in"] | pixels["test"]) == set()
 
 
+def test_wrong_labels_are_spread_over_every_epoch(compare):
+    """Also where the data's seed and the run's are the same."""
+    trained, _ = training(compare, "base", "--label_noise=0.3")
+    clean, _ = training(compare, "base")
+    wrong = trained.images.labels != clean.images.labels
+    for epoch in range(4):
+        order = torch.cat(list(trained.rows(100 * epoch, 100 * epoch + 100)))
+        assert wrong[order][:30].sum() < 20
+
+
 def test_images_for_the_search_lie_outside_of_a_subset(compare):
     args = parse_arguments(
         compare.Arguments, [*TINY, "--search=true", "--train_images=60", "--validation_images=40", "--test_images=30"]
@@ -239,6 +247,7 @@ def test_a_run_that_was_cut_ends_in_the_same_figures(compare, tmp_path, monkeypa
     for one, other in zip(whole["history"], resumed["history"], strict=True):
         del one["seconds"], other["seconds"]
         assert one == other
+    assert whole.get("rwp", {}).get("slots") == resumed.get("rwp", {}).get("slots")
     assert not list((tmp_path / "cut" / "checkpoints").glob("*/step_*"))
 
 
@@ -253,11 +262,26 @@ def test_finished_runs_are_not_run_again(compare, tmp_path, monkeypatch, capsys)
     assert [(r["method"], r["seed"]) for r in more] == [("base", 0), ("rwp", 0), ("base", 1), ("rwp", 1)]
 
 
-def test_a_file_holds_one_comparison(compare, tmp_path):
-    before = start(compare, tmp_path, "--methods=base")
-    with pytest.raises(ValueError, match=r"another comparison \(label_noise None and not 0.5\): set another --name"):
-        start(compare, tmp_path, "--methods=base", "--label_noise=0.5")
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--label_noise=0.5", "label_noise None and not 0.5"),
+        ("--rwp_alpha=0.3", "options .*0.5.* and not .*0.3"),
+        ("--evaluations=1", "evaluations 2 and not 1"),
+        ("--epochs=3", "epochs 2 and not 3"),
+    ],
+)
+def test_a_file_holds_one_comparison(compare, tmp_path, flag, said):
+    before = start(compare, tmp_path, "--methods=rwp")
+    with pytest.raises(ValueError, match=rf"another comparison \({said}.*\): set another --name"):
+        start(compare, tmp_path, "--methods=rwp", flag)
     assert read_records(tmp_path / "records.jsonl") == before
+
+
+def test_a_record_names_its_data(compare):
+    args = parse_arguments(compare.Arguments, [*TINY, "--dataset=uoft-cs/cifar10"])
+    assert compare.task_of(args)["dataset"] == "uoft-cs/cifar10"
+    assert "--dataset uoft-cs/cifar10" in compare.command_of("compare.py", *compare.described_arguments(args))
 
 
 def test_a_search_serves_later_runs_of_the_same_file(compare, tmp_path):
@@ -330,7 +354,6 @@ def test_two_replicas_share_the_batches_and_agree(compare, tmp_path):
     assert first == second  # weights and buffers, at every evaluation
     records = {record["method"]: record for record in read_records(tmp_path / "records.jsonl")}
     assert records["rwp"]["rwp"]["placement"] == "parallel"
-    assert role(1, 0, 2, 1, 0.5).perturbed
     assert records["rwp"]["rwp"]["slots"] == {"clean": 5, "perturbed": 5}
     for record in records.values():
         assert (record["replicas"], record["images_per_step"], record["steps"]) == (2, 40, 5)
