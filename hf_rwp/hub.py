@@ -117,6 +117,9 @@ def push(
     one set of them. revision: a branch, made if missing. tag: of the commit. private: of a repository that is made; an
     existing public one is refused. token: as huggingface_hub has it; True is the stored one, False none.
 
+    From then on huggingface_hub gives up on a silent server after a minute in this process, in downloads too: it has
+    no such setting for one call.
+
     Raises PushError once huggingface_hub's attempts, and some more with growing pauses, have failed.
     """
     folder = Path(folder)

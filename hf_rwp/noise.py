@@ -115,7 +115,7 @@ def relative_size(noisy: Tensor, clean: Tensor) -> Tensor:
     dtype = torch.promote_types(clean.dtype, torch.float32)
     if clean.ndim == 0:
         noisy, clean = noisy.unsqueeze(0), clean.unsqueeze(0)
-    rows = max(1, 2**16 * len(clean) // max(1, clean.numel()))  # a piece at a time: no second copy of a large weight
+    rows = max(1, 2**16 * len(clean) // max(1, clean.numel()))  # some rows at a time: no second copy of a large weight
     pieces = zip(noisy.split(rows), clean.split(rows), strict=True)
     norms = [torch.linalg.vector_norm(some_noisy.to(dtype) - some_clean) for some_noisy, some_clean in pieces]
     noise: Tensor = torch.linalg.vector_norm(torch.stack(norms))

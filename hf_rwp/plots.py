@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-Path = str | os.PathLike[str]
+StrPath = str | os.PathLike[str]
 
 # Okabe and Ito's palette, apart for every kind of colour vision; lines and markers are apart in grey, too.
 _LOSSES: dict[str, dict[str, Any]] = {
@@ -41,7 +41,7 @@ _MODELS: list[dict[str, Any]] = [
 _HATCHES = ["", "//", "..", "xx", "\\\\", "++", "oo"]
 
 
-def training_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+def training_curves(history: Sequence[Mapping[str, Any]], path: StrPath) -> None:
     """Write a PNG: losses on the left, held-out top-1 accuracy in percent on the right, over the epochs.
 
     history: one mapping an epoch with epoch, train_loss and, where they exist, loss_clean, loss_perturbed, top1 and
@@ -69,7 +69,7 @@ def training_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, format="png", dpi=150)
 
 
-def comparison(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path) -> None:
+def comparison(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: StrPath) -> None:
     """Write a PNG that sets training methods side by side: accuracy over epochs, over time, and at the end over cost.
 
     runs: for the name of each method the histories of its runs, one a seed: mappings with epoch, seconds,
@@ -100,7 +100,7 @@ def comparison(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: 
     figure.savefig(path, format="png", dpi=150)
 
 
-def landscape(losses: Mapping[str, Any], coordinates: Sequence[float], path: Path, label: str = "loss") -> None:
+def landscape(losses: Mapping[str, Any], coordinates: Sequence[float], path: StrPath, label: str = "loss") -> None:
     """Write a PNG: the loss on a plane through the weights, as contours above and as a surface below, for each model.
 
     losses: for each model's name an array (len(coordinates), len(coordinates)), first index along the first direction.
@@ -160,7 +160,7 @@ def landscape(losses: Mapping[str, Any], coordinates: Sequence[float], path: Pat
     figure.savefig(path, format="png", dpi=150)
 
 
-def sharpness_curves(models: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+def sharpness_curves(models: Mapping[str, Mapping[str, Any]], path: StrPath) -> None:
     """Write a PNG with six panels: what weight noise, a line through the weights, and rounding do to some models.
 
     models: for each model's name what recipes/landscape.py writes to landscape.json: `train` with under_noise,

@@ -4,6 +4,7 @@ import glob
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -107,24 +108,37 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Add a line to a .jsonl file, made if missing, and have it on disk; what a kill cut short there is cut off."""
-    line = json.dumps(record, allow_nan=False).encode()  # before the file is touched
+    """Add a line to a .jsonl file, made if missing, and have it on disk; what a kill cut short there is cut off.
+
+    Raises ValueError for a number that JSON has not, see `without_nan`, and for a file of something else.
+    """
+    line = json.dumps(record, allow_nan=False).encode() + b"\n"  # before the file is touched
+    count = len(read_records(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = sum(1 for _ in read_records(path))
     with path.open("a+b") as file:
         file.seek(0)
         lines = file.read().splitlines(keepends=True)
-        if len(lines) > whole:
-            file.truncate(sum(map(len, lines[:whole])))
-        separator = b"\n" if whole and not lines[whole - 1].endswith(b"\n") else b""
-        file.write(separator + line + b"\n")
+        if len(lines) > count:
+            file.truncate(sum(map(len, lines[:count])))
+        elif lines and not lines[-1].endswith(b"\n"):
+            line = b"\n" + line
+        file.write(line)
         file.flush()
         os.fsync(file.fileno())
 
 
-def command_of(script: str, arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
-    """The command line that a run's arguments amount to, without those that have their default."""
-    words = ["accelerate", "launch", script]
+def without_nan(value: Any) -> Any:
+    """`value` with None for the numbers that JSON has not."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def command_of(start: str, arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """The command line that a run's arguments amount to, after its `start`, without those that have their default."""
+    words = shlex.split(start)
     for name, value in arguments.items():
         if value != defaults[name] and value is not None:
             values = value if isinstance(value, list) else [value]

@@ -241,7 +241,8 @@ class RWPTrainerMixin(_AnyTrainer):
     ) -> Any:
         """Trainer's, with the card of RWP: weights, configuration, preprocessing, card and figures in one commit.
 
-        Written to `hub` in the output folder first; neither Trainer's pickled arguments nor its logs go along. The main
+        Written to `hub` in the output folder first; neither Trainer's pickled arguments nor its logs go along. They do
+        with Trainer's own pushes while training, which any `hub_strategy` but "end" asks for. The main
         process does it all, so that it may call this, or `save_model` with `push_to_hub=True`, alone. results: what a
         recipe's results.json holds; taken from Trainer's log if not given, what RWP did included once training is over.
         pictures, facts: as `hf_rwp.push_to_hub` takes them; of those of Trainer, `model_name`, `finetuned_from`,
@@ -255,8 +256,7 @@ class RWPTrainerMixin(_AnyTrainer):
             given = [name for name, value in names.items() if value is not None]
             if given:
                 raise ValueError(f"{', '.join(given)}: Trainer's own push, which this is without rwp=True, has no such")
-            given_token: Any = token  # which Trainer passes on
-            return super().push_to_hub(commit_message, blocking, given_token, revision, private, **facts)
+            return super().push_to_hub(commit_message, blocking, token, revision, private, **facts)  # type: ignore[arg-type]
         from hf_rwp import hub  # huggingface_hub, for those who push alone
         from hf_rwp.folder import save_any
 

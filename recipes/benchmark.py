@@ -18,11 +18,11 @@ python recipes/benchmark.py --batch_size 128 --mixed_precision bf16 --channels_l
 
 # For the record
 ```bash
-python recipes/benchmark.py --output recipes/results/benchmark.jsonl
+python recipes/benchmark.py --output recipes/results/benchmark/cpu.jsonl
 ```
 
 It starts its own ranks, which share the CPU's cores. Within one process, or one group of ranks, every round takes each
-variant once, in an order drawn anew; a step lasts until the slowest rank is done. Ratios are taken within rounds, and
+kind of step once, in an order drawn anew; a step lasts until the slowest rank is done. Ratios are taken within rounds, and
 the table shows their median and quartiles. One JSON line with all times goes to the end of `--output`.
 """
 
@@ -48,6 +48,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from compare import make_stem_small
 from datasets import Image
 from timm.data import create_loader, resolve_data_config
 from timm.optim import create_optimizer_v2
@@ -153,7 +154,7 @@ def main(args: Arguments) -> None:
     defaults = {item.name: item.default for item in fields(Arguments)}
     given = {name: without_places(value) for name, value in asdict(args).items()}
     record = {
-        "command": command_of("recipes/benchmark.py", given, defaults).replace("accelerate launch", "python"),
+        "command": command_of("python recipes/benchmark.py", given, defaults),
         "arguments": given,
         "load_average": busy,
         "device_type": "cuda" if torch.cuda.is_available() else "cpu",
@@ -217,7 +218,7 @@ def measure(name: str, rank: int, ranks: int, device: torch.device, args: Argume
     rounds = 2 if ranks > 1 and args.shared else args.rounds
     seconds: dict[str, list[float]] = {kind: [] for kind in variants}
     order = random.Random(args.seed)  # the same on all ranks
-    progress = tqdm(range(WARM_UP + rounds), desc=f"{name}, {ranks} rank{'s'[: ranks > 1]}", disable=rank > 0)
+    progress = tqdm(range(WARM_UP + rounds), desc=f"{name}, ranks: {ranks}", disable=rank > 0)
     for index in progress:
         for kind in order.sample(list(variants), len(variants)):
             progress.set_postfix_str(kind)
@@ -268,7 +269,7 @@ def create_model(name: str, img_size: int | None) -> tuple[nn.Module, int]:
     """The model and the size of its images."""
     if name == "cifar_resnet18":
         model = timm.create_model("resnet18", num_classes=10)
-        model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+        make_stem_small(model)
         return model, img_size or 32
     model = timm.create_model(name)
     return model, img_size or model.pretrained_cfg["input_size"][-1]
@@ -547,7 +548,7 @@ def rows(record: dict) -> list[dict]:
     speeds = ratios(loops["imagenet_rwp"], loops["timm"])
     add("", "images/s, imagenet_rwp base / timm's loop", speeds, 1.0, at_least=True)
     add("", "seconds of import hf_rwp after import torch", record["import_seconds"]["hf_rwp"], 0.2)
-    add("", "seconds of from hf_rwp import RWP after that", record["import_seconds"]["RWP"], None)
+    add("", "seconds of from hf_rwp import RWP, all in all", record["import_seconds"]["RWP"], None)
     return found
 
 

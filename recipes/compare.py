@@ -63,7 +63,7 @@ from hf_rwp.loading import ImageDataset
 from hf_rwp.metrics import label_rank
 from hf_rwp.noise import DEFAULT_GAMMA, gamma_factor
 from hf_rwp.plots import comparison
-from hf_rwp.records import append_record, command_of, environment, read_records, without_places
+from hf_rwp.records import append_record, command_of, environment, read_records, without_nan, without_places
 from hf_rwp.transforms import BatchTransform, augmented, cut_out_, image_transforms
 
 RECIPES = Path(__file__).parent
@@ -214,7 +214,8 @@ def main(args: Arguments) -> None:
     torch._dynamo.config.recompile_limit = 256  # each model is compiled anew
     results, output_dir = Path(args.results), Path(args.output_dir)
     check_task(args, accelerator.num_processes, records_in(results), results)
-    facts = {"command": command_of(f"recipes/{Path(__file__).name}", *described_arguments(args))}
+    launcher = "python" if accelerator.num_processes == 1 else "accelerate launch"
+    facts = {"command": command_of(f"{launcher} recipes/{Path(__file__).name}", *described_arguments(args))}
     facts |= environment(accelerator) | {"load_average": os.getloadavg()[0]}
     data = load_data(args, accelerator.device)
     per_step = args.batch_size * accelerator.num_processes
@@ -339,10 +340,15 @@ def create_model(args: Arguments, classes: int, img_size: int) -> nn.Module:
         options.pop("output_stride", None)
     model = timm.create_model(args.model, num_classes=classes, **options)
     if small and isinstance(model, ResNet) and isinstance(model.conv1, nn.Conv2d):
-        model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, padding=1, bias=False)
-        model.maxpool = nn.Identity()
-        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm's other convolutions
+        make_stem_small(model)
     return model
+
+
+def make_stem_small(model: ResNet) -> None:
+    """CIFAR's stem in place of ImageNet's: a 3x3 convolution, without pooling."""
+    model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm's other convolutions
 
 
 def options_of(args: Arguments, name: str) -> dict[str, Any]:
@@ -642,7 +648,7 @@ def run(
             **rwp,
             "images": {"train": len(images), "evaluated": len(judges)},
         }
-        append_record(results, finite(record | ({"history": history} if kind == "run" else {}) | facts))
+        append_record(results, without_nan(record | ({"history": history} if kind == "run" else {}) | facts))
         remove_checkpoints(folder, keep=[])
     accelerator.wait_for_everyone()  # what was appended may choose the next settings
     accelerator.free_memory()
@@ -718,15 +724,6 @@ def records_in(results: Path) -> list[dict[str, Any]]:
     return [record for record in read_records(results) if record["kind"] != "note"]
 
 
-def finite(value: Any) -> Any:
-    """`value` with None for numbers that JSON has not: those of a run that diverged."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """Of runs under one protocol, a row a method: accuracy over seeds, its distance to plain training, the cost."""
     heads = ("method", "top-1 (%)", "against plain", "seeds", "gradients of an image", "training time", "settings")
@@ -747,6 +744,10 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
                 ", ".join(settings),
             )
         )
+    return as_table(rows)
+
+
+def as_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

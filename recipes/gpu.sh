@@ -6,6 +6,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python -m pytest -m gpu
-[ -e recipes/results/benchmark_gpu.jsonl ] || python recipes/benchmark.py --output recipes/results/benchmark_gpu.jsonl
+[ -e recipes/results/benchmark/gpu.jsonl ] || python recipes/benchmark.py --output recipes/results/benchmark/gpu.jsonl
 python recipes/compare.py --config recipes/configs/compare/cifar10_resnet18.yaml "$@"
 python recipes/report.py

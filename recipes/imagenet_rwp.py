@@ -482,7 +482,7 @@ def main(args: Arguments) -> None:
         """Have the weights as they are pushed in the background, if it is time. seconds: of this epoch."""
         by_accuracy = args.hub_strategy == "best"
         folder = best_folder if by_accuracy else model_folder
-        if not (improved if by_accuracy else not background.busy):
+        if background.busy or (by_accuracy and not improved):  # the last push has the best weights anyway
             return
         try:
             write_model(folder, results_so_far(seconds))
@@ -498,8 +498,8 @@ def main(args: Arguments) -> None:
             "seconds": sum(row["seconds"] for row in history) + seconds,
             "weights_sha256": weights_digest(trained),
             "arguments": facts,
-            "base_model": base_of(args, module),
-            "command": command_of(f"recipes/{Path(__file__).name}", *described_arguments(args)),
+            "base_model": base_model_of(args, module),
+            "command": command_of(f"accelerate launch recipes/{Path(__file__).name}", *described_arguments(args)),
             "data": {
                 role: {"images": getattr(split, "num_rows", None), "split": name_of(split)}
                 for role, split in splits.items()
@@ -511,12 +511,13 @@ def main(args: Arguments) -> None:
     def write_model(folder: Path, results: dict) -> None:
         """The weights as they are, and their card: all that goes to the Hub. On the main process."""
         parts = {"label_names": label_names, "data_config": data_config, "model_args": model_args}
+        (folder / "landscape.png").unlink(missing_ok=True)  # of the weights before
         save_model(trained, folder, **parts)
         training_curves(history, curves)
         add_card(
             folder,
             results,
-            pictures=[picture for picture in (curves, output_dir / "landscape.png") if picture.exists()],
+            pictures=[curves],
             logs=output_dir / "logs" if args.hub_logs else None,
             repo_id=args.hub_model_id,
             architecture=module.pretrained_cfg["architecture"],
@@ -663,7 +664,7 @@ def accuracy_of(row: dict) -> float:
     return row.get("top1_ema", row["top1"])
 
 
-def base_of(args: Arguments, module: nn.Module) -> str | None:
+def base_model_of(args: Arguments, module: nn.Module) -> str | None:
     """The weights that training started from, by their id on the Hub; None where they have none."""
     if args.pretrained != "timm":
         return hub_id(args.pretrained)

@@ -49,7 +49,7 @@ from hf_rwp.data import load_images
 from hf_rwp.loading import build_loader
 from hf_rwp.noise import DEFAULT_GAMMA, MODES
 from hf_rwp.plots import landscape, sharpness_curves
-from hf_rwp.records import command_of, environment, without_places
+from hf_rwp.records import command_of, environment, without_nan, without_places
 from hf_rwp.sharpness import (
     Batches,
     largest_eigenvalue,
@@ -150,13 +150,16 @@ def main(args: Arguments) -> None:
     images = {role: sum(len(labels) for _, labels in some) for role, some in batches.items()}
     own = {known.name for known in fields(Arguments)} - {known.name for known in fields(ImageArguments)} | USED
     facts = {name: without_places(value) for name, value in asdict(args).items() if name in own - PLACES}
-    command = shlex.split(command_of("", facts, asdict(Arguments(models=["-"], noise=args.noise))))[3:]
     shown = [name if Path(place).is_absolute() else place for name, place in folders.items()]
     record = {
         "models": figures,
         "data": {role: {"images": images[role], "split": str(split.split or role)} for role, split in splits.items()},
         "arguments": facts,
-        "command": shlex.join(["python", f"recipes/{Path(__file__).name}", *shown, *command]),
+        "command": command_of(
+            shlex.join(["python", f"recipes/{Path(__file__).name}", *shown]),
+            facts,
+            asdict(Arguments(models=["-"], noise=args.noise)),
+        ),
         **surroundings,
     }
     label = f"loss on {images['train']:,} images of the split {record['data']['train']['split']}"
@@ -322,15 +325,6 @@ def whole(path: Path) -> Iterator[Path]:
         partial_file.replace(path)
     finally:
         partial_file.unlink(missing_ok=True)
-
-
-def without_nan(value: Any) -> Any:
-    """null in place of what JSON has no number for."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(figures: dict[str, Any], args: Arguments) -> str:

@@ -5,7 +5,8 @@ python recipes/report.py
 ```
 
 Every figure comes from a line of `recipes/results/*.jsonl`, the words about them too: a difference between two methods
-is called one where the 95 % interval of the paired differences over seeds (Student's t) leaves out 0.
+is called one where the 95 % interval of the paired differences over seeds (Student's t) leaves out 0. It covers seeds
+alone: not which settings the one search happened to choose, and not that many differences are looked at.
 """
 
 import statistics
@@ -13,11 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compare import METHODS, PROTOCOLS, by_method, curves_of, spread, table
-from scipy.stats import t as student
-
+from compare import METHODS, PROTOCOLS, as_table, by_method, curves_of, spread, table
 from hf_rwp.plots import comparison
 from hf_rwp.records import read_records
+from hf_rwp.sharpness import estimate
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"
@@ -28,7 +28,7 @@ def main() -> None:
     comparisons, benchmarks = read_comparisons(RESULTS), read_benchmarks(RESULTS)
     for name, runs in comparisons.items():
         for protocol, mine in by_protocol(runs).items():
-            comparison(curves_of(mine), RESULTS / f"compare_{name}_{protocol}.png")
+            comparison(curves_of(mine), RESULTS / "compare" / f"{name}_{protocol}.png")
     (RESULTS / "README.md").write_text(details(comparisons, benchmarks), encoding="utf-8")
     readme = ROOT / "README.md"
     section = summary(comparisons, benchmarks)
@@ -38,13 +38,12 @@ def main() -> None:
 
 def read_comparisons(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The records of each comparison, by its name."""
-    files = sorted(folder.glob("compare_*.jsonl"))
-    return {file.stem.removeprefix("compare_"): read_records(file) for file in files}
+    return {file.stem: read_records(file) for file in sorted((folder / "compare").glob("*.jsonl"))}
 
 
 def read_benchmarks(folder: Path) -> list[dict[str, Any]]:
     """The last record of each file of benchmarks."""
-    return [read_records(file)[-1] for file in sorted(folder.glob("benchmark*.jsonl"))]
+    return [read_records(file)[-1] for file in sorted((folder / "benchmark").glob("*.jsonl"))]
 
 
 def by_protocol(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -68,7 +67,9 @@ def summary(comparisons: Mapping[str, Sequence[Mapping[str, Any]]], benchmarks: 
     parts = []
     for record in benchmarks:
         rows = [row for row in record["rows"] if "step /" in row["what"] or "/ step" in row["what"]]
-        parts.append(f"What a step costs, on {machine(record)}; ratios of medians over rounds (quartiles):")
+        parts.append(
+            f"What a step costs, on {machine(record)}; medians over rounds of the ratio within a round (quartiles):"
+        )
         parts.append(costs(rows))
     for protocol, title in PROTOCOLS.items():
         found = {name: by_protocol(records).get(protocol) for name, records in comparisons.items()}
@@ -104,7 +105,8 @@ def details(comparisons: Mapping[str, Sequence[Mapping[str, Any]]], benchmarks: 
         "Rendered from the records in this folder by `python recipes/report.py`; do not edit. A record is one run: its "
         "command, settings, seed, versions, hardware, commit, date and figures. Accuracy is that of the last epoch on "
         "images that chose nothing; ± is the standard deviation over seeds. `against plain` is the mean of the "
-        "differences seed by seed. Settings are learning rate, weight decay, and rho or gamma.",
+        "differences seed by seed. Settings are learning rate, weight decay, and rho or gamma. Intervals cover seeds alone: "
+        "not which settings the search happened to choose, and not that many differences are looked at.",
     ]
     for name, records in comparisons.items():
         parts.append(f"## {described(records)}")
@@ -112,8 +114,8 @@ def details(comparisons: Mapping[str, Sequence[Mapping[str, Any]]], benchmarks: 
         for protocol, runs in by_protocol(records).items():
             parts.append(f"### {PROTOCOLS[protocol].capitalize()}")
             parts.append(table(runs))
-            parts.append(f"![accuracy over epochs, time and cost](compare_{name}_{protocol}.png)")
-            parts.append(f"{sentence(described(records), by_method(runs))}")
+            parts.append(f"![accuracy over epochs, time and cost](compare/{name}_{protocol}.png)")
+            parts.append(sentence(described(records), by_method(runs)))
     for record in benchmarks:
         parts.append(f"## What a step costs, on {machine(record)}")
         parts.append(
@@ -134,54 +136,56 @@ def costs(rows: Sequence[Mapping[str, Any]]) -> str:
     """A row for each figure of a benchmark, a column for each model."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     found = {(row["what"], row["model"]): row for row in rows}
-    lines = [("", *(model or "any model" for model in models), "limit"), ("---",) * (len(models) + 2)]
+    lines = [("", *(model or "any model" for model in models)), ("---",) * (len(models) + 1)]
     for what in dict.fromkeys(row["what"] for row in rows):
-        mine = [found.get((what, model)) for model in models]
-        limits = {
-            ("≥ " if row["at_least"] else "≤ ") + f"{row['limit']:g}"
-            for row in mine
-            if row and row["limit"] is not None
-        }
-        lines.append((what, *map(cost_cell, mine), ", ".join(sorted(limits))))
+        lines.append((what, *(cost_cell(found.get((what, model))) for model in models)))
     return as_table(lines)
 
 
 def cost_cell(row: Mapping[str, Any] | None) -> str:
+    """The median with its quartiles, and the limit, where there is one, with whether it holds."""
     if row is None:
         return ""
     low, high = row["quartiles"]
-    spread_of = "" if low == high else f" ({low:.3g} to {high:.3g})"
-    missed = " **missed**" if row["holds"] is False else ""
-    return f"{row['median']:.3g}{spread_of}{missed}"
+    said = f"{row['median']:.3g}" + ("" if low == high else f" ({low:.3g} to {high:.3g})")
+    if row["limit"] is None:
+        return said
+    verdict = f"{'≥' if row['at_least'] else '≤'} {row['limit']:g} {'holds' if row['holds'] else 'missed'}"
+    return f"{said}; {verdict}{'' if row['clear'] else ', within the spread'}"
 
 
 def described(records: Sequence[Mapping[str, Any]]) -> str:
     """A comparison's task in a few words."""
     task = records[0]["task"]
-    data = {"cifar10": "CIFAR-10"}.get(task["data_dir"] or task.get("dataset", "digits"), "digits")
+    data = task["data_dir"] or task.get("dataset") or "digits"
+    data = {"cifar10": "CIFAR-10", "uoft-cs/cifar10": "CIFAR-10"}.get(data, data)
     images = f", {task['train_images']:,} images" if "train_images" in task else ""
     noise = f", {task['label_noise']:.0%} of labels random" if "label_noise" in task else ""
-    return f"{data}{images}{noise}"
+    return f"{data}, {task['model']}{images}{noise}"
 
 
 def conditions(records: Sequence[Mapping[str, Any]]) -> str:
     """What a reader has to know to believe a table."""
     task, runs = records[0]["task"], [record for record in records if record["kind"] == "run"]
-    trials = [record for record in records if record["kind"] == "trial"]
     hardware, versions = runs[-1]["hardware"], runs[-1]["versions"]
-    settings = ", ".join(f"{key} {value}" for key, value in task.items() if key not in ("data_dir", "model"))
-    chosen = (
-        f"Settings were chosen for each method on {trials[0]['images']['evaluated']:,} held-out training images, "
-        f"from a grid of {len({str(trial['settings']) for trial in trials if trial['method'] == 'base'})} "
-        f"({', '.join(sorted({PROTOCOLS[trial['protocol']] for trial in trials}))}; one seed)."
-        if trials
-        else "Settings were given, not searched."
-    )
-    return (
-        f"{task['model']}; {settings}; evaluated on {runs[0]['images']['evaluated']:,} images. {chosen} "
-        f"{hardware['device']}, {hardware['threads']} thread(s) a process; torch {versions['torch']}. Times were taken "
-        "while other work ran on the machine: compare costs by gradients."
-    )
+    settings = ", ".join(f"{key} {value}" for key, value in task.items() if key not in ("data_dir", "dataset", "model"))
+    busy = [run["load_average"] for run in runs]
+    said = [
+        f"{task['model']}; {settings}; evaluated on {runs[0]['images']['evaluated']:,} images. {hardware['device']}, "
+        f"{hardware['threads']} thread(s) a process, torch {versions['torch']}, load average when the runs began "
+        f"{min(busy):.1f} to {max(busy):.1f}: on a busy machine compare costs by gradients, not by time."
+    ]
+    trials = [record for record in records if record["kind"] == "trial"]
+    if trials:
+        tried = len({str(trial["settings"]) for trial in trials if trial["method"] == trials[0]["method"]})
+        terms = " and ".join(PROTOCOLS[protocol] for protocol in dict.fromkeys(trial["protocol"] for trial in trials))
+        said.append(
+            f"Each method's settings are the best of {tried} by accuracy on {trials[0]['images']['evaluated']:,} held-out "
+            f"training images, at {terms}, with one seed; other protocols use the same."
+        )
+    else:
+        said.append("Settings were given, not searched.")
+    return " ".join(said + [record["text"] for record in records if record["kind"] == "note"])
 
 
 def sentence(task: str, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -200,20 +204,15 @@ def verdict(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any
     """Whether accuracies differ, by the 95 % interval of their paired differences over seeds."""
     there = {run["seed"]: run["top1"] for run in theirs}
     gains = [100 * (run["top1"] - there[run["seed"]]) for run in ours if run["seed"] in there]
-    if len(gains) < 2:
-        return "not to be told apart by one seed from"
-    mean = statistics.mean(gains)
-    margin = student.ppf(0.975, len(gains) - 1) * statistics.stdev(gains) / len(gains) ** 0.5
-    interval = f"({mean:+.2f}, 95 % interval {mean - margin:+.2f} to {mean + margin:+.2f})"
-    if mean - margin > 0:
+    if len(gains) < 3:
+        return f"not to be told apart by {len(gains)} seed(s) from"
+    gain = estimate(gains)
+    interval = f"({gain.mean:+.2f}, 95 % interval {gain.low:+.2f} to {gain.high:+.2f})"
+    if gain.low > 0:
         return f"better {interval} than"
-    if mean + margin < 0:
+    if gain.high < 0:
         return f"worse {interval} than"
     return f"not to be told apart {interval} from"
-
-
-def as_table(rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 if __name__ == "__main__":

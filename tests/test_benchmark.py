@@ -58,7 +58,7 @@ def test_every_row_of_the_design_is_measured_and_shown(run):
         "collectives in a step, RWP - base": 0.0,
         "images/s, imagenet_rwp base / timm's loop": 1.0,
         "seconds of import hf_rwp after import torch": 0.2,
-        "seconds of from hf_rwp import RWP after that": None,
+        "seconds of from hf_rwp import RWP, all in all": None,
     }
     for row in record["rows"]:
         assert row["what"] in shown

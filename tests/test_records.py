@@ -83,7 +83,10 @@ def test_what_is_no_path_here_is_an_id_on_the_hub(name, tmp_path, monkeypatch):
 def test_a_command_says_what_differs_from_the_defaults():
     defaults = {"lr": 0.1, "scale": [0.1, 1.0], "model": "resnet18", "ratio": None}
     arguments = {"lr": 0.2, "scale": [0.5, 1.0], "model": "resnet18", "ratio": None}
-    assert command_of("train.py", arguments, defaults) == "accelerate launch train.py --lr 0.2 --scale 0.5 1.0"
+    assert (
+        command_of("accelerate launch train.py", arguments, defaults)
+        == "accelerate launch train.py --lr 0.2 --scale 0.5 1.0"
+    )
 
 
 def test_records_are_appended_and_come_back(tmp_path):
