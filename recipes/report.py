@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from compare import METHODS, PROTOCOLS, as_table, by_method, curves_of, spread, table
+
 from hf_rwp.plots import comparison
 from hf_rwp.records import read_records
 from hf_rwp.sharpness import estimate
@@ -105,8 +106,8 @@ def details(comparisons: Mapping[str, Sequence[Mapping[str, Any]]], benchmarks: 
         "Rendered from the records in this folder by `python recipes/report.py`; do not edit. A record is one run: its "
         "command, settings, seed, versions, hardware, commit, date and figures. Accuracy is that of the last epoch on "
         "images that chose nothing; ± is the standard deviation over seeds. `against plain` is the mean of the "
-        "differences seed by seed. Settings are learning rate, weight decay, and rho or gamma. Intervals cover seeds alone: "
-        "not which settings the search happened to choose, and not that many differences are looked at.",
+        "differences seed by seed. Settings are learning rate, weight decay, and rho or gamma. Intervals cover seeds "
+        "alone: not which settings the search happened to choose, and not that many differences are looked at.",
     ]
     for name, records in comparisons.items():
         parts.append(f"## {described(records)}")
@@ -180,8 +181,8 @@ def conditions(records: Sequence[Mapping[str, Any]]) -> str:
         tried = len({str(trial["settings"]) for trial in trials if trial["method"] == trials[0]["method"]})
         terms = " and ".join(PROTOCOLS[protocol] for protocol in dict.fromkeys(trial["protocol"] for trial in trials))
         said.append(
-            f"Each method's settings are the best of {tried} by accuracy on {trials[0]['images']['evaluated']:,} held-out "
-            f"training images, at {terms}, with one seed; other protocols use the same."
+            f"Each method's settings are the best of {tried} by accuracy on {trials[0]['images']['evaluated']:,} "
+            f"held-out training images, at {terms}, with one seed; other protocols use the same."
         )
     else:
         said.append("Settings were given, not searched.")

@@ -115,7 +115,8 @@ class Arguments(ImageArguments, RWPTrainingArguments):
         default="end",
         metadata={
             "help": "When `--push_to_hub` pushes: at the `end`, the model and its card alone. Trainer's other "
-            "strategies push its whole output folder on the way, with its pickled arguments and logs, which name this machine."
+            "strategies push its whole output folder on the way, with its pickled arguments and logs, which name this "
+            "machine."
         },
     )
     # Model
