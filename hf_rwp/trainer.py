@@ -19,7 +19,9 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
 from transformers.training_args import ParallelMode
+from transformers.utils.hub import PushInProgress
 
 from hf_rwp.arguments import RWPArguments
 from hf_rwp.environment import refuse_data_parallel, refuse_unsupported, this_replica
@@ -62,6 +64,7 @@ class RWPTrainerMixin(_AnyTrainer):
     args: Any  # RWPArguments and TrainingArguments in one
     model: Any
     optimizer: Any
+    push_in_progress: Any
     rwp: RWP | None = None
     _report: Mapping[str, Any] | None = None  # of the wrapper, after training
     _best_step: int | None = None  # whose weights these are, where training ended with the best ones
@@ -241,8 +244,8 @@ class RWPTrainerMixin(_AnyTrainer):
     ) -> Any:
         """Trainer's, with the card of RWP: weights, configuration, preprocessing, card and figures in one commit.
 
-        Written to `hub` in the output folder first; neither Trainer's pickled arguments nor its logs go along. They do
-        with Trainer's own pushes while training, which any `hub_strategy` but "end" asks for. The main
+        Written to `hub` in the output folder first; neither Trainer's pickled arguments nor its logs go along, and in
+        pushes while training neither, unless `hub_strategy` asks for whole checkpoints, which hold pickles. The main
         process does it all, so that it may call this, or `save_model` with `push_to_hub=True`, alone. results: what a
         recipe's results.json holds; taken from Trainer's log if not given, what RWP did included once training is over.
         pictures, facts: as `hf_rwp.push_to_hub` takes them; of those of Trainer, `model_name`, `finetuned_from`,
@@ -281,6 +284,18 @@ class RWPTrainerMixin(_AnyTrainer):
         where["token"] = self.args.hub_token if token is None else token
         where["message"] = commit_message or "End of training"
         return (hub.push if blocking else hub.push_later)(folder, repo_id, **where)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer's uploads all of its output folder, with pickled arguments and logs that name the machine.
+        strategy, busy = (
+            self.args.hub_strategy,
+            self.push_in_progress is not None and not self.push_in_progress.is_done(),
+        )
+        if not self.args.rwp or strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            super()._push_from_checkpoint(checkpoint_folder)
+        elif strategy != HubStrategy.END and self.is_world_process_zero() and (self.args.hub_always_push or not busy):
+            job = self.push_to_hub(f"Training in progress, step {self.state.global_step}", blocking=False)
+            self.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]
 
     def _results(self) -> dict[str, Any]:
         """What Trainer's log says of the run, as a recipe's results.json has it."""

@@ -113,11 +113,7 @@ class Arguments(ImageArguments, RWPTrainingArguments):
     rwp: bool = field(default=True, metadata={"help": "`--rwp false` is plain Trainer."})
     hub_strategy: str = field(
         default="end",
-        metadata={
-            "help": "When `--push_to_hub` pushes: at the `end`, the model and its card alone. Trainer's other "
-            "strategies push its whole output folder on the way, with its pickled arguments and logs, which name this "
-            "machine."
-        },
+        metadata={"help": "When `--push_to_hub` pushes: at the `end`, or Trainer's `every_save` or its checkpoints."},
     )
     # Model
     model_name_or_path: str | None = field(
