@@ -79,10 +79,11 @@ def comparison(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     epochs, seconds, cost = figure.subplots(1, 3, sharey=True)
     for (name, histories), style in zip(runs.items(), itertools.cycle(_MODELS), strict=False):
-        length = min(map(len, histories))
-        top1 = np.array([[100 * row["top1"] for row in history[:length]] for history in histories])
+        length = max(map(len, histories))
+        whole = [history for history in histories if len(history) == length]  # the others diverged on the way
+        top1 = np.array([[100 * row["top1"] for row in history] for history in whole])
         for axes, key in ((epochs, "epoch"), (seconds, "seconds")):
-            places = np.array([[row[key] for row in history[:length]] for history in histories]).mean(0)
+            places = np.array([[row[key] for row in history] for history in whole]).mean(0)
             axes.plot(places, top1.mean(0), label=name, linewidth=1.5, markersize=4, **style)
         last = np.array([100 * history[-1]["top1"] for history in histories])
         gradients = float(np.mean([history[-1]["gradients"] for history in histories]))

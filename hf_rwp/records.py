@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from filelock import FileLock
 from torch import nn
 
 _PLACE = re.compile(r"""\w[\w+.-]*://[^\s'",;|]+|(?<![\w./<~*)\]-])(~\w*|\.{1,2})?/[^\s'",;|:{}()\[\]]+""")
@@ -110,12 +112,14 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
     """Add a line to a .jsonl file, made if missing, and have it on disk; what a kill cut short there is cut off.
 
-    Raises ValueError for a number that JSON has not, see `without_nan`, and for a file of something else.
+    Other processes may append too. Raises ValueError for a number that JSON has not, see `without_nan`, and for a file
+    of something else.
     """
     line = json.dumps(record, allow_nan=False).encode() + b"\n"  # before the file is touched
-    count = len(read_records(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()
+    with FileLock(Path(tempfile.gettempdir()) / f"hf_rwp_{name}.lock"), path.open("a+b") as file:
+        count = len(read_records(path))
         file.seek(0)
         lines = file.read().splitlines(keepends=True)
         if len(lines) > count:

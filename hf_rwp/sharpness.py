@@ -312,7 +312,8 @@ def _measured(model: nn.Module, batches: Batches, loss: Loss) -> Measured:
     for logits, labels in _outputs(model, batches):
         count += len(labels)
         total += loss(logits, labels).item() * len(labels)
-        correct += math.nan if labels.is_floating_point() else (logits.argmax(-1) == labels).sum().item()
+        right = (logits.argmax(-1) == labels) & ~logits.isnan().any(-1)  # argmax would find a class in nans
+        correct += math.nan if labels.is_floating_point() else right.sum().item()
     return Measured(total / count, correct / count)
 
 

@@ -42,7 +42,8 @@ import timm
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import broadcast, broadcast_object_list, set_seed
+from filelock import FileLock, Timeout
 from imagenet_rwp import seed_of, use_fast_kernels
 from pytorch_optimizer import SAM, disable_running_stats, enable_running_stats
 from timm.data import resolve_data_config
@@ -187,7 +188,10 @@ class Arguments(ImageArguments, RWPArguments):
                 raise ValueError(f"{name}={getattr(self, name)} has to hold one value or more, each once")
         for name, valid, valid_range in (
             ("epochs", self.epochs >= 1, "at least 1"),
-            ("batch_size", self.batch_size >= 2 and self.batch_size % 2 == 0, "even: RWP halves it on one replica"),
+            ("batch_size", self.batch_size % 2 == 0 < self.batch_size, "even, for RWP to halve it, and above 0"),
+            ("rwp_start", self.rwp_start < 1, "below 1: without noise it is the method base"),
+            ("test_images", self.test_images is None or self.test_images >= 1, "at least 1"),
+            ("model_kwargs", isinstance(yaml.safe_load(self.model_kwargs), dict), "a mapping, {name: value}"),
             ("evaluations", self.evaluations >= 1, "at least 1"),
             ("seeds", all(0 <= seed < 2**32 for seed in self.seeds), "in [0, 2^32)"),
             ("label_noise", 0 <= self.label_noise <= 1, "in [0, 1]"),
@@ -213,33 +217,34 @@ def main(args: Arguments) -> None:
     use_fast_kernels(deterministic=False)
     torch._dynamo.config.recompile_limit = 256  # each model is compiled anew
     results, output_dir = Path(args.results), Path(args.output_dir)
-    check_task(args, accelerator.num_processes, records_in(results), results)
+    data = load_data(args, accelerator.device)
+    check_records(args, accelerator, data["digest"], records_in(results))
+    lock = locked(output_dir, results) if accelerator.is_main_process else None
     launcher = "python" if accelerator.num_processes == 1 else "accelerate launch"
     facts = {"command": command_of(f"{launcher} recipes/{Path(__file__).name}", *described_arguments(args))}
-    facts |= environment(accelerator) | {"load_average": os.getloadavg()[0]}
-    data = load_data(args, accelerator.device)
+    facts |= environment(accelerator) | {"load_average": os.getloadavg()[0], "data_sha256": data["digest"]}
     per_step = args.batch_size * accelerator.num_processes
-    if len(data["held_in"]) < per_step:
+    if len(data["held_in" if args.search else "train"]) < per_step:
         raise ValueError(
-            f"{len(data['held_in'])} images to train on are fewer than the {per_step} of one step: set a smaller "
-            "batch_size, more train_images, or fewer validation_images"
+            f"{len(data['train'])} images to train on, {len(data['held_in'])} in a search, are fewer than the "
+            f"{per_step} of one step: set a smaller batch_size, more train_images, or fewer validation_images"
         )
     train, news = partial(run, accelerator, args, data, facts), 0
 
     for protocol in args.protocols:
-        speed = seconds_per_step(accelerator, args, data) if protocol == "time" else {}
-        lengths = {name: steps_of(args, name, protocol, len(data["train"]), per_step, speed) for name in args.methods}
+        times = step_times(accelerator, args, data) if protocol == "time" else {}
+        lengths = {name: steps_of(args, name, protocol, len(data["train"]), per_step, times) for name in args.methods}
         shorter = len(data["held_in"]) / len(data["train"])
         trials = [(name, settings) for name in args.methods for settings in grid(args, name)] if args.search else []
         for number, (name, settings) in enumerate(trials, start=1):
             label = f"{protocol}, trial {number}/{len(trials)}"
             steps = max(1, round(shorter * lengths[name]))
-            news += train("trial", protocol, name, settings, args.seeds[0], steps, label, speed)
+            news += train("trial", protocol, name, settings, args.data_seed, steps, label)
         runs = [(seed, name) for seed in args.seeds for name in args.methods]
         for number, (seed, name) in enumerate(runs, start=1):
             settings = chosen(args, records_in(results), name, protocol)
             label = f"{protocol}, run {number}/{len(runs)}"
-            news += train("run", protocol, name, settings, seed, lengths[name], label, speed)
+            news += train("run", protocol, name, settings, seed, lengths[name], label)
 
     if accelerator.is_main_process:
         records = [record for record in records_in(results) if record["kind"] == "run"]
@@ -250,6 +255,7 @@ def main(args: Arguments) -> None:
             comparison(curves_of(mine), output_dir / f"{protocol}.png")
             print(f"\n{args.name}, {PROTOCOLS[protocol]}\n\n{table(mine)}")
         print(f"\nWrote {results} and {', '.join(str(output_dir / f'{protocol}.png') for protocol in args.protocols)}")
+        lock.release()
     accelerator.end_training()
 
 
@@ -268,7 +274,8 @@ class Images:
 
 
 def load_data(args: Arguments, device: torch.device) -> dict[str, Any]:
-    """`train` and `test`; `held_in` and `held_out`, the parts of the training split for a search; `classes`, `config`.
+    """`train` and `test`; `held_in` and `held_out`, the parts of the training split for a search; `classes`, `config`;
+    the `digest` of what is trained on and what judges.
 
     Wrong labels are in `train` and `held_in` alone.
     """
@@ -282,7 +289,7 @@ def load_data(args: Arguments, device: torch.device) -> dict[str, Any]:
     validation = rows // 5 if args.validation_images is None else args.validation_images
     for name, wanted, there in (
         ("train_images", args.train_images, rows),
-        ("validation_images", validation, rows - 1),
+        ("validation_images", validation if args.search else None, rows - 1),
         ("test_images", args.test_images, test_rows),
     ):
         if wanted is not None and not 1 <= wanted <= there:
@@ -307,7 +314,11 @@ def load_data(args: Arguments, device: torch.device) -> dict[str, Any]:
     images["held_out"] = decoded("train", held_out) if args.search else None
     images["train"].labels = with_noise(images["train"].labels, args.label_noise, len(names), args.data_seed)
     images["held_in"] = Images(*(tensor[: len(held_in)] for tensor in vars(images["train"]).values()))
-    return images | {"classes": len(names), "config": config}
+    digest = hashlib.sha256()
+    for part in (images["train"], images["test"]):
+        for tensor in (part.pixels, part.labels):
+            digest.update(tensor.cpu().numpy().tobytes())
+    return images | {"classes": len(names), "config": config, "digest": digest.hexdigest()}
 
 
 def with_noise(labels: Tensor, share: float, classes: int, seed: int) -> Tensor:
@@ -371,17 +382,16 @@ def default_strength(args: Arguments, name: str) -> float | None:
     return METHODS[name].strength
 
 
-def grid(args: Arguments, name: str) -> Iterator[dict[str, float | None]]:
+def grid(args: Arguments, name: str) -> list[dict[str, float | None]]:
     """The settings that a method tries: as many for each, with or without a strength."""
     strength = default_strength(args, name)
+    settings = []
     for row, lr in enumerate(args.lrs):
         for column, weight_decay in enumerate(args.weight_decays):
             factor = args.strengths[(row + column) % len(args.strengths)]
-            yield {
-                "lr": lr,
-                "weight_decay": weight_decay,
-                "strength": None if strength is None else strength * factor,
-            }
+            own = None if strength is None else strength * factor
+            settings.append({"lr": lr, "weight_decay": weight_decay, "strength": own})
+    return settings
 
 
 def chosen(args: Arguments, records: Iterable[Mapping[str, Any]], name: str, protocol: str) -> dict[str, float | None]:
@@ -398,10 +408,13 @@ def images_per_step(args: Arguments, name: str, protocol: str, per_step: int) ->
     return per_step * (2 if protocol == "gradients" and mixes(options_of(args, name)) else 1)
 
 
-def steps_of(args: Arguments, name: str, protocol: str, images: int, per_step: int, speed: Mapping[str, float]) -> int:
-    """How many steps a whole run of a method has. per_step: images that plain training takes for a step."""
+def steps_of(args: Arguments, name: str, protocol: str, images: int, per_step: int, times: Mapping[str, float]) -> int:
+    """How many steps a whole run of a method has.
+
+    per_step: images that plain training takes for a step. times: of a step, in those of plain training.
+    """
     if protocol == "time":
-        return max(1, round(args.epochs * images / per_step * speed["base"] / speed[name]))
+        return max(1, round(args.epochs * images / per_step / times[name]))
     seen = args.epochs * images
     if protocol == "gradients":
         seen = 2 * seen / METHODS[name].gradients_per_image
@@ -470,7 +483,8 @@ class Training:
             schedule = (self.options[key] for key in ("schedule", "growth", "start"))
             self.rwp.scale_gamma(gamma_factor(number / self.steps, *schedule))
         images, labels = self.batch(number)
-        parts = list(zip(images.chunk(self.micro_steps), labels.chunk(self.micro_steps), strict=True))
+        count = self.micro_steps if self.rwp and self.rwp.active else 1  # whole batches before the start of the noise
+        parts = list(zip(images.chunk(count), labels.chunk(count), strict=True))
         seen = len(labels) * self.accelerator.num_processes
         self.gradients += seen
         if self.sam and number % self.method.sam_every == 0:
@@ -550,31 +564,35 @@ def run(
     seed: int,
     steps: int,
     label: str,
-    speed: Mapping[str, float],
 ) -> bool:
     """Train one model to the end and append its record, unless that is there already. Returns whether it trained.
 
     kind: `run`, on all training images, evaluated on the test images; `trial`, on and with those held in and out.
     """
-    results = Path(args.results)
-    replicas = accelerator.num_processes
-    options = options_of(args, name)
+    results, replicas = Path(args.results), accelerator.num_processes
     what = {
         "kind": kind,
         "task": task_of(args),
         "protocol": protocol,
         "method": name,
-        "options": options,
+        "options": options_of(args, name),
         "settings": settings,
         "seed": seed,
         "replicas": replicas,
+        "steps": steps,
     }
-    if protocol != "time":  # which no two measurements make alike
-        what["steps"] = steps
-    known = any(all(record.get(key) == what[key] for key in what) for record in records_in(results))
+    there = records_in(results)
     accelerator.wait_for_everyone()  # all replicas have read before the main one writes
-    if known:
+    if any(all(record[key] == what[key] for key in what) for record in there):
         return False
+    for record in there:
+        if kind == record["kind"] == "run" and (record["protocol"], record["method"]) == (protocol, name):
+            other = [key for key in ("settings", "steps") if record[key] != what[key]]
+            if other:
+                raise ValueError(
+                    f"{results} has a run of {name} with {other[0]} {record[other[0]]}, to which one with "
+                    f"{what[other[0]]} is no further seed: set another --name, or --results FILE"
+                )
     images, judges = (data["train"], data["test"]) if kind == "run" else (data["held_in"], data["held_out"])
     per_step = images_per_step(args, name, protocol, args.batch_size * replicas)
     training = Training(accelerator, args, data, images, name, settings, seed, steps, per_step // replicas)
@@ -583,10 +601,12 @@ def run(
     done, seconds, slots_before = 0, 0.0, {"clean": 0, "perturbed": 0}
     if (latest := newest(folder)) is not None:
         kept = ("step", "seconds", "history", "gradients", "slots")
-        state = read_state(latest, needed=(*kept, "steps"))
+        try:
+            state = read_state(latest, needed=kept)
+            load_checkpoint(accelerator, latest)
+        except ValueError as error:
+            raise ValueError(f"{error}: delete {folder}, and this run begins anew") from error
         done, seconds, history, training.gradients, slots_before = (state[key] for key in kept)
-        steps = training.steps = state["steps"]
-        load_checkpoint(accelerator, latest)
     points = sorted({round(steps * part / args.evaluations) for part in range(1, args.evaluations + 1)} - {0})
     progress = tqdm(
         desc=f"{label}, {name}, seed {seed}",
@@ -625,7 +645,7 @@ def run(
             if not math.isfinite(row["train_loss"]):
                 break  # diverged: the accuracy that it has is the result
             if done < steps:
-                position = {"step": done, "steps": steps, "seconds": seconds, "gradients": training.gradients}
+                position = {"step": done, "seconds": seconds, "gradients": training.gradients}
                 position |= {"history": history, "slots": report().get("slots", slots_before)}
                 save_checkpoint(accelerator, folder / f"step_{done}", position)
                 if accelerator.is_main_process:
@@ -633,19 +653,21 @@ def run(
     finally:
         training.optimizer.eval()  # an interrupt may have left noise in the weights
         progress.close()
-    rwp = {"rwp": report()} if training.rwp else {}
+    did = report()
+    if did and not (did["slots"]["perturbed"] and max(size["size"] for size in did["relative_noise"].values()) > 1e-4):
+        raise RuntimeError(
+            f"{name} perturbed next to nothing ({did}): that is no result of RWP. Set rwp_gamma, rwp_start"
+        )
     if accelerator.is_main_process:
         final = history[-1]
         record = what | {
-            "steps": steps,
             "evaluations": args.evaluations,
             "batch_size": args.batch_size,
             "images_per_step": per_step,
             "top1": final["top1"],
-            **({"seconds_per_step": speed} if speed else {}),
             "gradients": final["gradients"],
             "seconds": final["seconds"],
-            **rwp,
+            **({"rwp": did} if did else {}),
             "images": {"train": len(images), "evaluated": len(judges)},
         }
         append_record(results, without_nan(record | ({"history": history} if kind == "run" else {}) | facts))
@@ -655,13 +677,28 @@ def run(
     return True
 
 
-def seconds_per_step(accelerator: Accelerator, args: Arguments, data: Mapping[str, Any]) -> dict[str, float]:
-    """The median step time of every method and of `base`, in rounds in which all of them take turns."""
+def step_times(accelerator: Accelerator, args: Arguments, data: Mapping[str, Any]) -> dict[str, float]:
+    """The time of each method's step in those of plain training; measured once, and kept in the output folder."""
+    file = Path(args.output_dir) / "step_times.json"
+    (times,) = broadcast_object_list([json.loads(file.read_text()) if file.exists() else {"base": 1.0}])
+    missing = [name for name in args.methods if name not in times]
+    if missing:
+        seconds = seconds_per_step(accelerator, args, data, ["base", *missing])
+        times |= {name: seconds[name] / seconds["base"] for name in missing}
+        if accelerator.is_main_process:
+            file.write_text(json.dumps(times))
+    return times
+
+
+def seconds_per_step(
+    accelerator: Accelerator, args: Arguments, data: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, float]:
+    """The median step time of some methods, in rounds in which all of them take turns."""
     trainings = {}
-    for name in dict.fromkeys(["base", *args.methods]):
+    for name in names:
         settings = {"lr": args.lr, "weight_decay": args.weight_decay, "strength": default_strength(args, name)}
         trainings[name] = Training(
-            accelerator, args, data, data["train"], name, settings, args.seeds[0], 1000, args.batch_size
+            accelerator, args, data, data["train"], name, settings, args.data_seed, 1000, args.batch_size
         )
     times: dict[str, list[float]] = {name: [] for name in trainings}
     for number in tqdm(range(6), desc="step times", leave=False, disable=None):
@@ -697,18 +734,36 @@ def task_of(args: Arguments) -> dict[str, Any]:
     return {key: value for key, value in kept.items() if value != defaults[key] or key in always}
 
 
-def check_task(args: Arguments, replicas: int, records: Sequence[Mapping[str, Any]], results: Path) -> None:
-    """Raise ValueError where a file has runs that these cannot be compared to."""
-    alike = {"replicas": replicas, "evaluations": args.evaluations}
-    alike |= {"options": {name: options_of(args, name) for name in METHODS}}
+def check_records(args: Arguments, accelerator: Accelerator, digest: str, records: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError where a file has runs that these cannot be compared to, or a search of another grid."""
+    alike = {"replicas": accelerator.num_processes, "evaluations": args.evaluations, "data_sha256": digest}
     for record in records:
+        name = record["method"]
         theirs = record["task"] | {key: record[key] for key in alike if key in record}
         ours = task_of(args) | {key: value for key, value in alike.items() if key in record}
-        ours["options"] = ours["options"][record["method"]]
+        theirs |= {"options": record["options"], "mixed_precision": record["hardware"]["mixed_precision"]}
+        ours |= {"options": options_of(args, name), "mixed_precision": accelerator.mixed_precision}
+        if args.search and record["kind"] == "trial" and record["settings"] not in grid(args, name):
+            theirs["a trial's settings"], ours["a trial's settings"] = record["settings"], "one of this grid"
         other = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
         if other:
             said = ", ".join(f"{key} {theirs.get(key)!r} and not {ours.get(key)!r}" for key in other)
-            raise ValueError(f"{results} holds another comparison ({said}): set another --name, or --results FILE")
+            raise ValueError(f"{args.results} holds another comparison ({said}): set another --name, or --results FILE")
+
+
+def locked(output_dir: Path, results: Path) -> FileLock:
+    """The output folder for this process alone. Raises ValueError where another has it, or nothing can be written."""
+    lock = FileLock(output_dir / "lock")
+    try:
+        for folder in (output_dir, results.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        results.open("a").close()
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{output_dir} is in use by another run: wait for it, or set another --output_dir") from None
+    except OSError as error:
+        raise ValueError(f"output_dir={str(output_dir)!r} and results={str(results)!r}: {error}. Set others") from error
+    return lock
 
 
 def described_arguments(args: Arguments) -> tuple[dict, dict]:
@@ -735,7 +790,8 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
         settings = [f"{value:g}" for value in mine[-1]["settings"].values() if value is not None]
         rows.append(
             (
-                METHODS[name].title,
+                METHODS[name].title
+                + (" (some runs diverged)" if any(run["history"][-1]["train_loss"] is None for run in mine) else ""),
                 spread([100 * record["top1"] for record in mine]),
                 "" if name == "base" else spread(gains, sign=True),
                 str(len(mine)),

@@ -3,9 +3,12 @@
 # complete schedules. Started again after a cut it goes on where it was.
 #
 #     recipes/gpu.sh --dataset uoft-cs/cifar10          # or --data_dir FOLDER; --epochs 200 --name cifar10_resnet18_200
-set -euo pipefail
-cd "$(dirname "$0")/.."
-python -m pytest -m gpu
-[ -e recipes/results/benchmark/gpu.jsonl ] || python recipes/benchmark.py --output recipes/results/benchmark/gpu.jsonl
-python recipes/compare.py --config recipes/configs/compare/cifar10_resnet18.yaml "$@"
-python recipes/report.py
+set -uo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+results=$root/recipes/results/benchmark/gpu.jsonl
+status=0
+(cd "$root" && python -m pytest -m gpu) || status=1
+[ -e "$results" ] || python "$root/recipes/benchmark.py" --output "$results" || status=1
+python "$root/recipes/compare.py" --config "$root/recipes/configs/compare/cifar10_resnet18.yaml" "$@" || status=1
+python "$root/recipes/report.py" || status=1
+exit $status

@@ -183,7 +183,8 @@ def main(args: Arguments) -> None:
 
 def on_train(args: Arguments, model: nn.Module, batches: Batches) -> dict[str, Any]:
     """What the loss on images to train on does around the weights."""
-    line = torch.linspace(-args.span, args.span, 2 * args.grid - 1).tolist()
+    half = torch.linspace(0, args.span, args.grid, dtype=torch.float64).tolist()
+    line = [-value for value in half[:0:-1]] + half  # with the weights themselves in the middle
     directions = random_directions(model, 2, args.seed)
     eigenvalue = largest_eigenvalue(model, batches, iterations=args.iterations, seed=args.seed)
     return {

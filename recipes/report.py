@@ -39,7 +39,8 @@ def main() -> None:
 
 def read_comparisons(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The records of each comparison, by its name."""
-    return {file.stem: read_records(file) for file in sorted((folder / "compare").glob("*.jsonl"))}
+    found = {file.stem: read_records(file) for file in sorted((folder / "compare").glob("*.jsonl"))}
+    return {name: records for name, records in found.items() if any(record["kind"] == "run" for record in records)}
 
 
 def read_benchmarks(folder: Path) -> list[dict[str, Any]]:
@@ -191,8 +192,8 @@ def conditions(records: Sequence[Mapping[str, Any]]) -> str:
 
 def sentence(task: str, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """What the runs say of RWP against each of its rivals."""
-    if "rwp" not in runs:
-        return f"{task}: RWP has not been run."
+    if len(runs) < 2 or "rwp" not in runs:
+        return f"{task}: RWP has not been run beside another method."
     said = []
     for rival in ("base", "sam", "sam10"):
         if rival in runs:

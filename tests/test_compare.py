@@ -268,6 +268,8 @@ def test_finished_runs_are_not_run_again(compare, tmp_path, monkeypatch, capsys)
         ("--label_noise=0.5", "label_noise None and not 0.5"),
         ("--rwp_alpha=0.3", "options .*0.5.* and not .*0.3"),
         ("--evaluations=1", "evaluations 2 and not 1"),
+        ("--test_images=40", ".*data_sha256"),
+        ("--mixed_precision=bf16", ".*mixed_precision"),
         ("--epochs=3", "epochs 2 and not 3"),
     ],
 )
@@ -284,6 +286,72 @@ def test_a_record_names_its_data(compare):
     assert "--dataset uoft-cs/cifar10" in compare.command_of("compare.py", *compare.described_arguments(args))
 
 
+def test_runs_with_other_settings_are_no_further_seeds(compare, tmp_path):
+    before = start(compare, tmp_path, "--methods=base")
+    with pytest.raises(
+        ValueError, match=r"a run of base with settings .*0.02.*, to which one with .*0.01.* is no further"
+    ):
+        start(compare, tmp_path, "--methods=base", "--seeds=1", "--lr=0.01")
+    assert read_records(tmp_path / "records.jsonl") == before
+
+
+def test_a_search_has_one_grid(compare, tmp_path):
+    flags = ["--search=true", "--weight_decays", "1e-3", "--strengths", "1", "--evaluations=1"]
+    start(compare, tmp_path, *flags, "--methods=base", "--lrs", "0.01")
+    with pytest.raises(ValueError, match="one of this grid"):
+        start(compare, tmp_path, *flags, "--methods=rwp", "--lrs", "0.02")
+
+
+def test_an_inert_wrapper_does_not_pass_for_a_result(compare, tmp_path):
+    with pytest.raises(RuntimeError, match="rwp perturbed next to nothing"):
+        start(compare, tmp_path, "--methods=rwp", "--rwp_gamma=1e-9")
+    assert read_records(tmp_path / "records.jsonl") == []
+
+
+def test_training_is_plain_before_the_noise_starts(compare):
+    (late, _), (plain, _) = training(compare, "rwp", "--rwp_start=0.5"), training(compare, "base")
+    for each in (late, plain):
+        each.module.train()
+        for number in range(4):
+            each.step(number)
+    assert torch.equal(weights(late), weights(plain))
+    late.step(5)
+    assert late.rwp.report()["slots"]["perturbed"] == 1
+
+
+def test_two_processes_cannot_share_an_output_folder(compare, tmp_path):
+    lock = compare.locked(tmp_path, tmp_path / "records.jsonl")
+    with pytest.raises(ValueError, match="in use by another run"):
+        start(compare, tmp_path, "--methods=base")
+    lock.release()
+
+
+def test_what_cannot_be_written_is_said_before_training(compare, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(compare.Training, "step", lambda *_: pytest.fail("trained"))
+    args = parse_arguments(compare.Arguments, [*TINY, f"--output_dir={tmp_path}/file/out", f"--results={tmp_path}/r"])
+    with pytest.raises(ValueError, match="Set others"):
+        compare.main(args)
+
+
+def test_a_damaged_checkpoint_is_named(compare, tmp_path, monkeypatch):
+    step = compare.Training.step
+
+    def cut(self, number):
+        if number == 6:
+            raise Cut
+        step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare.Training, "step", cut)
+        with pytest.raises(Cut):
+            start(compare, tmp_path, "--methods=base")
+    (file,) = tmp_path.glob("checkpoints/*/step_5/model.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"has changed[\s\S]*delete .*checkpoints/\w+, and this run begins anew"):
+        start(compare, tmp_path, "--methods=base")
+
+
 def test_a_search_serves_later_runs_of_the_same_file(compare, tmp_path):
     start(compare, tmp_path, "--methods=base", "--search=true", "--lrs", "0.01", "--weight_decays", "1e-3")
     *_, last = start(compare, tmp_path, "--methods=base", "--protocols=gradients")
@@ -291,17 +359,22 @@ def test_a_search_serves_later_runs_of_the_same_file(compare, tmp_path):
 
 
 def test_equal_time_gives_a_slower_method_fewer_steps(compare, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "seconds_per_step", lambda *_: {"base": 0.1, "sam": 0.25})
+    measured = []
+    seconds = {"base": 0.1, "sam": 0.25, "rwp": 0.2}
+    monkeypatch.setattr(compare, "seconds_per_step", lambda *given: measured.append(given[-1]) or seconds)
     records = start(compare, tmp_path, "--protocols=time", "--methods", "base", "sam")
     assert [record["steps"] for record in records] == [10, 4]
-    monkeypatch.setattr(compare, "seconds_per_step", lambda *_: {"base": 0.1, "sam": 0.3})  # no two are alike
-    assert start(compare, tmp_path, "--protocols=time", "--methods", "base", "sam") == records
+    seconds |= {"base": 0.2, "sam": 0.9, "rwp": 0.2}  # no two measurements are alike: the first one holds
+    *_, rwp = start(compare, tmp_path, "--protocols=time", "--methods", "base", "sam", "rwp")
+    assert rwp["steps"] == 10
+    assert measured == [["base", "sam"], ["base", "rwp"]]
 
 
 def test_step_times_are_measured(compare):
     args = parse_arguments(compare.Arguments, [*TINY, "--methods", "sam"])
     accelerator = Accelerator(cpu=True)
-    times = compare.seconds_per_step(accelerator, args, compare.load_data(args, accelerator.device))
+    data = compare.load_data(args, accelerator.device)
+    times = compare.seconds_per_step(accelerator, args, data, ["base", "sam"])
     assert list(times) == ["base", "sam"]
     assert 0 < times["base"] < times["sam"] < 5
 
@@ -365,19 +438,22 @@ def test_two_replicas_share_the_batches_and_agree(compare, tmp_path):
     [
         (["--methods", "base", "adam"], "adam is none of base, sam"),
         (["--protocols", "steps"], "steps is none of images"),
-        (["--batch_size=7"], "even: RWP halves it"),
+        (["--batch_size=7"], "even, for RWP to halve it"),
+        (["--batch_size=0"], "and above 0"),
+        (["--rwp_start=1"], "without noise it is the method base"),
+        (["--model_kwargs=hello"], "a mapping"),
         (["--seeds", "1", "1"], "one value or more, each once"),
         (["--aa=rand-m9"], "aa='rand-m9' is out of range"),
         (["--rwp_gamma=0"], "without noise it is the method base"),
         (["--train_images=101"], "train_images=101 is out of range: the split has 100"),
-        (["--train_images=10"], "10 images to train on are fewer than the 20 of one step"),
-        (["--search=true", "--validation_images=90"], "10 images to train on are fewer than the 20"),
+        (["--train_images=10"], "10 images to train on, 10 in a search, are fewer than the 20"),
+        (["--search=true", "--validation_images=90"], "100 images to train on, 10 in a search, are fewer than the 20"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(compare, tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         start(compare, tmp_path, *flags)
-    assert not (tmp_path / "records.jsonl").exists()
+    assert read_records(tmp_path / "records.jsonl") == []
 
 
 @pytest.mark.parametrize(
@@ -403,7 +479,9 @@ def test_the_table_is_what_the_records_say(compare):
     runs = [("base", 0, 0.5), ("base", 1, 0.6), ("rwp", 0, 0.55), ("rwp", 1, 0.63)]
     settings = {"lr": 0.1, "weight_decay": 5e-4, "strength": 0.01}
     records = [
-        {"method": m, "seed": s, "top1": t, "gradients": 2.0, "seconds": 10.0, "settings": settings} for m, s, t in runs
+        {"method": m, "seed": s, "top1": t, "gradients": 2.0, "seconds": 10.0, "settings": settings}
+        | {"history": [{"train_loss": 0.1}]}
+        for m, s, t in runs
     ]
     *_, plain, rwp = compare.table(records).splitlines()
     assert plain == "| plain | 55.00 ± 7.07 |  | 2 | 2 | 10 s | 0.1, 0.0005, 0.01 |"

@@ -1,5 +1,6 @@
 import getpass
 import json
+import multiprocessing
 import socket
 from pathlib import Path
 
@@ -105,6 +106,21 @@ def test_a_record_that_a_kill_cut_short_is_left_out_and_cut_off(tmp_path):
     assert read_records(file) == [{"top1": 0.5}]
     append_record(file, {"top1": 0.7})
     assert file.read_text() == '{"top1": 0.5}\n{"top1": 0.7}\n'
+
+
+def append_many(path, number):
+    for index in range(50):
+        append_record(path, {"process": number, "index": index})
+
+
+def test_two_processes_may_append_to_one_file(tmp_path):
+    file = tmp_path / "runs.jsonl"
+    processes = [multiprocessing.get_context("spawn").Process(target=append_many, args=(file, n)) for n in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert len(read_records(file)) == 100
 
 
 def test_a_last_line_without_its_end_is_kept(tmp_path):
