@@ -10,7 +10,7 @@ python recipes/compare.py --config recipes/configs/compare/cifar10_resnet18.yaml
 The terms are one of three protocols:
 
 1. `images`: every method sees the same images in the same number of steps. SAM computes two gradients of each (2x),
-   plain training and RWP one (1x).
+   plain training and RWP one (1x); on one replica RWP's come from the halves of a batch, with BatchNorm's statistics.
 2. `gradients`: every method computes as many gradients of an image, 2 * epochs for each. RWP takes two batches a step,
    as in the reference code; plain training lasts twice as long.
 3. `time`: every method trains as many steps as fit into the time that plain training takes for `--epochs`, by step
