@@ -78,7 +78,8 @@ def comparison(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: 
     """
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     epochs, seconds, cost = figure.subplots(1, 3, sharey=True)
-    for (name, histories), style in zip(runs.items(), itertools.cycle(_MODELS), strict=False):
+    costs = [float(np.mean([history[-1]["gradients"] for history in histories])) for histories in runs.values()]
+    for index, ((name, histories), style) in enumerate(zip(runs.items(), itertools.cycle(_MODELS), strict=False)):
         length = max(map(len, histories))
         whole = [history for history in histories if len(history) == length]  # the others diverged on the way
         top1 = np.array([[100 * row["top1"] for row in history] for history in whole])
@@ -86,9 +87,16 @@ def comparison(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: 
             places = np.array([[row[key] for row in history] for history in whole]).mean(0)
             axes.plot(places, top1.mean(0), label=name, linewidth=1.5, markersize=4, **style)
         last = np.array([100 * history[-1]["top1"] for history in histories])
-        gradients = float(np.mean([history[-1]["gradients"] for history in histories]))
+        beside = (index - (len(runs) - 1) / 2) * max(costs) / 80  # methods of equal cost would hide each other
         deviation = last.std(ddof=1) if len(last) > 1 else None
-        cost.errorbar(gradients, last.mean(), yerr=deviation, capsize=3, markersize=8, **{**style, "linestyle": "none"})
+        cost.errorbar(
+            costs[index] + beside,
+            last.mean(),
+            yerr=deviation,
+            capsize=3,
+            markersize=8,
+            **{**style, "linestyle": "none"},
+        )
     for axes, title, unit in (
         (epochs, "Accuracy over epochs", "epoch"),
         (seconds, "Accuracy over training time", "seconds of training"),
