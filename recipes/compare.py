@@ -654,7 +654,7 @@ def run(
         training.optimizer.eval()  # an interrupt may have left noise in the weights
         progress.close()
     did = report()
-    if did and not (did["slots"]["perturbed"] and max(size["size"] for size in did["relative_noise"].values()) > 1e-4):
+    if did and all(layer["size"] < 1e-4 for layer in did["relative_noise"].values()):
         raise RuntimeError(
             f"{name} perturbed next to nothing ({did}): that is no result of RWP. Set rwp_gamma, rwp_start"
         )

@@ -379,8 +379,9 @@ def test_step_times_are_measured(compare):
     assert 0 < times["base"] < times["sam"] < 5
 
 
-def test_a_run_that_diverges_is_a_result(compare, tmp_path):
-    (record,) = start(compare, tmp_path, "--methods=base", "--lr=1e30")
+@pytest.mark.parametrize("name", ["base", "rwp"])
+def test_a_run_that_diverges_is_a_result(compare, tmp_path, name):
+    (record,) = start(compare, tmp_path, f"--methods={name}", "--lr=1e30")
     assert record["history"][-1]["train_loss"] is None
     assert record["top1"] < 0.5
 
