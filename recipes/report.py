@@ -16,7 +16,7 @@ from typing import Any
 
 from compare import METHODS, PROTOCOLS, as_table, by_method, curves_of, spread, table
 
-from hf_rwp.plots import comparison
+from hf_rwp.plots import comparison, landscape, sharpness_curves
 from hf_rwp.records import read_records
 from hf_rwp.sharpness import estimate
 
@@ -30,7 +30,13 @@ def main() -> None:
     for name, runs in comparisons.items():
         for protocol, mine in by_protocol(runs).items():
             comparison(curves_of(mine), RESULTS / "compare" / f"{name}_{protocol}.png")
-    (RESULTS / "README.md").write_text(details(comparisons, benchmarks), encoding="utf-8")
+    landscapes = read_landscapes(RESULTS)
+    for name, record in landscapes.items():
+        planes = {model: found["train"]["plane"] for model, found in record["models"].items()}
+        coordinates = next(iter(record["models"].values()))["train"]["plane_coordinates"]
+        landscape(planes, coordinates, RESULTS / "landscape" / f"{name}.png")
+        sharpness_curves(record["models"], RESULTS / "landscape" / f"{name}_sharpness.png")
+    (RESULTS / "README.md").write_text(details(comparisons, benchmarks, landscapes), encoding="utf-8")
     readme = ROOT / "README.md"
     section = summary(comparisons, benchmarks)
     readme.write_text(with_section(readme.read_text(encoding="utf-8"), section), encoding="utf-8")
@@ -46,6 +52,11 @@ def read_comparisons(folder: Path) -> dict[str, list[dict[str, Any]]]:
 def read_benchmarks(folder: Path) -> list[dict[str, Any]]:
     """The last record of each file of benchmarks."""
     return [read_records(file)[-1] for file in sorted((folder / "benchmark").glob("*.jsonl"))]
+
+
+def read_landscapes(folder: Path) -> dict[str, dict[str, Any]]:
+    """The last record of each file of landscapes, by its name."""
+    return {file.stem: read_records(file)[-1] for file in sorted((folder / "landscape").glob("*.jsonl"))}
 
 
 def by_protocol(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -100,7 +111,11 @@ def cost_of(runs: Sequence[Mapping[str, Any]], tasks: Mapping[str, Mapping[str, 
     return f"{runs[0]['gradients']:.3g}"
 
 
-def details(comparisons: Mapping[str, Sequence[Mapping[str, Any]]], benchmarks: Sequence[Mapping[str, Any]]) -> str:
+def details(
+    comparisons: Mapping[str, Sequence[Mapping[str, Any]]],
+    benchmarks: Sequence[Mapping[str, Any]],
+    landscapes: Mapping[str, Mapping[str, Any]],
+) -> str:
     """For recipes/results/README.md: every table and picture, and what stood behind it."""
     parts = [
         "# Results",
@@ -126,6 +141,14 @@ def details(comparisons: Mapping[str, Sequence[Mapping[str, Any]]], benchmarks: 
             "rounds. Limits are the project's own."
         )
         parts.append(costs(record["rows"]))
+    for name, record in landscapes.items():
+        parts.append(f"## The loss around {' and '.join(record['models'])}")
+        parts.append(
+            f"`{record['command']}`, {record['date']}: {record['data']['train']['images']} images to train on, and "
+            f"{record['data']['validation']['images']} held out. One seed each: what it looks like, not what to expect."
+        )
+        parts.append(f"![the loss on a plane through the weights](landscape/{name}.png)")
+        parts.append(f"![weight noise, rounding, curvature](landscape/{name}_sharpness.png)")
     return "\n\n".join(parts) + "\n"
 
 

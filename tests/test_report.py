@@ -89,7 +89,7 @@ def test_readme_says_what_the_records_do(report):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert report.with_section(readme, report.summary(*records)) == readme
     full = (report.RESULTS / "README.md").read_text(encoding="utf-8")
-    assert report.details(*records) == full
+    assert report.details(*records, report.read_landscapes(report.RESULTS)) == full
     for picture in re.findall(r"\]\(([^)]+\.png)\)", full):
         assert (report.RESULTS / picture).exists()
 
