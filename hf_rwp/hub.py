@@ -87,7 +87,7 @@ def add_card(
     logs: a folder with TensorBoard's files, which the Hub shows; copied without the machine's name, which they carry in
     theirs. facts: as `facts_of` takes them.
     """
-    folder, results = Path(folder), plain(results)
+    folder = Path(folder)
     for picture in pictures:
         _write(folder / Path(picture).name, Path(picture).read_bytes())
     if logs is not None:
@@ -97,7 +97,7 @@ def add_card(
             copied.parent.mkdir(parents=True)
             shutil.copyfile(file, copied)
     shown = [name for name in PICTURES if (folder / name).exists()]
-    _write(folder / RESULTS, json.dumps(results, indent=2))
+    _write(folder / RESULTS, json.dumps(plain(results), indent=2))
     _write(folder / "README.md", render_card(facts_of(results, pictures=shown, **facts)))
 
 

@@ -1,4 +1,4 @@
-"""What a run was: hardware, versions, commit and the weights' digest, without a trace of whose machine it was."""
+"""What a run was, without a trace of whose machine it was, and files of such records."""
 
 import glob
 import hashlib
@@ -95,13 +95,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
     Raises ValueError for a line that is no JSON.
     """
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     records = []
     for number, line in enumerate(lines, start=1):
         try:
             records.append(json.loads(line))
         except ValueError as error:
-            if number == len(lines) and not line.endswith("\n"):
+            if number == len(lines) and not line.endswith(b"\n"):
                 break
             raise ValueError(
                 f"{path}, line {number} is no record ({error}): remove that line, or name another file"

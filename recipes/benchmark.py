@@ -43,6 +43,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import imagenet_rwp
 import timm
 import torch
 import torch.distributed as dist
@@ -50,6 +51,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from compare import make_stem_small
 from datasets import Image
+from pytorch_optimizer import SAM, disable_running_stats, enable_running_stats
 from timm.data import create_loader, resolve_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -152,7 +154,7 @@ def main(args: Arguments) -> None:
     (loops,) = start(run_loops, 1, args)
     imports = [import_seconds() for _ in range(min(args.rounds, 5))]
     defaults = {item.name: item.default for item in fields(Arguments)}
-    given = {name: without_places(value) for name, value in asdict(args).items()}
+    given = without_places(asdict(args))
     record = {
         "command": command_of("python recipes/benchmark.py", given, defaults),
         "arguments": given,
@@ -187,7 +189,7 @@ def run_rank(rank: int, ranks: int, args: Arguments, folder: str) -> None:
     if torch.cuda.is_available():
         device = torch.device("cuda", rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True  # as imagenet_rwp.py has them
+    imagenet_rwp.use_fast_kernels(deterministic=False)
     if ranks > 1:
         backend = "nccl" if torch.cuda.device_count() >= ranks else "gloo"  # nccl wants a GPU for each rank
         dist.init_process_group(backend, init_method=f"file://{folder}/group", rank=rank, world_size=ranks)
@@ -299,8 +301,6 @@ def step_of(
     optimizer: Any = RWP(base, module, gamma=GAMMA, accumulation_steps=parts) if kind == "rwp" else base
     sam = None
     if kind == "sam":
-        from pytorch_optimizer import SAM, disable_running_stats, enable_running_stats
-
         sam = SAM(base.param_groups, lambda *_, **__: base, rho=0.05)
     on = [images.device] if images.is_cuda else None
     model = DistributedDataParallel(module, device_ids=on) if ranks > 1 else module
@@ -423,8 +423,6 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
 
 def run_loops(_: int, __: int, args: Arguments, folder: str) -> None:
     """Images per second of imagenet_rwp.py without RWP, and of a loop as in timm's train.py, on the same images."""
-    import imagenet_rwp
-
     torch.set_num_threads(args.threads)
     data = [f"--data_dir={args.data_dir}"] if args.data_dir else []
     flags = ["--method=base", f"--img_size={LOOP['img_size']}", f"--batch_size={LOOP['batch_size']}", "--lr=0.01"]

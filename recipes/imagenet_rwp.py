@@ -511,7 +511,6 @@ def main(args: Arguments) -> None:
     def write_model(folder: Path, results: dict) -> None:
         """The weights as they are, and their card: all that goes to the Hub. On the main process."""
         parts = {"label_names": label_names, "data_config": data_config, "model_args": model_args}
-        (folder / "landscape.png").unlink(missing_ok=True)  # of the weights before
         save_model(trained, folder, **parts)
         training_curves(history, curves)
         add_card(

@@ -4,9 +4,9 @@
 python recipes/report.py
 ```
 
-Every figure comes from a line of `recipes/results/*.jsonl`, the words about them too: a difference between two methods
-is called one where the 95 % interval of the paired differences over seeds (Student's t) leaves out 0. It covers seeds
-alone: not which settings the one search happened to choose, and not that many differences are looked at.
+Every figure comes from a line of `recipes/results/*/*.jsonl`, the words about them too: a difference between two
+methods is called one where the 95 % interval of the paired differences over seeds (Student's t) leaves out 0. It covers
+seeds alone: not which settings the one search happened to choose, and not that many differences are looked at.
 """
 
 import statistics

@@ -92,12 +92,12 @@ from hf_rwp.plots import training_curves
 from hf_rwp.records import base_of, environment, weights_digest, without_places
 from hf_rwp.transforms import image_transforms
 
-# The small ViT that is trained where no model is named, on 32 pixels: 16 patches, 0.3 million parameters. At the usual
-# initializer_range, 0.02, such narrow layers hardly learn.
 # Flags whose old values come back with a checkpoint's optimizer and schedule, or change what was trained.
 KEPT_BY_CHECKPOINTS = ("rwp", "rwp_gamma", "rwp_seed", "learning_rate", "lr_scheduler_type", "optim", "weight_decay")
 KEPT_BY_CHECKPOINTS += ("adam_beta1", "adam_beta2", "adam_epsilon", "seed", "lora_r", "model_kwargs")
 
+# The small ViT that is trained where no model is named, on 32 pixels: 16 patches, 0.3 million parameters. At the usual
+# initializer_range, 0.02, such narrow layers hardly learn.
 SMALL_VIT = {
     "patch_size": 8,
     "hidden_size": 96,
