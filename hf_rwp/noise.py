@@ -83,7 +83,7 @@ def new_scratch(weight: Tensor) -> Tensor:
     Its length bounds how many elements are drawn at a time. On a CPU a small piece is still in the cache when it is
     added to the weights; elsewhere a larger one saves kernel launches.
     """
-    length = 2**18 if weight.device.type == "cpu" else 2**22
+    length = 2**17 if weight.device.type == "cpu" else 2**22
     return weight.new_empty(length, dtype=torch.promote_types(weight.dtype, torch.float32))
 
 

@@ -4,12 +4,15 @@
 2. `hide` and `show` are bit-exact, unseen by autograd, and keep what was written to the weights between them.
 3. Guarded buffers come back: values in place, persistent ones that were replaced by reference.
 4. Memory: none before the first noise, one copy and a bounded scratch then, nothing new afterwards.
-5. An interrupt between any two bytecodes or copies leaves something that `restore` brings back bit for bit.
+5. An interrupt between any two bytecodes or copies leaves something that `restore` brings back bit for bit, and no
+   thread that goes on writing noise.
 """
 
 import functools
 import itertools
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -393,8 +396,22 @@ def test_memory_is_one_copy_allocated_once(dtype):
 # 5. Interrupts
 
 
+@pytest.fixture
+def threads(request, monkeypatch) -> int:
+    """Draw on so many threads, however small the weights."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    monkeypatch.setattr(perturbation, "ELEMENTS_PER_THREAD", 1)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+on_threads = pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
+
+
+@on_threads
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_add_leaves_no_half_of_the_noise(monkeypatch, interrupt):
+def test_an_interrupted_add_leaves_no_half_of_the_noise(monkeypatch, threads, interrupt):
     model, noisy = Restless(), Perturbation()
     clean, noises, add_noise_ = clones(model), iter(range(3)), noise.add_noise_
 
@@ -407,6 +424,39 @@ def test_an_interrupted_add_leaves_no_half_of_the_noise(monkeypatch, interrupt):
     with pytest.raises(interrupt):
         noisy.add(draws(model.parameters()), guarded=model)
     assert same(clones(model), clean)
+
+
+@on_threads
+def test_the_noise_is_the_same_on_any_number_of_threads(threads):
+    model, noisy = Restless(), Perturbation()
+    expected = clones(model)
+    for weight, (_, std, seed) in zip(expected, draws(model.parameters()), strict=False):
+        noise.add_noise_(weight, std, torch.Generator().manual_seed(seed), noise.new_scratch(weight))
+    used = set()
+
+    def watched(*args, add_noise_=noise.add_noise_) -> None:
+        used.add(threading.current_thread())
+        add_noise_(*args)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(noise, "add_noise_", watched)
+        noisy.add(draws(model.parameters()))
+    assert len(used) == min(threads, len(list(model.parameters())))
+    assert same(clones(model), expected)
+    noisy.restore()
+
+
+@on_threads
+def test_threads_get_shares_of_about_equal_size_of_large_weights(threads, monkeypatch):
+    monkeypatch.setattr(perturbation, "ELEMENTS_PER_THREAD", 100)
+    sizes = [3, 100, 5, 60, 41, 1, 90, 0]
+    weights = [torch.ones(size) for size in sizes]
+    shares = perturbation._shares([(weight, torch.ones(1), 0) for weight in weights])
+    assert sorted(id(weight) for share in shares for weight, _, _ in share) == sorted(map(id, weights))
+    loads = [sum(len(weight) for weight, _, _ in share) for share in shares]
+    assert len(loads) == threads
+    assert max(loads) <= 1.1 * sum(sizes) / threads
+    assert len(perturbation._shares([(torch.ones(199), torch.ones(1), 0)])) == 1
 
 
 def copy_one_by_one(targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -459,23 +509,34 @@ class Tiny(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("before", "interrupted", "written"),
+    ("before", "interrupted", "written", "threads"),
     [
-        ("", "add", False),
-        ("add", "add", False),
-        ("add hide", "add", False),
-        ("add", "hide", False),
-        ("add hide", "show", False),
-        ("add hide", "show", True),
-        ("add", "restore", False),
-        ("add hide", "restore", False),
-        ("add hide", "restore", True),
-        ("add hide show", "restore", False),
+        ("", "add", False, 1),
+        ("add", "add", False, 1),
+        ("add hide", "add", False, 1),
+        ("add", "hide", False, 1),
+        ("add hide", "show", False, 1),
+        ("add hide", "show", True, 1),
+        ("add", "restore", False, 1),
+        ("add hide", "restore", False, 1),
+        ("add hide", "restore", True, 1),
+        ("add hide show", "restore", False, 1),
+        ("", "add", False, 2),
+        ("add hide", "add", False, 2),
     ],
+    indirect=["threads"],
 )
-def test_an_interrupt_anywhere_leaves_something_to_restore(monkeypatch, before, interrupted, written):
+def test_an_interrupt_anywhere_leaves_something_to_restore(monkeypatch, threads, before, interrupted, written):
     """written: weights were written to while hidden, which is to be kept."""
     monkeypatch.setattr(torch, "_foreach_copy_", copy_one_by_one)
+    others = threading.active_count()
+
+    def slowly_elsewhere(*args, add_noise_=noise.add_noise_) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.001)
+        add_noise_(*args)
+
+    monkeypatch.setattr(noise, "add_noise_", slowly_elsewhere)
     for after in itertools.count():
         model, noisy = Tiny(), Perturbation()
         calls = {name: getattr(noisy, name) for name in ("hide", "show", "restore")}
@@ -490,6 +551,7 @@ def test_an_interrupt_anywhere_leaves_something_to_restore(monkeypatch, before, 
             clean[0].fill_(3.0)
         finished = finishes(calls[interrupted], after)
         calls["restore"]()
+        assert threading.active_count() == others
         assert same(clones(model), clean), f"interrupted after {after} bytecodes"
         for name in ("add", "hide", "show", "restore"):
             calls[name]()
