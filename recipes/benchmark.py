@@ -21,7 +21,7 @@ python recipes/benchmark.py --batch_size 128 --mixed_precision bf16 --channels_l
 python recipes/benchmark.py --output recipes/results/benchmark/cpu.jsonl
 ```
 
-It starts its own ranks, which share the CPU's cores. Within one process, or one group of ranks, every round takes each
+It starts its own ranks, which share the CPU's cores; a process alone has all of them. Within one process, or one group of ranks, every round takes each
 kind of step once, in an order drawn anew; a step lasts until the slowest rank is done. Ratios are taken within rounds,
 and the table shows their median and quartiles. One JSON line with all times goes to the end of `--output`.
 """
@@ -107,7 +107,8 @@ class Arguments:
     )
     workers: int = field(default=0, metadata={"help": "Processes that load these images; 0 is the main one."})
     threads: int | None = field(
-        default=None, metadata={"help": "Of each process; if not set the ranks share the CPU's cores."}
+        default=None,
+        metadata={"help": "Of each rank; all of them for a process alone. If not set the ranks share the CPU's cores."},
     )
     mixed_precision: str = field(default="no", metadata={"help": "Autocast's dtype.", "choices": ("no", "bf16")})
     channels_last: bool = field(default=False, metadata={"help": "Whether to use the channels_last memory format."})
@@ -147,7 +148,7 @@ class Arguments:
 def main(args: Arguments) -> None:
     busy = os.getloadavg()[0]  # before there is any load of our own
     facts = environment(Accelerator(mixed_precision=args.mixed_precision))
-    facts["hardware"] |= {"replicas": args.ranks, "threads": args.threads}
+    facts["hardware"] |= {"replicas": args.ranks, "threads": args.threads, "threads_alone": args.threads * args.ranks}
     print(f"{facts['hardware']['device']}, {args.ranks} ranks of {args.threads} threads, load average {busy:.2f}")
     groups = start(run_rank, args.ranks, args)
     (alones,) = start(run_rank, 1, args)
@@ -184,7 +185,7 @@ def start(function: Callable[[int, int, Arguments, str], None], ranks: int, args
 
 def run_rank(rank: int, ranks: int, args: Arguments, folder: str) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own notes
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads * args.ranks // ranks)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", rank % torch.cuda.device_count())
@@ -243,6 +244,10 @@ def measure(name: str, rank: int, ranks: int, device: torch.device, args: Argume
     if ranks > 1:
         found["collectives"] = {kind: collectives(step) for kind, step in steps.items()}
         found["extra_bytes"] = peak_bytes(noise_and_restore(module, device, accumulation_steps=1), device)
+        found["peak_bytes"] = {
+            kind: peak_bytes(step_of(kind, copy.deepcopy(module), images, labels, ranks, autocast), device)
+            for kind in kinds
+        }
     return found
 
 
@@ -258,6 +263,7 @@ def combined(group: tuple[dict, ...], alone: dict) -> dict:
         "parallel_seconds": parallel,
         "collectives": group[0]["collectives"],
         "extra_bytes": [rank["extra_bytes"] for rank in group],
+        "peak_bytes": {kind: [rank["peak_bytes"][kind] for rank in group] for kind in group[0]["peak_bytes"]},
     }
 
 
@@ -423,7 +429,7 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
 
 def run_loops(_: int, __: int, args: Arguments, folder: str) -> None:
     """Images per second of imagenet_rwp.py without RWP, and of a loop as in timm's train.py, on the same images."""
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads * args.ranks)
     data = [f"--data_dir={args.data_dir}"] if args.data_dir else []
     flags = ["--method=base", f"--img_size={LOOP['img_size']}", f"--batch_size={LOOP['batch_size']}", "--lr=0.01"]
     flags += ["--epochs=2", "--hflip=0.5", "--color_jitter=0.4", "--train_interpolation=bilinear", "--report_to=none"]
@@ -540,6 +546,9 @@ def rows(record: dict) -> list[dict]:
             most = max(measured["extra_bytes"][first::2]) / copied
             # A filter's std takes one number for all its weights, which is less than a percent.
             on_row(f"extra memory / (weights + scratch), {role}", [most] * 2, 0.01 + first)
+        peak = {kind: max(ranks) for kind, ranks in measured["peak_bytes"].items()}  # beyond weights and DDP's buckets
+        for kind, title in (("rwp", "parallel RWP"), ("sam", "SAM")):
+            on_row(f"peak memory of a rank, {title} / DDP", [peak[kind] / peak["base"]] * 2, None)
         counts = {kind: sum(calls.values()) for kind, calls in measured["collectives"].items()}
         on_row("collectives in a step, RWP - base", [counts["rwp"] - counts["base"]] * 2, 0.0)
     loops = record["loop_images_per_second"]

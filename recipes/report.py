@@ -154,7 +154,10 @@ def details(
 
 def machine(record: Mapping[str, Any]) -> str:
     hardware = record["hardware"]
-    return f"{hardware['device']}, {hardware['replicas']} ranks of {hardware['threads']} thread(s)"
+    return (
+        f"{hardware['device']}, {hardware['replicas']} ranks of {hardware['threads']} thread(s) each, and one process of "
+        f"{hardware['threads_alone']}"
+    )
 
 
 def costs(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -203,10 +206,12 @@ def conditions(records: Sequence[Mapping[str, Any]]) -> str:
     trials = [record for record in records if record["kind"] == "trial"]
     if trials:
         tried = len({str(trial["settings"]) for trial in trials if trial["method"] == trials[0]["method"]})
-        terms = " and ".join(PROTOCOLS[protocol] for protocol in dict.fromkeys(trial["protocol"] for trial in trials))
+        searched = dict.fromkeys(trial["protocol"] for trial in trials)
+        others = any(run["protocol"] not in searched for run in runs)
         said.append(
             f"Each method's settings are the best of {tried} by accuracy on {trials[0]['images']['evaluated']:,} "
-            f"held-out training images, at {terms}, with one seed; other protocols use the same."
+            f"held-out training images, at {' and, apart, at '.join(PROTOCOLS[name] for name in searched)}, with one "
+            f"seed{'; other protocols use the same' if others else ''}."
         )
     else:
         said.append("Settings were given, not searched.")

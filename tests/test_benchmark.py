@@ -55,6 +55,8 @@ def test_every_row_of_the_design_is_measured_and_shown(run):
         "noise + restore / the reference's": 0.6,
         "extra memory / (weights + scratch), clean": 0.01,
         "extra memory / (weights + scratch), perturbed": 1.01,
+        "peak memory of a rank, parallel RWP / DDP": None,
+        "peak memory of a rank, SAM / DDP": None,
         "collectives in a step, RWP - base": 0.0,
         "images/s, imagenet_rwp base / timm's loop": 1.0,
         "seconds of import hf_rwp after import torch": 0.2,
@@ -69,7 +71,7 @@ def test_the_record_says_what_ran_and_where_but_not_whose(run):
     record, _ = run
     assert record["command"].startswith("python recipes/benchmark.py --models test_resnet --rounds 2")
     assert record["versions"]["torch"] == torch.__version__
-    assert record["hardware"]["replicas"] == 2
+    assert record["hardware"].items() >= {"replicas": 2, "threads": 1, "threads_alone": 2}.items()
     assert record["load_average"] >= 0
     assert record["arguments"]["output"] == "benchmark.jsonl"
     assert os.path.expanduser("~") + "/" not in json.dumps(record)
@@ -105,6 +107,17 @@ def test_collectives_and_memory_are_what_ddp_and_the_model_make_them(run):
     clean, perturbed = measured["extra_bytes"]
     assert clean < 1000
     assert perturbed > weights + measured["scratch_bytes"]
+    peak = measured["peak_bytes"]
+    assert max(peak["base"]) > 2 * weights  # gradients and momentum, and more; RWP and SAM have a copy of the weights
+    assert peak["rwp"][0] < max(peak["base"]) + weights / 2
+    assert max(peak["base"]) + weights / 2 < peak["rwp"][1] < max(peak["base"]) + 3 * weights / 2
+    assert max(peak["base"]) + weights / 2 < max(peak["sam"]) < max(peak["base"]) + 3 * weights / 2
+
+
+def test_peak_memory_is_that_of_the_rank_that_needs_most(benchmark):
+    rows = benchmark.rows(record_with([1.0] * 4))
+    assert figure({"rows": rows}, "peak memory of a rank, parallel RWP")["median"] == 1.5
+    assert figure({"rows": rows}, "peak memory of a rank, SAM")["median"] == 1.3
 
 
 def test_the_reference_code_adds_noise_by_filter_and_takes_it_off_up_to_rounding(benchmark):
@@ -156,6 +169,7 @@ def record_with(ratio, shared_gpu=False):
     times = {kind: [value] * len(ratio) for kind, value in seconds.items()} | {"rwp": ratio}
     measured = {"model": "resnet50", "img_size": 224, "batch_size": 16, "parallel_seconds": times}
     measured |= {"weights_bytes": 90, "buffers_bytes": 4, "scratch_bytes": 6, "extra_bytes": [0, 100]}
+    measured |= {"peak_bytes": {"base": [100, 100], "rwp": [100, 150], "sam": [130, 120]}}
     measured |= {"alone_seconds": times, "collectives": {"base": {"allreduce": 3}, "rwp": {"allreduce": 4}}}
     imports = {"hf_rwp": [0.1] * 2, "RWP": [1.0] * 2}
     gpu = {"device_type": "cuda" if shared_gpu else "cpu", "shared_gpu": shared_gpu}
