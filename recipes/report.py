@@ -154,10 +154,8 @@ def details(
 
 def machine(record: Mapping[str, Any]) -> str:
     hardware = record["hardware"]
-    return (
-        f"{hardware['device']}, {hardware['replicas']} ranks of {hardware['threads']} thread(s) each, and one process of "
-        f"{hardware['threads_alone']}"
-    )
+    ranks = f"{hardware['replicas']} ranks of {hardware['threads']} thread(s) each"
+    return f"{hardware['device']}, {ranks}, and one process of {hardware['threads_alone']}"
 
 
 def costs(rows: Sequence[Mapping[str, Any]]) -> str:
