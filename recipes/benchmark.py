@@ -21,8 +21,8 @@ python recipes/benchmark.py --batch_size 128 --mixed_precision bf16 --channels_l
 python recipes/benchmark.py --output recipes/results/benchmark/cpu.jsonl
 ```
 
-It starts its own ranks, which share the CPU's cores; a process alone has all of them. Within one process, or one group of
-ranks, every round takes each kind of step once, in an order drawn anew; a step lasts until the slowest rank is done.
+It starts its own ranks, which share the CPU's cores; a process alone has all of them. Within one process, or one group
+of ranks, every round takes each kind of step once, in an order drawn anew; a step lasts until the slowest rank is done.
 Ratios are taken within rounds, and the table shows their median and quartiles. One JSON line with all times goes to the
 end of `--output`.
 """

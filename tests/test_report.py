@@ -53,6 +53,15 @@ def test_a_summary_has_a_column_a_task_and_says_who_won(report):
     assert "The best mean has SAM." in text
 
 
+def test_conditions_say_under_which_terms_the_settings_were_searched(report):
+    trials = [record | {"kind": "trial"} for record in runs("base", [0.5]) + runs("base", [0.4], "gradients")]
+    both = runs("base", [0.5]) + runs("base", [0.6], "gradients")
+    apart = "at equal images per step and equal steps and, apart, at equal gradient evaluations, with one seed. "
+    assert apart in report.conditions(trials + both) + " "
+    assert "equal steps, with one seed; other protocols use the same." in report.conditions(trials[:1] + both)
+    assert report.conditions(both).endswith("Settings were given, not searched.")
+
+
 def test_costs_have_a_column_a_model_and_say_what_was_missed(report):
     def row(model, what, median, quartiles, limit, at_least=False):
         holds = None if limit is None else median >= limit if at_least else median <= limit
