@@ -15,6 +15,7 @@ dimensions inside a filter, so that they broadcast against the weight.
 import hashlib
 import math
 import struct
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -94,14 +95,7 @@ def add_noise_(weight: Tensor, std: Tensor, generator: torch.Generator, scratch:
     memory, so that a channels_last weight gets the same noise. scratch: see `new_scratch`; a filter that is larger than
     it gets memory of its own for the moment. The sum is rounded once, to the weight's dtype.
     """
-    if weight.numel() == 0:
-        return
-    if weight.ndim == 0:
-        weight, std = weight.unsqueeze(0), std.unsqueeze(0)
-    dim = min(_leading_ones(weight.shape), weight.ndim - 1)
-    rows = max(1, scratch.numel() * weight.shape[dim] // weight.numel())
-    std = std.expand([*std.shape[:dim], weight.shape[dim], *std.shape[dim + 1 :]])
-    for piece, piece_std in zip(weight.split(rows, dim), std.split(rows, dim), strict=True):
+    for piece, piece_std in _pieces(weight, std, scratch.numel()):
         memory = scratch if piece.numel() <= scratch.numel() else scratch.new_empty(piece.numel())
         normal = memory[: piece.numel()].normal_(generator=generator).view(piece.shape)
         if normal.dtype == piece.dtype:
@@ -139,6 +133,16 @@ def gamma_factor(progress: float, schedule: str = "constant", growth: float = 0.
     if schedule == "cosine":
         return 1.0 + growth * (1.0 - math.cos(math.pi * progress)) / 2.0
     raise ValueError(f"schedule is {schedule!r}: choose one of {', '.join(SCHEDULES)}")
+
+
+def _pieces(weight: Tensor, std: Tensor, length: int) -> Iterable[tuple[Tensor, Tensor]]:
+    """`weight` and `std`, some filters at a time, so that a piece has at most `length` elements if a filter has."""
+    if weight.numel() <= length:
+        return [(weight, std)]
+    dim = min(_leading_ones(weight.shape), weight.ndim - 1)
+    rows = max(1, length * weight.shape[dim] // weight.numel())
+    std = std.expand([*std.shape[:dim], weight.shape[dim], *std.shape[dim + 1 :]])
+    return zip(weight.split(rows, dim), std.split(rows, dim), strict=True)
 
 
 def _leading_ones(shape: torch.Size) -> int:
