@@ -38,6 +38,14 @@ def filter_norms(weight: Tensor) -> Tensor:
     return norms
 
 
+def std_factor(shape: torch.Size, gamma: float, mode: str = "filter") -> float:
+    """What the norms of a weight's filters are multiplied by for the noise's standard deviation, see `noise_std`."""
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is no mode of noise: choose one of {', '.join(MODES)}")
+    fan_in = math.prod(shape[dim] for dim in filter_dims(shape))
+    return gamma / math.sqrt(max(1, fan_in)) if mode == "filter_normalized" else gamma
+
+
 def noise_std(weight: Tensor, gamma: float, mode: str = "filter", damping: Tensor | None = None) -> Tensor:
     """The noise's standard deviation for every filter of `weight`.
 
@@ -46,11 +54,7 @@ def noise_std(weight: Tensor, gamma: float, mode: str = "filter", damping: Tenso
         sqrt(fan_in), so that ||noise|| is about gamma * ||weight|| however wide the layer.
     damping: ARWP's factor in (0, 1] for every filter, see `arwp_damping`; None is 1.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r} is no mode of noise: choose one of {', '.join(MODES)}")
-    std = filter_norms(weight).mul_(gamma)
-    if mode == "filter_normalized":
-        std /= math.sqrt(math.prod(weight.shape[dim] for dim in filter_dims(weight.shape)))
+    std = filter_norms(weight).mul_(std_factor(weight.shape, gamma, mode))
     return std if damping is None else std.mul_(damping)
 
 

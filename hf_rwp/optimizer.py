@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_rwp import noise as _noise
 from hf_rwp.environment import Accumulation, innermost, refuse_data_parallel, refuse_unsupported, this_replica
+from hf_rwp.foreach import noise_stds
 from hf_rwp.hooks import Hook, at_end_of_backward, in_backward, tensors_in
 from hf_rwp.perturbation import Perturbation, unexpanded
 from hf_rwp.placement import Role, role
@@ -387,13 +388,15 @@ class RWP(OptimizerWrapper):
 
     def _perturb(self, index: int) -> None:
         targets = list(self._targets())
+        stds = noise_stds(
+            [target.weight.detach() for target in targets],
+            [target.gamma for target in targets],
+            self._mode,
+            [self._damping(target) for target in targets],
+        )
         draws = [
-            (
-                target.weight,
-                _noise.noise_std(target.weight.detach(), target.gamma, self._mode, self._damping(target)),
-                _noise.noise_seed(self._seed, self._windows, self._completed, index, target.position),
-            )
-            for target in targets
+            (target.weight, std, _noise.noise_seed(self._seed, self._windows, self._completed, index, target.position))
+            for target, std in zip(targets, stds, strict=True)
         ]
         keeps_buffers = self.alpha == 1 and index == 0  # with no clean slot at all, replica 0 has to update them
         self._perturbation.add(draws, guarded=None if keeps_buffers else self.model)

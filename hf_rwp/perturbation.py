@@ -7,17 +7,13 @@
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from threading import Event, Thread
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from hf_rwp import noise
-
-Draw = tuple[Tensor, Tensor, int]  # weight, std as `noise.noise_std` gives, seed
-MAX_THREADS = 8  # each has a scratch of its own, and all of them take turns at Python's lock
-ELEMENTS_PER_THREAD = 2**18  # at least, so that its start is small beside its work
+from hf_rwp.foreach import Draw, NoiseAdder
 
 
 class Perturbation:
@@ -34,10 +30,7 @@ class Perturbation:
         self._noisy: list[Tensor] | None = None  # the noisy values, in the same order, while hidden
         self._present = False
         self._replaceable: list[tuple[nn.Module, str, Tensor]] = []
-        self._scratch: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}  # by thread, as the generators
-        self._generators: dict[tuple[int, torch.device], torch.Generator] = {}
-        self._threads: list[Thread] = []
-        self._stop = Event()  # ends the threads ahead of their next draw
+        self._adder = NoiseAdder()
 
     @torch.no_grad()
     def add(self, draws: Iterable[Draw], guarded: nn.Module | None = None) -> None:
@@ -56,7 +49,7 @@ class Perturbation:
         _copy_all(self._clean.values(), self._clean)
         self._noisy, self._present = None, True
         try:
-            self._draw(draws)
+            self._adder.add_(draws)
         except BaseException:  # an interrupt too: half the noise is neither clean nor the paper's
             self.restore()
             raise
@@ -88,10 +81,7 @@ class Perturbation:
         """End the perturbation: the weights and guarded buffers are what they were before it, bit for bit."""
         if not self._present:
             return
-        self._stop.set()  # first: a thread that is_alive() does not see yet finds it set
-        for thread in self._threads:
-            if thread.is_alive():
-                thread.join()
+        self._adder.stop()
         if self._noisy is None:
             _copy_all(self._clean, self._clean.values())
         self._put_buffers_back()
@@ -103,34 +93,6 @@ class Perturbation:
         """||noise|| / ||weight|| of perturbed weights, 0-dim each, measured on what is in memory now."""
         return [noise.relative_size(weight, self._clean[weight]) for weight in weights]
 
-    def _draw(self, draws: Sequence[Draw]) -> None:
-        """Add the noise; on a CPU on as many threads as torch uses, since one generator fills its tensor on one."""
-        stop, errors = Event(), list[BaseException]()
-
-        @torch.no_grad()
-        def draw(number: int, share: Sequence[Draw]) -> None:
-            try:
-                for weight, std, seed in share:
-                    if stop.is_set():
-                        return
-                    generator = self._generator(number, weight.device).manual_seed(seed)
-                    noise.add_noise_(weight, std, generator, self._scratch_for(number, weight))
-            except BaseException as error:
-                errors.append(error)
-                stop.set()
-
-        mine, *others = _shares(draws)
-        threads = [Thread(target=draw, args=(number, share)) for number, share in enumerate(others, start=1)]
-        self._stop, self._threads = stop, threads
-        for thread in threads:
-            thread.start()
-        draw(0, mine)
-        for thread in threads:
-            thread.join()
-        self._threads = []
-        if errors:
-            raise errors[0]
-
     def _put_buffers_back(self) -> None:
         for module, name, buffer in self._replaceable:
             module._buffers[name] = buffer
@@ -140,32 +102,6 @@ class Perturbation:
         if copy is not None and (copy.shape, copy.dtype, copy.device) == (tensor.shape, tensor.dtype, tensor.device):
             return copy
         return torch.empty_like(tensor, requires_grad=False)
-
-    def _scratch_for(self, thread: int, weight: Tensor) -> Tensor:
-        key = thread, weight.device, torch.promote_types(weight.dtype, torch.float32)
-        if key not in self._scratch:
-            self._scratch[key] = noise.new_scratch(weight)
-        return self._scratch[key]
-
-    def _generator(self, thread: int, device: torch.device) -> torch.Generator:
-        if (thread, device) not in self._generators:
-            self._generators[thread, device] = torch.Generator(device)
-        return self._generators[thread, device]
-
-
-def _shares(draws: Sequence[Draw]) -> list[list[Draw]]:
-    """The draws in shares of about equal size, one for a thread; a single one where a weight is not on the CPU."""
-    elements = sum(weight.numel() for weight, _, _ in draws)
-    count = max(1, min(torch.get_num_threads(), MAX_THREADS, elements // ELEMENTS_PER_THREAD))
-    if count == 1 or any(weight.device.type != "cpu" for weight, _, _ in draws):
-        return [list(draws)]
-    shares: list[list[Draw]] = [[] for _ in range(count)]
-    sizes = [0] * count
-    for draw in sorted(draws, key=lambda draw: -draw[0].numel()):
-        smallest = sizes.index(min(sizes))
-        shares[smallest].append(draw)
-        sizes[smallest] += draw[0].numel()
-    return shares
 
 
 def _copy_all(targets: Iterable[Tensor], sources: Iterable[Tensor], unseen: bool = False) -> None:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_rwp import noise, perturbation
+from hf_rwp import foreach, noise, perturbation
 from hf_rwp.perturbation import Perturbation
 
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -396,20 +396,7 @@ def test_memory_is_one_copy_allocated_once(dtype):
 # 5. Interrupts
 
 
-@pytest.fixture
-def threads(request, monkeypatch) -> int:
-    """Draw on so many threads, however small the weights."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    monkeypatch.setattr(perturbation, "ELEMENTS_PER_THREAD", 1)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-on_threads = pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
-
-
-@on_threads
+@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupted_add_leaves_no_half_of_the_noise(monkeypatch, threads, interrupt):
     model, noisy = Restless(), Perturbation()
@@ -426,46 +413,13 @@ def test_an_interrupted_add_leaves_no_half_of_the_noise(monkeypatch, threads, in
     assert same(clones(model), clean)
 
 
-@on_threads
-def test_the_noise_is_the_same_on_any_number_of_threads(threads):
-    model, noisy = Restless(), Perturbation()
-    expected = clones(model)
-    for weight, (_, std, seed) in zip(expected, draws(model.parameters()), strict=False):
-        noise.add_noise_(weight, std, torch.Generator().manual_seed(seed), noise.new_scratch(weight))
-    used = set()
-
-    def watched(*args, add_noise_=noise.add_noise_) -> None:
-        used.add(threading.current_thread())
-        add_noise_(*args)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(noise, "add_noise_", watched)
-        noisy.add(draws(model.parameters()))
-    assert len(used) == min(threads, len(list(model.parameters())))
-    assert same(clones(model), expected)
-    noisy.restore()
-
-
-@on_threads
-def test_threads_get_shares_of_about_equal_size_of_large_weights(threads, monkeypatch):
-    monkeypatch.setattr(perturbation, "ELEMENTS_PER_THREAD", 100)
-    sizes = [3, 100, 5, 60, 41, 1, 90, 0]
-    weights = [torch.ones(size) for size in sizes]
-    shares = perturbation._shares([(weight, torch.ones(1), 0) for weight in weights])
-    assert sorted(id(weight) for share in shares for weight, _, _ in share) == sorted(map(id, weights))
-    loads = [sum(len(weight) for weight, _, _ in share) for share in shares]
-    assert len(loads) == threads
-    assert max(loads) <= 1.1 * sum(sizes) / threads
-    assert len(perturbation._shares([(torch.ones(199), torch.ones(1), 0)])) == 1
-
-
 def copy_one_by_one(targets: list[Tensor], sources: list[Tensor]) -> None:
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source)
 
 
 def finishes(action: Callable[[], object], after: int) -> bool:
-    """Run `action`, interrupted ahead of bytecode number `after` of the module tested and of `copy_one_by_one`."""
+    """Run `action`, interrupted ahead of bytecode number `after` of the modules tested and of `copy_one_by_one`."""
     left = after
 
     def within(frame, event, _):
@@ -477,7 +431,10 @@ def finishes(action: Callable[[], object], after: int) -> bool:
         return within
 
     def enter(frame, event, _):
-        if frame.f_code.co_filename != perturbation.__file__ and frame.f_code is not copy_one_by_one.__code__:
+        if (
+            frame.f_code.co_filename not in (perturbation.__file__, foreach.__file__)
+            and frame.f_code is not copy_one_by_one.__code__
+        ):
             return None
         frame.f_trace_opcodes = True
         return within
