@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # ruff: noqa: N803 (compile-time constants are upper case, as everywhere in Triton)
 """Norms and noise of many weights at once: one Triton launch where `noise` needs several for every weight.
 
@@ -44,9 +44,10 @@ class _Group(NamedTuple):
     dtype: torch.dtype
     channels_last: bool
     members: list[int]  # their positions in the caller's list
-    norm_shapes: list[tuple[int, ...]]
-    pieces: list[int]  # of each member: how many norms the kernel writes, more than one to a filter where it is long
-    geometry: Tensor  # (members, 8), int32: see `_geometry`
+    norm_shapes: list[torch.Size]
+    cuts: list[int]  # pieces to a filter, for each member: 1 but where a filter is long
+    pieces: list[int]  # filters * cuts: the norms that the kernel writes
+    geometry: Tensor  # (members, 8), int32: see `_group`
     norm_programs: Tensor  # (programs, 2), int32: (place in `members`, first piece)
     noise_programs: Tensor  # (programs, 2), int32: (place in `members`, which 4 * GROUP elements)
 
@@ -70,8 +71,8 @@ def supports(weight: Tensor) -> bool:
 def filter_norms(weights: Sequence[Tensor]) -> list[Tensor]:
     """`noise.filter_norms` of every weight, float32: 1 in place of the dimensions inside a filter.
 
-    weights: such that `supports`; a layout that it refuses raises ValueError. The norms share memory blocks: cloning
-    one frees the others.
+    weights: such that `supports`; a layout that it refuses raises ValueError. The norms of a device and dtype are
+    views of one tensor.
     """
     norms: list[Tensor] = [torch.empty(0)] * len(weights)
     for group in _plan(_layouts(weights)):
@@ -90,10 +91,9 @@ def filter_norms(weights: Sequence[Tensor]) -> list[Tensor]:
                 COLUMNS=_COLUMNS,
                 PIECE=_PIECE,
             )
-        for member, shape, part in zip(group.members, group.norm_shapes, written.split(group.pieces), strict=True):
-            count = math.prod(shape)
-            norm = part if len(part) == count else torch.linalg.vector_norm(part.view(count, -1), dim=1)
-            norms[member] = norm.view(shape)
+        parts = written.split(group.pieces)
+        for member, shape, cuts, part in zip(group.members, group.norm_shapes, group.cuts, parts, strict=True):
+            norms[member] = (part if cuts == 1 else torch.linalg.vector_norm(part.view(-1, cuts), dim=1)).view(shape)
     return norms
 
 
@@ -241,27 +241,33 @@ def _plan(layouts: tuple[_Layout, ...]) -> list[_Group]:
 def _group(
     device: torch.device, dtype: torch.dtype, channels_last: bool, members: list[int], shells: list[Tensor]
 ) -> _Group:
-    norm_shapes, geometry, norm_programs, noise_programs, pieces = [], [], [], [], []
+    norm_shapes, cuts, pieces, geometry, norm_programs, noise_programs = [], [], [], [], [], []
     for place, shell in enumerate(shells):
         inside = filter_dims(shell.shape)
-        norm_shape = tuple(1 if dim in inside else size for dim, size in enumerate(shell.shape))
+        norm_shape = torch.Size(1 if dim in inside else size for dim, size in enumerate(shell.shape))
         length = shell.numel() // math.prod(norm_shape)
-        cuts = -(-length // _PIECE)
         channels = shell.shape[1] if channels_last else length
         positions = length // channels
         run = _GROUP // math.gcd(positions, _GROUP)
-        count = math.prod(norm_shape) * cuts
-        geometry.append([shell.numel(), length, count, cuts, sum(pieces), channels, positions, run])
         norm_shapes.append(norm_shape)
-        pieces.append(count)
+        cuts.append(-(-length // _PIECE))
+        pieces.append(math.prod(norm_shape) * cuts[-1])
+        before = sum(pieces[:-1])
+        geometry.append([shell.numel(), length, pieces[-1], cuts[-1], before, channels, positions, run])
         norm_programs.append(_programs(place, pieces[-1], _ROWS if length <= _SHORT else 1))
         noise_programs.append(_programs(place, -(-shell.numel() // (4 * _GROUP)), 1))
-    tables = torch.tensor(geometry, dtype=torch.int32), torch.cat(norm_programs), torch.cat(noise_programs)
-    return _Group(device, dtype, channels_last, members, norm_shapes, pieces, *(table.to(device) for table in tables))
+    tables = (
+        torch.tensor(geometry, dtype=torch.int32, device="cpu"),
+        torch.cat(norm_programs),
+        torch.cat(noise_programs),
+    )
+    return _Group(
+        device, dtype, channels_last, members, norm_shapes, cuts, pieces, *(table.to(device) for table in tables)
+    )
 
 
 def _programs(place: int, units: int, step: int) -> Tensor:
-    first = torch.arange(0, units, step, dtype=torch.int32)
+    first = torch.arange(0, units, step, dtype=torch.int32, device="cpu")
     return torch.stack([torch.full_like(first, place), first], dim=1)
 
 
@@ -281,14 +287,14 @@ def _has_dense_filters(weight: Tensor) -> bool:
     return weight.is_contiguous(memory_format=formats[weight.ndim])
 
 
-def _dense_std(std: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+def _dense_std(std: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
     if std.shape == shape and std.dtype == torch.float32 and std.device == device and std.is_contiguous():
         return std
     return std.to(device, torch.float32).expand(shape).contiguous()
 
 
 def _sent(numbers: list[int], device: torch.device) -> Tensor:
-    pinned = torch.tensor(numbers, dtype=torch.uint64, pin_memory=device.type == "cuda")
+    pinned = torch.tensor(numbers, dtype=torch.uint64, device="cpu", pin_memory=device.type == "cuda")
     return pinned.to(device, non_blocking=True)
 
 
