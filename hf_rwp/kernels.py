@@ -47,7 +47,7 @@ class _Group(NamedTuple):
     norm_shapes: list[torch.Size]
     cuts: list[int]  # pieces to a filter, for each member: 1 but where a filter is long
     pieces: list[int]  # filters * cuts: the norms that the kernel writes
-    geometry: Tensor  # (members, 8), int32: see `_group`
+    geometry: Tensor  # (members, 8), int32, the columns of `_group`
     norm_programs: Tensor  # (programs, 2), int32: (place in `members`, first piece)
     noise_programs: Tensor  # (programs, 2), int32: (place in `members`, which 4 * GROUP elements)
 
@@ -193,8 +193,9 @@ def _noise_kernel(
     geometry += 8 * member
     numel = tl.load(geometry)
     within = tl.arange(0, GROUP)
-    if CHANNELS_LAST:  # neighbours in memory are `positions` apart in order: take the group's elements in such steps
-        within = (within * tl.load(geometry + 6) + within // tl.load(geometry + 7)) % GROUP
+    if CHANNELS_LAST:
+        # Neighbours in memory are `positions` apart in order: threads take the group's elements in such steps.
+        within = (within * tl.load(geometry + 6) + within // tl.load(geometry + 7)) & (GROUP - 1)  # a permutation
     normals = tl.randn4x(seed, block * GROUP + within)
     index = block * (4 * GROUP) + within
     if numel % 8 == 0:  # Triton sees a multiple of 8, and loads and stores vectors
@@ -248,22 +249,16 @@ def _group(
         length = shell.numel() // math.prod(norm_shape)
         channels = shell.shape[1] if channels_last else length
         positions = length // channels
-        run = _GROUP // math.gcd(positions, _GROUP)
+        run = _GROUP // math.gcd(positions, _GROUP)  # so many steps, modulo GROUP, until one meets the first again
         norm_shapes.append(norm_shape)
         cuts.append(-(-length // _PIECE))
         pieces.append(math.prod(norm_shape) * cuts[-1])
-        before = sum(pieces[:-1])
-        geometry.append([shell.numel(), length, pieces[-1], cuts[-1], before, channels, positions, run])
+        geometry.append([shell.numel(), length, pieces[-1], cuts[-1], sum(pieces[:-1]), channels, positions, run])
         norm_programs.append(_programs(place, pieces[-1], _ROWS if length <= _SHORT else 1))
         noise_programs.append(_programs(place, -(-shell.numel() // (4 * _GROUP)), 1))
-    tables = (
-        torch.tensor(geometry, dtype=torch.int32, device="cpu"),
-        torch.cat(norm_programs),
-        torch.cat(noise_programs),
-    )
-    return _Group(
-        device, dtype, channels_last, members, norm_shapes, cuts, pieces, *(table.to(device) for table in tables)
-    )
+    columns = torch.tensor(geometry, dtype=torch.int32, device="cpu")
+    tables = [table.to(device) for table in (columns, torch.cat(norm_programs), torch.cat(noise_programs))]
+    return _Group(device, dtype, channels_last, members, norm_shapes, cuts, pieces, *tables)
 
 
 def _programs(place: int, units: int, step: int) -> Tensor:

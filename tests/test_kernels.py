@@ -2,7 +2,7 @@
 
 Without a GPU, Triton's interpreter runs them on a CPU, in a process of its own: TRITON_INTERPRET=1 has to be there
 before Triton is imported. With one (`-m gpu`) the same tests run the compiled kernels. The interpreter truncates to
-bfloat16, so there a sum in bfloat16 may be off by a unit in the last place; that the compiled one rounds is read off it.
+bfloat16, so there a sum may be off by a unit in the last place; how the compiled kernel rounds is read in its PTX.
 
 Statistical tests hold for all but one in a million seeds, as in test_noise.py.
 """
@@ -392,7 +392,7 @@ def test_aligned_weights_are_read_and_written_as_vectors(dtype):
 
 @pytest.mark.usefixtures("_new_cache")
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_the_compiled_sum_is_fused_and_rounded_to_the_nearest(channels_last):
+def test_the_compiled_sum_is_rounded_to_the_nearest(channels_last):
     ptx = compiled("_noise_kernel", torch.bfloat16, "cuda", 90, channels_last).asm["ptx"]
     assert re.search(r"cvt\.rn\.bf16(x2)?\.f32", ptx)
     assert not re.search(r"cvt\.rz\.bf16", ptx)
