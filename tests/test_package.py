@@ -16,6 +16,7 @@ HEAVY |= {"sklearn", "numpy", "PIL", "yaml"}
 # recipes'. A new module needs a place in here, and in design.md.
 LAYERS = [
     {"noise", "placement", "hooks", "wrapper", "environment"},
+    {"kernels"},
     {"perturbation"},
     {"optimizer"},
     {"tracking", "arguments", "data", "metrics", "sharpness", "plots", "card", "folder", "checkpoints", "records"},
@@ -29,6 +30,7 @@ ALONE = {  # the modules that may import a package of their own choice
     "timm": {"data", "folder", "transforms"},
     "datasets": {"data", "loading", "metrics"},
     "evaluate": {"metrics"},
+    "triton": {"kernels"},
     "accelerate": {"environment", "optimizer", "trainer", "checkpoints", "records"},
 }
 

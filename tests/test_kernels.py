@@ -1,0 +1,445 @@
+"""The Triton kernels against `noise`, closed forms, and Philox and Box-Muller written again in NumPy.
+
+Without a GPU, Triton's interpreter runs them on a CPU, in a process of its own: TRITON_INTERPRET=1 has to be there
+before Triton is imported. With one (`-m gpu`) the same tests run the compiled kernels. The interpreter truncates to
+bfloat16, so there a sum may be off by a unit in the last place; how the compiled kernel rounds is read in its PTX.
+
+Statistical tests hold for all but one in a million seeds, as in test_noise.py.
+"""
+
+import functools
+import itertools
+import math
+import multiprocessing
+import re
+import subprocess
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from hf_rwp import noise
+
+triton = pytest.importorskip("triton")
+kernels = pytest.importorskip("hf_rwp.kernels")
+
+FALSE_ALARM = 1e-6
+DEVICES = ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BLOCK = 4096  # elements of one program of the noise
+SHAPES = [
+    *[
+        (),
+        (1,),
+        (5,),
+        (64,),
+        (1, 7),
+        (1, 1, 9),
+        (5, 1),
+        (70, 3),
+        (33, 64),
+        (9, 65),
+        (6, 3, 7, 7),
+        (2, 144),
+        (1, 20, 96),
+    ],
+    *[(3, 1030), (2, 16384), (2, 16385), (40_000,), (1, 1, 17_000), (1, 6, 3, 3), (1, 1, 4, 4)],
+]
+CHANNELS_LAST = [(6, 5, 3, 3), (5, 7, 2, 2), (14, 40, 3, 3), (3, 50, 4, 8), (2, 3, 16, 16), (3, 4, 3, 3, 3)]
+
+
+@functools.cache
+def interpreter() -> ProcessPoolExecutor:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        pool.submit(len, ()).result()  # starts the process
+    return pool
+
+
+def call(name: str, arguments: dict) -> None:
+    torch.set_num_threads(1)
+    globals()[name].__wrapped__(**arguments)
+
+
+def on_devices(test):
+    """Run a test's body in the interpreter's process, and again with the compiled kernels where there is a GPU."""
+
+    @functools.wraps(test)
+    def run(device, **arguments):
+        if device == "interpreter":
+            interpreter().submit(call, test.__name__, {"device": "cpu", **arguments}).result()
+        else:
+            test(device, **arguments)
+
+    return pytest.mark.parametrize("device", DEVICES)(run)
+
+
+def random(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def all_layouts(device: str, dtype: torch.dtype) -> list[Tensor]:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    weights = [random(shape, seed).to(device, dtype) for seed, shape in enumerate(SHAPES + CHANNELS_LAST)]
+    return [
+        weight.to(memory_format=formats[weight.ndim]) if weight.shape in CHANNELS_LAST else weight for weight in weights
+    ]
+
+
+def normals(shape: tuple[int, ...], seed: int, device: str) -> Tensor:
+    """The draws alone, on the CPU."""
+    weight = torch.zeros(shape, device=device)
+    kernels.add_noise_([weight], [torch.ones([1] * len(shape), device=device)], [seed])
+    return weight.cpu()
+
+
+# Written again: nothing from hf_rwp or Triton. Philox4x32-10 is that of Salmon et al., "Parallel random numbers: as
+# easy as 1, 2, 3" (SC11).
+
+
+def philox(counters: np.ndarray, seed: int) -> list[np.ndarray]:
+    """Four words, uint32, of each counter: 32 bits of it are used."""
+    mask = np.uint64(0xFFFFFFFF)
+    c = [counters.astype(np.uint64), *[np.zeros(len(counters), np.uint64) for _ in range(3)]]
+    key = [seed & 0xFFFFFFFF, seed >> 32]
+    for _ in range(10):
+        first, second = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        high = second >> np.uint64(32), first >> np.uint64(32)
+        c = [high[0] ^ c[1] ^ np.uint64(key[0]), second & mask, high[1] ^ c[3] ^ np.uint64(key[1]), first & mask]
+        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return [word.astype(np.uint32) for word in c]
+
+
+def expected_normals(numel: int, seed: int) -> np.ndarray:
+    """Of every 4096 elements, 1024 * k + j gets normal k of the block's counter j: Box-Muller, in float64."""
+    blocks = -(-numel // BLOCK)
+    uniform = []
+    for word in philox(np.arange(blocks * 1024), seed):
+        signed = word.view(np.int32)
+        folded = np.where(signed < 0, ~signed, signed).astype(np.float32)
+        uniform.append((folded * np.float32(4.6566127342e-10)).astype(np.float64))
+    pairs = []
+    for first, second in (uniform[:2], uniform[2:]):
+        radius = np.sqrt(-2 * np.log(np.maximum(first, 1e-7)))
+        pairs += [radius * np.cos(2 * np.pi * second), radius * np.sin(2 * np.pi * second)]
+    return np.stack([normal.reshape(blocks, 1024) for normal in pairs], axis=1).reshape(-1)[:numel]
+
+
+def test_philox_is_that_of_its_authors():
+    """Known answers of Random123's kat_vectors, for a counter of 0 and a key of 0."""
+    assert [int(word[0]) for word in philox(np.zeros(1, np.int64), 0)] == [
+        0x6627E8D5,
+        0xE169C58D,
+        0xBC57AC4C,
+        0x9B00DBD8,
+    ]
+
+
+# Norms
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_are_those_of_noise(device, dtype):
+    weights = all_layouts(device, dtype)
+    for weight, norms in zip(weights, kernels.filter_norms(weights), strict=True):
+        expected = noise.filter_norms(weight.double())
+        assert (norms.dtype, norms.device, norms.shape) == (torch.float32, weight.device, expected.shape)
+        torch.testing.assert_close(norms.double(), expected, rtol=1e-6, atol=0)
+
+
+@on_devices
+def test_norms_of_weights_that_are_not_finite_are_those_of_noise(device):
+    weights = [random((4, 100), 1).to(device), random((20_000,), 2).to(device), torch.full((3, 5), 1e30, device=device)]
+    weights[0][1, 7], weights[0][2, 99], weights[1][3] = math.inf, math.nan, -math.inf
+    for weight, norms in zip(weights, kernels.filter_norms(weights), strict=True):
+        torch.testing.assert_close(norms, noise.filter_norms(weight), equal_nan=True)
+
+
+# The draws
+
+
+@on_devices
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 - 1, 2**32, 0x0123456789ABCDEF, 2**63, 2**64 - 1])
+def test_draws_are_philox_and_box_muller(device, seed):
+    for numel in (1, 1500, BLOCK + 1025):
+        expected = torch.from_numpy(expected_normals(numel, seed)).float()
+        torch.testing.assert_close(normals((numel,), seed, device), expected, rtol=0, atol=1e-5)
+
+
+def assert_not_rare(p_value: float, tests: int = 1) -> None:
+    assert p_value >= FALSE_ALARM / tests, f"p = {p_value:.1e} in one of {tests} tests"
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_noise_of_every_filter_is_gaussian_with_its_std(device, dtype):
+    weight = (random((4, 3, 25, 200), 3) * torch.tensor([1.0, 10.0, 0.1, 3.0]).view(-1, 1, 1, 1)).to(device, dtype)
+    noisy, std = weight.clone(), noise.noise_std(weight, 0.5)
+    kernels.add_noise_([noisy], [std], [2**40 + 3])
+    z = ((noisy.double() - weight.double()) / std.double()).cpu().flatten(1)
+    for values in z:
+        n, square = len(values), values.square().sum().item()
+        assert_not_rare(2 * stats.norm.sf(abs(values.sum().item()) / math.sqrt(n)), 20)
+        assert_not_rare(2 * min(stats.chi2(n).cdf(square), stats.chi2(n).sf(square)), 20)
+        assert_not_rare(stats.kstest(values.numpy(), "norm").pvalue, 20)
+    for limit in (3.0, 4.0):  # the tails
+        test = stats.binomtest(int((z.abs() > limit).sum()), z.numel(), 2 * stats.norm.sf(limit))
+        assert_not_rare(test.pvalue, 20)
+
+
+@on_devices
+def test_draws_are_independent_between_seeds_and_elements(device):
+    """Seeds that differ in one bit, high or low; elements of one counter and neighbours."""
+    draws = {seed: normals((5 * BLOCK,), seed, device) for seed in (9, 8, 9 + 2**31, 9 + 2**32, 9 + 2**63)}
+    pairs = list(itertools.combinations(draws.values(), 2))
+    pairs += [(draws[9][:-lag], draws[9][lag:]) for lag in (1, 2, 1024, 2048, 3072, 4096)]
+    for (one, other), power in itertools.product(pairs, (1, 2)):
+        correlation = torch.corrcoef(torch.stack([one, other]).double() ** power)[0, 1].item()
+        assert_not_rare(2 * stats.norm.sf(abs(correlation) * math.sqrt(len(one))), 2 * len(pairs))
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_noise_follows_the_elements_and_not_the_memory(device, dtype):
+    for weight in all_layouts(device, dtype)[len(SHAPES) :]:
+        contiguous, std = weight.contiguous(), noise.noise_std(weight, 0.5)
+        clean = weight.clone()
+        kernels.add_noise_([weight, contiguous], [std, std], [7, 7])
+        assert weight.stride() == clean.stride() != contiguous.stride()
+        assert torch.equal(weight, contiguous)
+        assert (weight != clean).float().mean() > 0.9
+
+
+@on_devices
+def test_a_draw_is_one_of_its_seed_alone(device):
+    weights = all_layouts(device, torch.float32)
+    stds = [noise.noise_std(weight, 0.5) for weight in weights]
+    together = [weight.clone() for weight in weights]
+    kernels.add_noise_(together, stds, range(len(weights)))
+    for index in (0, 5, 16, len(weights) - 1):
+        alone = weights[index].clone()
+        kernels.add_noise_([alone], [stds[index]], [index])
+        assert torch.equal(alone, together[index])
+
+
+# The addition
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_sum_is_rounded_once(device, dtype):
+    weights = all_layouts(device, dtype)
+    for index, weight in enumerate(weights):
+        std, noisy = noise.noise_std(weight, 0.5), weight.clone()
+        kernels.add_noise_([noisy], [std], [index])
+        added = normals(weight.shape, index, device).double() * std.double().cpu()
+        exact, info = weight.double().cpu() + added, torch.finfo(dtype)
+        compute = 2**-23 * (weight.double().cpu().abs() + added.abs())
+        share = 1.0 if dtype == torch.bfloat16 and device == "cpu" else 0.5
+        rounding = share * info.eps * exact.abs() + info.eps * info.smallest_normal
+        assert ((noisy.double().cpu() - exact).abs() <= rounding + compute).all()
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_std_0_leaves_the_weights_bit_equal(device, dtype):
+    weights = all_layouts(device, dtype)
+    noisy = [weight.clone() for weight in weights]
+    kernels.add_noise_(noisy, [noise.filter_norms(weight) * 0 for weight in weights], [1] * len(weights))
+    assert all(torch.equal(one, other) for one, other in zip(noisy, weights, strict=True))
+
+
+@on_devices
+def test_weights_and_stds_that_are_not_finite_give_what_torch_gives(device):
+    weight, std = random((5, 1000), 5).to(device), torch.tensor([1.0, 0.0, math.inf, math.nan, 1e38], device=device)
+    weight[0, 3], weight[1, 4], weight[2, 5], weight[2, 6] = math.inf, math.nan, -math.inf, math.inf
+    expected = torch.addcmul(weight, normals(weight.shape, 6, device).to(device), std.view(5, 1))
+    kernels.add_noise_([weight], [std.view(5, 1)], [6])
+    torch.testing.assert_close(weight, expected, equal_nan=True)
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_beside_the_weights_is_written(device, dtype):
+    """Weights in the middle of larger memory: aligned for vector loads, and off by one element."""
+    for numel, shift in itertools.product((1, 5, 1024, 1032, BLOCK - 1, BLOCK, BLOCK + 8), (0, 1)):
+        memory = torch.full((numel + 2 * BLOCK,), 7.0, dtype=dtype, device=device)
+        weight = memory[BLOCK + shift :][:numel]
+        norms = kernels.filter_norms([weight])
+        torch.testing.assert_close(norms[0].item(), 7 * math.sqrt(numel), rtol=1e-6, atol=0)
+        kernels.add_noise_([weight], norms, [8])
+        assert (weight != 7).float().mean() > 0.9
+        assert (memory[: BLOCK + shift] == 7).all()
+        assert (memory[BLOCK + shift + numel :] == 7).all()
+
+
+@on_devices
+def test_autograd_sees_the_change(device):
+    weight = nn.Parameter(torch.ones(3, 4, device=device))
+    square, version = weight.square().sum(), weight._version
+    norms = kernels.filter_norms([weight])
+    assert weight._version == version
+    assert not norms[0].requires_grad
+    kernels.add_noise_([weight], norms, [1])
+    assert weight._version == version + 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.backward()
+
+
+@on_devices
+def test_stds_may_be_expanded_or_strided(device):
+    weight, seeds = random((6, 10)).to(device), [4, 4]
+    one, other = weight.clone(), weight.clone()
+    column = torch.full((6, 2), 0.5, dtype=torch.float64, device=device)[:, :1]
+    kernels.add_noise_([one, other], [column, torch.full((1, 1), 0.5, device=device)], seeds)
+    assert torch.equal(one, other)
+    assert not torch.equal(one, weight)
+
+
+# What they take
+
+
+class Subclass(Tensor):
+    pass
+
+
+@on_devices
+def test_supports_dense_filters_alone(device):
+    assert all(kernels.supports(weight) for dtype in DTYPES for weight in all_layouts(device, dtype))
+    assert kernels.supports(nn.Parameter(torch.ones(3, device=device)))
+    images = torch.ones(1, 6, 3, 3, device=device).to(memory_format=torch.channels_last)
+    layouts = [
+        *[torch.ones(0, device=device), torch.ones(5, 4, device=device).T, torch.ones(1, device=device).expand(5)],
+        *[images, torch.ones(8, device=device)[::2], torch.ones(4, 4, 3, 3, device=device).transpose(2, 3)],
+        *[torch.ones(3, dtype=dtype, device=device) for dtype in (torch.float64, torch.int32, torch.complex64)],
+    ]
+    for weight in layouts:
+        assert not kernels.supports(weight)
+        with pytest.raises(ValueError, match="supports"):
+            kernels.filter_norms([weight])
+        with pytest.raises(ValueError, match="supports"):
+            kernels.add_noise_([weight], [torch.ones([1] * weight.ndim, device=device)], [1])
+    assert not kernels.supports(torch.ones(3, 3, device=device).to_sparse())
+    assert not kernels.supports(torch.ones(3, device=device).as_subclass(Subclass))
+    assert not kernels.supports(torch.ones(1, device="meta").expand(2**31 - 1).contiguous())
+    assert kernels.filter_norms([]) == []
+    kernels.add_noise_([], [], [])
+    with pytest.raises(ValueError, match="1 weights, 1 stds and 2 seeds"):
+        kernels.add_noise_([torch.ones(1, device=device)], [torch.ones(1, device=device)], [1, 2])
+
+
+def test_a_cpu_is_left_to_torch():
+    assert not kernels.supports(torch.ones(3))
+
+
+# The compiled kernels
+
+
+@functools.cache
+def compiled(kernel: str, dtype: torch.dtype, backend: str, architecture: int | str, channels_last: bool = False):
+    """A kernel compiled as its launch would, for a device that need not be there."""
+    constants = {"DTYPE": kernels._DTYPES[dtype], "ALIGNMENT": 16}
+    if kernel == "_norms_kernel":
+        pointers = {"addresses": "*u64", "geometry": "*i32", "programs": "*i32", "norms": "*fp32"}
+        names = {"ROWS": "_ROWS", "SHORT": "_SHORT", "COLUMNS": "_COLUMNS", "PIECE": "_PIECE"}
+        constants |= {name: getattr(kernels, constant) for name, constant in names.items()}
+        warps = 4
+    else:
+        pointers = {"call": "*u64", "geometry": "*i32", "programs": "*i32"}
+        constants |= {"CHANNELS_LAST": channels_last, "GROUP": kernels._GROUP}
+        warps = 8
+    source = triton.compiler.ASTSource(
+        getattr(kernels, kernel),
+        pointers | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
+        attrs={(place,): [["tt.divisibility", 16]] for place in range(len(pointers))},
+    )
+    target = triton.backends.compiler.GPUTarget(backend, architecture, 32 if backend == "cuda" else 64)
+    return triton.compile(source, target=target, options={"num_warps": warps})
+
+
+KERNELS = [("_norms_kernel", False), ("_noise_kernel", False), ("_noise_kernel", True)]
+TARGETS = [*[("cuda", 90, dtype) for dtype in DTYPES], ("cuda", 80, torch.bfloat16), ("hip", "gfx942", torch.bfloat16)]
+
+
+@pytest.fixture
+def _new_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+@pytest.mark.usefixtures("_new_cache")
+@pytest.mark.parametrize(("kernel", "channels_last"), KERNELS)
+@pytest.mark.parametrize(("backend", "architecture", "dtype"), TARGETS)
+def test_compiles_without_a_gpu(backend, architecture, dtype, kernel, channels_last):
+    binary = compiled(kernel, dtype, backend, architecture, channels_last).asm
+    assert binary["cubin" if backend == "cuda" else "hsaco"]
+
+
+@pytest.mark.usefixtures("_new_cache")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_aligned_weights_are_read_and_written_as_vectors(dtype):
+    norms, noisy = (compiled(kernel, dtype, "cuda", 90).asm["ptx"] for kernel in ("_norms_kernel", "_noise_kernel"))
+    assert "ld.global.v4.b32" in norms  # 16 bytes
+    width = 4 if dtype == torch.float32 else 2  # 4 elements
+    assert len(re.findall(rf"ld\.global\.v{width}\.b32", noisy)) == 4
+    assert len(re.findall(rf"st\.global\.v{width}\.b32", noisy)) == 4
+
+
+@pytest.mark.usefixtures("_new_cache")
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_compiled_sum_is_rounded_to_the_nearest(channels_last):
+    ptx = compiled("_noise_kernel", torch.bfloat16, "cuda", 90, channels_last).asm["ptx"]
+    assert re.search(r"cvt\.rn\.bf16(x2)?\.f32", ptx)
+    assert not re.search(r"cvt\.rz\.bf16", ptx)
+
+
+@pytest.mark.usefixtures("_new_cache")
+@pytest.mark.parametrize(("kernel", "channels_last"), KERNELS)
+def test_registers_do_not_spill(tmp_path, kernel, channels_last):
+    """The stack is what sin and cos keep for huge angles: 28 bytes, never reached."""
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(compiled(kernel, torch.float32, "cuda", 90, channels_last).asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
+    usage = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    assert registers <= 64
+    assert stack <= 32
+
+
+# On a GPU
+
+
+def resnet50_shapes() -> list[tuple[int, ...]]:
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        return [tuple(weight.shape) for weight in timm.create_model("resnet50").parameters()]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_resnet_takes_a_handful_of_launches(memory_format):
+    weights = [torch.randn(shape, device="cuda") for shape in resnet50_shapes()]
+    weights = [weight.to(memory_format=memory_format) if weight.ndim == 4 else weight for weight in weights]
+    perturb = functools.partial(kernels.add_noise_, weights, kernels.filter_norms(weights), range(len(weights)))
+    for function in (functools.partial(kernels.filter_norms, weights), perturb):
+        function()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            function()
+            torch.cuda.synchronize()
+        launches = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        assert 0 < len(launches) <= 4  # a kernel and a copy for each kind of layout
+
+
+@pytest.mark.gpu
+def test_two_calls_on_a_gpu_give_the_same_bits():
+    weights = [torch.randn(shape, device="cuda") for shape in resnet50_shapes()]
+    norms = [kernels.filter_norms(weights) for _ in range(2)]
+    noisy = [[weight.clone() for weight in weights] for _ in range(2)]
+    for copies in noisy:
+        kernels.add_noise_(copies, norms[0], range(len(weights)))
+    assert all(torch.equal(*pair) for pairs in (norms, noisy) for pair in zip(*pairs, strict=True))
