@@ -34,6 +34,12 @@ _GROUP = 1024  # a power of 2; part of the noise's definition: another one is an
 _ROWS, _SHORT = 32, 64  # filters of at most 64 elements: 32 to a program
 _COLUMNS, _PIECE = 1024, 16384  # longer ones: 1024 elements at a time, and every 16384 are a program's
 
+# A seed, and elements of its noise by Philox and Box-Muller in float64
+_KNOWN_SEED, _KNOWN = (
+    0x0123456789ABCDEF,
+    {0: -1.03707, 1: -0.58827, 1024: 0.28971, 2048: 1.84132, 3072: -0.50766, 4099: 0.40713},
+)
+
 _Layout = tuple[torch.device, torch.dtype, torch.Size, tuple[int, ...]]
 
 
@@ -129,6 +135,27 @@ def add_noise_(weights: Sequence[Tensor], stds: Sequence[Tensor], seeds: Sequenc
                 num_warps=8,
             )
     torch.autograd.graph.increment_version(weights)
+
+
+def check(device: torch.device, dtype: torch.dtype) -> None:
+    """Compile the kernels for a device and dtype, and hold what they give against known answers.
+
+    RuntimeError: it is something else. Also whatever Triton raises where it cannot compile or launch.
+    """
+    flat = torch.zeros(2, 4100, dtype=dtype, device=device)
+    last = torch.zeros(2, 8, 4, 4, dtype=dtype, device=device).to(memory_format=torch.channels_last)
+    std = torch.tensor([1.0, 0.0], device=device)
+    add_noise_([flat, last], [std.view(2, 1), std.view(2, 1, 1, 1)], [_KNOWN_SEED, _KNOWN_SEED])
+    expected = torch.tensor(list(_KNOWN.values()))
+    close = functools.partial(torch.allclose, rtol=1e-2, atol=1e-4)  # bfloat16 has two digits
+    right = close(flat[0, list(_KNOWN)].float().cpu(), expected) and close(
+        last[0].flatten(), flat[0, : last[0].numel()]
+    )
+    right = right and not flat[1].any() and not last[1].any()
+    for weight, norms in zip((flat, last), filter_norms([flat.fill_(2), last.fill_(2)]), strict=True):
+        right = right and close(norms.cpu(), torch.tensor(2 * math.sqrt(weight[0].numel())))
+    if not right:
+        raise RuntimeError("the kernels' norms or noise are not what they have to be")
 
 
 @triton.jit

@@ -4,16 +4,15 @@ What the kernels do is tested in test_kernels.py; that no interrupt leaves noise
 """
 
 import logging
-import os
-import subprocess
-import sys
+import multiprocessing
 import threading
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_rwp import foreach, noise
+from hf_rwp import RWP, foreach, noise
 from hf_rwp.foreach import NoiseAdder
 
 on_threads = pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
@@ -89,3 +88,73 @@ def test_an_error_on_any_thread_is_raised(threads, monkeypatch):
     monkeypatch.setattr(noise, "add_noise_", fail)
     with pytest.raises(MemoryError, match="none left"):
         NoiseAdder().add_([(weight, torch.ones(()), 0) for weight in weights()])
+
+
+# Fused kernels
+
+
+def step_with_kernels() -> None:
+    """Of a network with weights that the kernels take (two layouts, two dtypes) and some that they leave alone."""
+    from hf_rwp import kernels
+
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(3, 6, 3).to(memory_format=torch.channels_last)
+    net = nn.Sequential(convolution, nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(6 * 4, 5), nn.LayerNorm(5))
+    net[3].bfloat16()
+    net[4].double()
+    seen = {}
+    rwp = RWP(torch.optim.SGD(net.parameters(), lr=0.0), net, gamma=0.3, alpha=1, seed=5, eta=0.1)
+
+    def forward(images: Tensor) -> Tensor:
+        hidden = net[2](net[1](net[0](images))).bfloat16()
+        seen.update({name: weight.detach().clone() for name, weight in net.named_parameters()})
+        return net[4](net[3](hidden).double())
+
+    net.forward = forward
+    for window in (1, 2):
+        clean = {name: weight.detach().clone() for name, weight in net.named_parameters()}
+        damping = {name: noise.arwp_damping(fisher, 0.1) for name, fisher in rwp._fisher.items()}
+        net(torch.randn(2, 3, 4, 4)).square().sum().backward()
+        for position, (name, weight) in enumerate(net.named_parameters()):
+            assert torch.equal(weight, clean[name])
+            expected, seed = clean[name].clone(), noise.noise_seed(5, window, 0, 0, position)
+            std = noise.noise_std(expected, 0.3, damping=damping.get(name))
+            if weight.dtype == torch.float64:
+                assert not kernels.supports(weight)
+                noise.add_noise_(expected, std, torch.Generator().manual_seed(seed), noise.new_scratch(expected))
+            else:
+                kernels.add_noise_([expected], [std], [seed])
+            torch.testing.assert_close(seen[name], expected)
+            assert weight.abs().max() == 0 or not torch.equal(seen[name], clean[name])
+        rwp.step()
+        rwp.zero_grad()
+
+
+def test_rwp_takes_its_noise_from_the_kernels(monkeypatch):
+    """In a process of its own, where Triton interprets them on a CPU."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(step_with_kernels).result()
+
+
+def test_a_device_on_which_the_kernels_fail_goes_without(monkeypatch, caplog):
+    kernels = pytest.importorskip("hf_rwp.kernels")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def fail(*_) -> None:
+        raise FileNotFoundError("no C compiler")
+
+    monkeypatch.setattr(kernels, "check", fail)
+    foreach._has_kernels.cache_clear()
+    noisy, expected = weights()[0], weights()[0]
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            (std,) = foreach.noise_stds([expected], [0.3], "filter", [None])
+    NoiseAdder().add_([(noisy, std, 3)])
+    foreach._has_kernels.cache_clear()
+    noise.add_noise_(expected, std, torch.Generator().manual_seed(3), noise.new_scratch(expected))
+    assert torch.equal(noisy, expected)
+    assert [record.message for record in caplog.records] == [
+        "no fused kernels for torch.float32 on cpu, so that the noise takes longer: no C compiler"
+    ]

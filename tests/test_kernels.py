@@ -171,6 +171,34 @@ def test_draws_are_philox_and_box_muller(device, seed):
         torch.testing.assert_close(normals((numel,), seed, device), expected, rtol=0, atol=1e-5)
 
 
+def test_the_known_answers_are_philox_and_box_muller():
+    expected = expected_normals(4100, kernels._KNOWN_SEED)
+    for element, normal in kernels._KNOWN.items():
+        assert normal == pytest.approx(expected[element], abs=1e-5)
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_check_passes_and_notices_other_noise_and_other_norms(device, dtype):
+    kernels.check(torch.device(device), dtype)
+    for name in ("add_noise_", "filter_norms"):
+        with pytest.MonkeyPatch.context() as patch:
+            right = getattr(kernels, name)
+
+            def wrong(weights, *args, right=right):
+                found = right(weights, *args)
+                (weights if found is None else found)[1].mul_(1.1)
+                return found
+
+            patch.setattr(kernels, name, wrong)
+            with pytest.raises(RuntimeError, match="not what they have to be"):
+                kernels.check(torch.device(device), dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(kernels._KNOWN, 4099, 0.3)
+        with pytest.raises(RuntimeError, match="not what they have to be"):
+            kernels.check(torch.device(device), dtype)
+
+
 def assert_not_rare(p_value: float, tests: int = 1) -> None:
     assert p_value >= FALSE_ALARM / tests, f"p = {p_value:.1e} in one of {tests} tests"
 

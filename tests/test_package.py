@@ -17,6 +17,7 @@ HEAVY |= {"sklearn", "numpy", "PIL", "yaml"}
 LAYERS = [
     {"noise", "placement", "hooks", "wrapper", "environment"},
     {"kernels"},
+    {"foreach"},
     {"perturbation"},
     {"optimizer"},
     {"tracking", "arguments", "data", "metrics", "sharpness", "plots", "card", "folder", "checkpoints", "records"},
