@@ -18,10 +18,12 @@ from compare import METHODS, PROTOCOLS, as_table, by_method, curves_of, spread, 
 
 from hf_rwp.plots import comparison, landscape, sharpness_curves
 from hf_rwp.records import read_records
-from hf_rwp.sharpness import estimate
+from hf_rwp.sharpness import Estimate, estimate
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"
+RIVALS = ("base", "sam", "sam10")
+UNDECIDED = "not to be told apart"
 BEGIN, END = "<!-- results: python recipes/report.py -->", "<!-- end of results -->"
 
 
@@ -76,7 +78,7 @@ def with_section(text: str, section: str) -> str:
 
 
 def summary(comparisons: Mapping[str, Sequence[Mapping[str, Any]]], benchmarks: Sequence[Mapping[str, Any]]) -> str:
-    """For README.md: what a step costs, top-1 of each method on each task, and what RWP gained."""
+    """For README.md: what a step costs, top-1 of each method on each task, and where RWP gained."""
     parts = []
     for record in benchmarks:
         rows = [row for row in record["rows"] if "step /" in row["what"] or "/ step" in row["what"]]
@@ -98,7 +100,8 @@ def summary(comparisons: Mapping[str, Sequence[Mapping[str, Any]]], benchmarks: 
                 rows.append((method.title, cost_of(runs[0], tasks, name), *cells))
         parts.append(f"Top-1 accuracy (%) at {title}; mean ± standard deviation over seeds:")
         parts.append(as_table(rows))
-        parts.append("\n".join(f"- {sentence(described(comparisons[name]), task)}" for name, task in tasks.items()))
+        named = [(described(comparisons[name]), task) for name, task in tasks.items()]
+        parts.append("\n".join(f"- {against(rival, named)}" for rival in RIVALS))
     return "\n\n".join(["", *parts, ""])
 
 
@@ -187,7 +190,7 @@ def described(records: Sequence[Mapping[str, Any]]) -> str:
     data = {"cifar10": "CIFAR-10", "uoft-cs/cifar10": "CIFAR-10"}.get(data, data)
     images = f", {task['train_images']:,} images" if "train_images" in task else ""
     noise = f", {task['label_noise']:.0%} of labels random" if "label_noise" in task else ""
-    return f"{data}, {task['model']}{images}{noise}"
+    return f"{data}, {task['model']}{images}, {task['epochs']} epochs{noise}"
 
 
 def conditions(records: Sequence[Mapping[str, Any]]) -> str:
@@ -217,30 +220,41 @@ def conditions(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def sentence(task: str, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """What the runs say of RWP against each of its rivals."""
+    """What the runs of a task say of RWP against each of its rivals."""
     if len(runs) < 2 or "rwp" not in runs:
         return f"{task}: RWP has not been run beside another method."
     said = []
-    for rival in ("base", "sam", "sam10"):
+    for rival in RIVALS:
         if rival in runs:
-            said.append(f"{verdict(runs['rwp'], runs[rival])} {METHODS[rival].title}")
+            kind, gain = verdict(runs["rwp"], runs[rival])
+            interval = "" if gain is None else f" ({gain.mean:+.2f}, 95 % interval {gain.low:+.2f} to {gain.high:+.2f})"
+            said.append(f"{kind}{interval} {'from' if kind == UNDECIDED else 'than'} {METHODS[rival].title}")
     best = max(runs, key=lambda name: statistics.mean(run["top1"] for run in runs[name]))
     return f"{task}: RWP is {', '.join(said)}. The best mean has {METHODS[best].title}."
 
 
-def verdict(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> str:
-    """Whether accuracies differ, by the 95 % interval of their paired differences over seeds."""
+def against(rival: str, tasks: Sequence[tuple[str, Mapping[str, Sequence[Mapping[str, Any]]]]]) -> str:
+    """On which tasks RWP is better and worse than a rival, with the mean difference in points."""
+    places: dict[str, list[str]] = {"better": [], UNDECIDED: [], "worse": []}
+    for task, runs in tasks:
+        if "rwp" in runs and rival in runs:
+            kind, gain = verdict(runs["rwp"], runs[rival])
+            places[kind].append(task if gain is None else f"{task} ({gain.mean:+.2f})")
+    said = "; ".join(f"{kind} on {', '.join(some)}" for kind, some in places.items() if some)
+    return f"RWP against {METHODS[rival].title}: {said or 'not run'}."
+
+
+def verdict(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> tuple[str, Estimate | None]:
+    """Whether accuracies differ, by the 95 % interval of their paired differences over seeds, in points.
+
+    Of two seeds or fewer no interval is made.
+    """
     there = {run["seed"]: run["top1"] for run in theirs}
     gains = [100 * (run["top1"] - there[run["seed"]]) for run in ours if run["seed"] in there]
     if len(gains) < 3:
-        return f"not to be told apart by {len(gains)} seed(s) from"
+        return UNDECIDED, None
     gain = estimate(gains)
-    interval = f"({gain.mean:+.2f}, 95 % interval {gain.low:+.2f} to {gain.high:+.2f})"
-    if gain.low > 0:
-        return f"better {interval} than"
-    if gain.high < 0:
-        return f"worse {interval} than"
-    return f"not to be told apart {interval} from"
+    return ("better" if gain.low > 0 else "worse" if gain.high < 0 else UNDECIDED), gain
 
 
 if __name__ == "__main__":

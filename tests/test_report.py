@@ -34,23 +34,41 @@ def runs(method, top1, protocol="images", gradients=10.0):
 def test_a_difference_is_one_beyond_its_interval(report):
     base = runs("base", [0.50, 0.51, 0.52])
     # By hand: differences 1, 2, 3 points; mean 2, sd 1, t(0.975, 2) = 4.303, margin 4.303 / sqrt(3) = 2.48.
-    assert report.verdict(runs("rwp", [0.51, 0.53, 0.55]), base) == (
-        "not to be told apart (+2.00, 95 % interval -0.48 to +4.48) from"
+    kind, gain = report.verdict(runs("rwp", [0.51, 0.53, 0.55]), base)
+    assert kind == "not to be told apart"
+    assert [gain.mean, gain.low, gain.high] == pytest.approx([2, -0.484, 4.484], abs=1e-3)
+    assert report.verdict(runs("rwp", [0.53, 0.54, 0.551]), base)[0] == "better"
+    assert report.verdict(runs("rwp", [0.40, 0.41, 0.421]), base)[0] == "worse"
+    assert report.verdict(runs("rwp", [0.9, 0.9]), base) == ("not to be told apart", None)
+
+
+def test_a_task_has_a_sentence_and_a_rival_the_tasks(report):
+    better = {"base": runs("base", [0.50, 0.51, 0.52]), "rwp": runs("rwp", [0.53, 0.54, 0.551])}
+    even = {"base": runs("base", [0.50, 0.51, 0.52]), "rwp": runs("rwp", [0.51, 0.53, 0.55])}
+    few = {"base": runs("base", [0.5]), "rwp": runs("rwp", [0.6])}
+    assert report.sentence("a", better | {"sam": runs("sam", [0.9, 0.6, 0.6])}) == (
+        "a: RWP is better (+3.03, 95 % interval +2.89 to +3.18) than plain, not to be told apart (-15.97, 95 % "
+        "interval -61.24 to +29.30) from SAM. The best mean has SAM."
     )
-    assert report.verdict(runs("rwp", [0.53, 0.54, 0.551]), base).startswith("better (+3.03")
-    assert report.verdict(runs("rwp", [0.40, 0.41, 0.421]), base).startswith("worse (-9.97")
-    assert report.verdict(runs("rwp", [0.9]), base) == "not to be told apart by 1 seed(s) from"
+    assert report.sentence("few", few).startswith("few: RWP is not to be told apart from plain.")
+    assert "has not been run beside" in report.sentence("alone", {"rwp": runs("rwp", [0.6])})
+    worse = {"base": better["rwp"], "rwp": better["base"]}
+    assert report.against("base", [("a", better), ("b", even), ("c", worse), ("d", few)]) == (
+        "RWP against plain: better on a (+3.03); not to be told apart on b (+2.00), d; worse on c (-3.03)."
+    )
+    assert report.against("sam", [("a", better)]) == "RWP against SAM: not run."
 
 
 def test_a_summary_has_a_column_a_task_and_says_who_won(report):
     records = runs("base", [0.5, 0.6]) + runs("sam", [0.7, 0.7], gradients=20.0) + runs("rwp", [0.6, 0.65])
     text = report.summary({"small": records, "other": runs("rwp", [0.1, 0.2])}, [])
-    task = "CIFAR-10, test_resnet, 3,000 images, 30% of labels random"
+    task = "CIFAR-10, test_resnet, 3,000 images, 10 epochs, 30% of labels random"
     assert f"| method | cost | {task} | {task} |" in text
     assert "| plain | 1x | 55.00 ± 7.07 |  |" in text
     assert "| SAM | 2x | 70.00 ± 0.00 |  |" in text
     assert "| RWP | 1x | 62.50 ± 3.54 | 15.00 ± 7.07 |" in text
-    assert "The best mean has SAM." in text
+    assert f"- RWP against plain: not to be told apart on {task}.\n- RWP against SAM: not to be" in text
+    assert "- RWP against SAM every 10th step: not run." in text
 
 
 def test_conditions_say_under_which_terms_the_settings_were_searched(report):
