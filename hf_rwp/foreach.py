@@ -1,18 +1,19 @@
-"""The norms and the noise of many weights at once: what `noise` says of one, as fast as their devices allow.
+"""The norms and the noise of many weights at once: what `noise` says of one, on what their devices have.
 
 1. On a CPU several threads take their shares: torch's generator fills a tensor on one, whatever their number.
-2. On a GPU fused kernels (`kernels`) take all weights in a launch or two, where Triton is there and its noise passes a
-   check; `noise` alone costs about four small launches a weight.
-3. Any other weight goes through `noise`, one after the other.
+2. On a GPU fused kernels (`kernels`) take all weights in a launch or two, where Triton is there and they pass a check;
+   `noise` alone costs about four small launches a weight.
 
-A weight's noise is a function of its seed in each of these ways: how many threads there are changes nothing.
+A weight's noise is a function of its seed, on any number of threads. The kernels draw other numbers than torch does.
 """
 
 import functools
 import logging
-import os
+import time
+from collections import defaultdict
 from collections.abc import Sequence
-from threading import Event, Thread
+from threading import Thread
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -31,17 +32,25 @@ def noise_stds(
     weights: Sequence[Tensor], gammas: Sequence[float], mode: str, dampings: Sequence[Tensor | None]
 ) -> list[Tensor]:
     """`noise.noise_std` of every weight."""
-    fused, single = _apart(weights)
-    stds = {place: noise.noise_std(weights[place], gammas[place], mode, dampings[place]) for place in single}
+    fused, single = _split(weights)
+    stds = {index: noise.noise_std(weights[index], gammas[index], mode, dampings[index]) for index in single}
     if fused:
         from hf_rwp import kernels
 
-        norms = kernels.filter_norms([weights[place] for place in fused])
-        torch._foreach_mul_(norms, [noise.std_factor(weights[place].shape, gammas[place], mode) for place in fused])
-        for place, std in zip(fused, norms, strict=True):
-            damping = dampings[place]
-            stds[place] = std if damping is None else std.mul_(damping)
-    return [stds[place] for place in range(len(weights))]
+        norms = kernels.filter_norms([weights[index] for index in fused])
+        torch._foreach_mul_(norms, [noise.std_factor(weights[index].shape, gammas[index], mode) for index in fused])
+        for index, std in zip(fused, norms, strict=True):
+            damping = dampings[index]
+            stds[index] = std if damping is None else std.mul_(damping)
+    return [stds[index] for index in range(len(weights))]
+
+
+class _Work:
+    """What the threads of one call share with whoever stops them."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self.busy: set[int] = set()  # the threads at work but for the caller's
 
 
 class NoiseAdder:
@@ -50,53 +59,65 @@ class NoiseAdder:
     def __init__(self) -> None:
         self._scratch: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}  # by thread, as the generators
         self._generators: dict[tuple[int, torch.device], torch.Generator] = {}
-        self._threads: list[Thread] = []
-        self._stop = Event()  # ends the threads ahead of their next weight
+        self._work = _Work()
 
     @torch.no_grad()
     def add_(self, draws: Sequence[Draw]) -> None:
         """Add every draw's noise to its weight in place. After an exception, an interrupt too, `stop` has to follow."""
-        fused, single = _apart([weight for weight, _, _ in draws])
+        fused, single = _split([weight for weight, _, _ in draws])
         if fused:
             from hf_rwp import kernels
 
-            weights, stds, seeds = zip(*(draws[place] for place in fused), strict=True)
+            weights, stds, seeds = zip(*(draws[index] for index in fused), strict=True)
             kernels.add_noise_(weights, stds, seeds)
-        self._add_on_threads([draws[place] for place in single])
+        self._add_on_threads([draws[index] for index in single])
 
     def stop(self) -> None:
-        """Return when no thread writes noise any more."""
-        self._stop.set()  # first: a thread that is_alive() does not see yet finds it set
-        for thread in self._threads:
-            if thread.is_alive():
-                thread.join()
+        """Return when no thread writes noise any more, nor will.
+
+        An interrupted Thread.join() marks a thread that runs as ended (Python issue 90882), so none is asked here.
+        """
+        self._work.stopped = True
+        while self._work.busy:
+            time.sleep(1e-4)
 
     def _add_on_threads(self, draws: Sequence[Draw]) -> None:
-        stop, errors = Event(), list[BaseException]()
+        self._work = work = _Work()
+        errors: dict[int, BaseException] = {}
 
         @torch.no_grad()
         def add(number: int, share: Sequence[Draw]) -> None:
+            if number:
+                work.busy.add(number)  # ahead of the look at `stopped`
             try:
                 for weight, std, seed in share:
-                    if stop.is_set():
-                        return
+                    if work.stopped:
+                        break
                     generator = self._generator(number, weight.device).manual_seed(seed)
                     noise.add_noise_(weight, std, generator, self._scratch_for(number, weight))
             except BaseException as error:
-                errors.append(error)
-                stop.set()
+                errors[number] = error
+                work.stopped = True
+            finally:
+                work.busy.discard(number)
 
         mine, *others = _shares(draws)
-        threads = [Thread(target=add, args=(number, share)) for number, share in enumerate(others, start=1)]
-        self._stop, self._threads = stop, threads
-        for thread in threads:
-            thread.start()
+        threads = []
+        for number, share in enumerate(others, start=1):
+            thread = Thread(target=add, args=(number, share))
+            try:
+                thread.start()
+                threads.append(thread)
+            except RuntimeError:  # no more threads to be had
+                mine += share
         add(0, mine)
         for thread in threads:
             thread.join()
-        self._threads = []
-        if errors:
-            raise errors[0]
+        try:
+            if errors:
+                raise errors[min(errors)]  # that of this thread first: an interrupt comes to no other
+        finally:
+            errors.clear()  # its traceback leads back here: without this cycle the weights go when they are done with
 
     def _generator(self, thread: int, device: torch.device) -> torch.Generator:
         if (thread, device) not in self._generators:
@@ -111,47 +132,65 @@ class NoiseAdder:
 
 
 def _shares(draws: Sequence[Draw]) -> list[list[Draw]]:
-    """The draws in shares of about equal size, one for a thread; a single one where a weight is not on the CPU."""
-    elements = sum(weight.numel() for weight, _, _ in draws)
-    count = max(1, min(torch.get_num_threads(), MAX_THREADS, elements // ELEMENTS_PER_THREAD))
+    """The draws in shares of about equal size, one for a thread; a single one where a weight is not on the CPU.
+
+    Weights in one storage may overlap, and stay together.
+    """
+    count = max(1, min(torch.get_num_threads(), MAX_THREADS, _elements(draws) // ELEMENTS_PER_THREAD))
     if count == 1 or any(weight.device.type != "cpu" for weight, _, _ in draws):
         return [list(draws)]
+    together: dict[int, list[Draw]] = defaultdict(list)
+    for draw in draws:
+        together[draw[0].untyped_storage().data_ptr()].append(draw)
     shares: list[list[Draw]] = [[] for _ in range(count)]
     sizes = [0] * count
-    for draw in sorted(draws, key=lambda draw: -draw[0].numel()):
+    for some in sorted(together.values(), key=_elements, reverse=True):
         smallest = sizes.index(min(sizes))
-        shares[smallest].append(draw)
-        sizes[smallest] += draw[0].numel()
+        shares[smallest] += some
+        sizes[smallest] += _elements(some)
     return shares
 
 
-def _apart(weights: Sequence[Tensor]) -> tuple[list[int], list[int]]:
-    """Places in the list: of the weights that the fused kernels take, and of the others."""
-    places: tuple[list[int], list[int]] = [], []
-    for place, weight in enumerate(weights):
-        places[0 if _fuses(weight) else 1].append(place)
-    return places
+def _elements(draws: Sequence[Draw]) -> int:
+    return sum(weight.numel() for weight, _, _ in draws)
+
+
+def _split(weights: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    """The indices of the weights that the fused kernels take, of one storage one alone, and those of the others."""
+    fused: dict[int, int] = {}
+    single = []
+    for index, weight in enumerate(weights):
+        if _fuses(weight) and fused.setdefault(weight.untyped_storage().data_ptr(), index) == index:
+            continue
+        single.append(index)
+    return list(fused.values()), single
 
 
 def _fuses(weight: Tensor) -> bool:
-    if not _has_kernels(weight.device, weight.dtype):
+    if weight.device.type != "cuda":
         return False
-    from hf_rwp import kernels
-
-    return bool(kernels.supports(weight))
+    kernels = _kernels()
+    return kernels is not None and kernels.supports(weight) and _passes(weight.device, weight.dtype)
 
 
 @functools.cache
-def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the fused kernels run on a device, and their noise is what it has to be."""
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return False
+def _kernels() -> ModuleType | None:
     try:
         from hf_rwp import kernels
     except ImportError:  # a torch without Triton
-        return False
+        return None
+    return kernels
+
+
+@functools.cache
+def _passes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the fused kernels run on a device, and give what they have to."""
+    from hf_rwp import kernels
+
     try:
         kernels.check(device, dtype)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # no C compiler, a GPU that Triton does not know: training goes on all the same
         logger.warning("no fused kernels for %s on %s, so that the noise takes longer: %s", dtype, device, error)
         return False

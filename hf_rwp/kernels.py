@@ -62,11 +62,11 @@ def supports(weight: Tensor) -> bool:
     """Whether the kernels can take `weight`: on a GPU, in float32, bfloat16 or float16, not empty, no subclass.
 
     In memory its filters are dense and follow one another: contiguous or channels_last. It has less than 2^31 - 2^16
-    elements. (Where Triton interprets, TRITON_INTERPRET=1, it may be on a CPU.)
+    elements. (Where Triton interprets, TRITON_INTERPRET=1, it is on a CPU instead.)
     """
     return (
         type(weight) in (Tensor, nn.Parameter)
-        and (weight.is_cuda or _INTERPRETED)
+        and weight.is_cuda != _INTERPRETED
         and weight.layout == torch.strided
         and weight.dtype in _DTYPES
         and _has_dense_filters(weight)
@@ -80,7 +80,7 @@ def filter_norms(weights: Sequence[Tensor]) -> list[Tensor]:
     weights: such that `supports`; a layout that it refuses raises ValueError. The norms of a device and dtype are
     views of one tensor.
     """
-    norms: list[Tensor] = [torch.empty(0)] * len(weights)
+    norms: list[Tensor] = [torch.empty(0, device="cpu")] * len(weights)
     for group in _plan(_layouts(weights)):
         addresses = [weights[member].data_ptr() for member in group.members]
         with _current(group.device):
@@ -144,16 +144,16 @@ def check(device: torch.device, dtype: torch.dtype) -> None:
     """
     flat = torch.zeros(2, 4100, dtype=dtype, device=device)
     last = torch.zeros(2, 8, 4, 4, dtype=dtype, device=device).to(memory_format=torch.channels_last)
-    std = torch.tensor([1.0, 0.0], device=device)
+    std = torch.tensor([1.0, 0.0], dtype=torch.float32, device=device)
     add_noise_([flat, last], [std.view(2, 1), std.view(2, 1, 1, 1)], [_KNOWN_SEED, _KNOWN_SEED])
-    expected = torch.tensor(list(_KNOWN.values()))
+    expected = torch.tensor(list(_KNOWN.values()), dtype=torch.float32, device="cpu")
     close = functools.partial(torch.allclose, rtol=1e-2, atol=1e-4)  # bfloat16 has two digits
     right = close(flat[0, list(_KNOWN)].float().cpu(), expected) and close(
         last[0].flatten(), flat[0, : last[0].numel()]
     )
     right = right and not flat[1].any() and not last[1].any()
     for weight, norms in zip((flat, last), filter_norms([flat.fill_(2), last.fill_(2)]), strict=True):
-        right = right and close(norms.cpu(), torch.tensor(2 * math.sqrt(weight[0].numel())))
+        right = right and close(norms, torch.full_like(norms, 2 * math.sqrt(weight[0].numel())))
     if not right:
         raise RuntimeError("the kernels' norms or noise are not what they have to be")
 
@@ -254,7 +254,7 @@ def _add_normals(weight, std, normals, index, numel, geometry, CHANNELS_LAST: tl
 _INTERPRETED = not isinstance(_noise_kernel, triton.JITFunction)  # TRITON_INTERPRET=1 made the decorator decide so
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=4)
 def _plan(layouts: tuple[_Layout, ...]) -> list[_Group]:
     """The groups of a list of weights, their tables on the devices. ValueError: `supports` refuses a layout."""
     groups: dict[tuple[torch.device, torch.dtype, bool], list[int]] = defaultdict(list)

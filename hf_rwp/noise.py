@@ -140,7 +140,7 @@ def gamma_factor(progress: float, schedule: str = "constant", growth: float = 0.
 
 
 def _pieces(weight: Tensor, std: Tensor, length: int) -> Iterable[tuple[Tensor, Tensor]]:
-    """`weight` and `std`, some filters at a time, so that a piece has at most `length` elements if a filter has."""
+    """`weight` and `std`, some filters at a time: at most `length` elements, or one filter where that is larger."""
     if weight.numel() <= length:
         return [(weight, std)]
     dim = min(_leading_ones(weight.shape), weight.ndim - 1)

@@ -36,8 +36,8 @@ class Perturbation:
     def add(self, draws: Iterable[Draw], guarded: nn.Module | None = None) -> None:
         """Add noise to weights.
 
-        guarded: the model whose buffers `restore` also puts back (BatchNorm statistics are to come from clean weights),
-        None where they are to stay.
+        draws: (weight, std, seed) each; std as `noise.noise_std` gives. guarded: the model whose buffers `restore` also
+        puts back (BatchNorm statistics are to come from clean weights), None where they are to stay.
         """
         self.restore()
         draws = list(draws)
@@ -60,6 +60,7 @@ class Perturbation:
         """Make the weights clean until `show`; False, and nothing done, where no noise is in them."""
         hides = self._present and self._noisy is None
         if hides:
+            self._adder.stop()  # two interrupts may have left it at work
             noisy = [tensor.clone() for tensor in self._clean]
             _copy_all(self._clean, self._clean.values(), unseen=True)
             self._put_buffers_back()

@@ -109,7 +109,9 @@ class Arguments:
     workers: int = field(default=0, metadata={"help": "Processes that load these images; 0 is the main one."})
     threads: int | None = field(
         default=None,
-        metadata={"help": "Of each rank; all of them for a process alone. If not set the ranks share the CPU's cores."},
+        metadata={
+            "help": "Of each rank; a process alone has those of all. If not set the ranks share the CPU's cores."
+        },
     )
     mixed_precision: str = field(default="no", metadata={"help": "Autocast's dtype.", "choices": ("no", "bf16")})
     channels_last: bool = field(default=False, metadata={"help": "Whether to use the channels_last memory format."})

@@ -158,7 +158,7 @@ def details(
 def machine(record: Mapping[str, Any]) -> str:
     hardware = record["hardware"]
     ranks = f"{hardware['replicas']} ranks of {hardware['threads']} thread(s) each"
-    return f"{hardware['device']}, {ranks}, and one process of {hardware['threads_alone']}"
+    return f"{hardware['device']}, {ranks}, and one process of {hardware.get('threads_alone', hardware['threads'])}"
 
 
 def costs(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -5,7 +5,10 @@ What the kernels do is tested in test_kernels.py; that no interrupt leaves noise
 
 import logging
 import multiprocessing
+import os
+import signal
 import threading
+import time
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -80,14 +83,76 @@ def test_threads_get_shares_of_about_equal_size_of_large_weights(threads, monkey
 
 
 @on_threads
-def test_an_error_on_any_thread_is_raised(threads, monkeypatch):
-    def fail(weight: Tensor, *_) -> None:
-        if weight.shape == (3, 2):
-            raise MemoryError("none left")
+def test_an_error_on_any_thread_is_raised_and_ends_the_others(threads, monkeypatch):
+    added, failed = [], threading.Event()
 
-    monkeypatch.setattr(noise, "add_noise_", fail)
+    def add(weight: Tensor, *_) -> None:
+        if weight.shape == (3, 2):
+            failed.set()
+            raise MemoryError("none left")
+        failed.wait(0.1)
+        added.append(weight)
+
+    monkeypatch.setattr(noise, "add_noise_", add)
+    many = [torch.ones(3, 2)] + [torch.ones(3, 2, 1) for _ in range(30)]
     with pytest.raises(MemoryError, match="none left"):
-        NoiseAdder().add_([(weight, torch.ones(()), 0) for weight in weights()])
+        NoiseAdder().add_([(weight, torch.ones(()), 0) for weight in many])
+    assert len(added) < threads
+
+
+@pytest.mark.parametrize("threads", [3], indirect=True)
+def test_without_more_threads_the_caller_draws(threads, monkeypatch):
+    def start(thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    noisy, alone = weights(), weights()
+    draws = [[(w, noise.noise_std(w, 1.0), 3) for w in some] for some in (noisy, alone)]
+    NoiseAdder().add_(draws[0])
+    monkeypatch.setattr(threading.Thread, "start", start)
+    NoiseAdder().add_(draws[1])
+    assert all(torch.equal(weight, other) for weight, other in zip(noisy, alone, strict=True))
+
+
+@on_threads
+def test_weights_in_one_storage_stay_together_in_order(threads):
+    flat = torch.ones(500)
+    some = [flat, torch.ones(300), flat.view(20, 25).t(), torch.ones(400), flat[:10]]
+    shares = foreach._shares([(weight, torch.ones(()), 0) for weight in some])
+    ours = [[weight for weight, _, _ in share if weight.data_ptr() == flat.data_ptr()] for share in shares]
+    assert [len(share) for share in ours if share] == [3]
+    (found,) = [share for share in ours if share]
+    assert [id(weight) for weight in found] == [id(some[index]) for index in (0, 2, 4)]
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+@pytest.mark.parametrize("threads", [2], indirect=True)
+def test_no_noise_comes_after_an_interrupt_of_the_wait_for_a_thread(threads, monkeypatch, signals):
+    """One that ends the wait, and one that ends the wait of what restores the weights then."""
+
+    def slowly_elsewhere(*args, add_noise_=noise.add_noise_) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.5)
+        add_noise_(*args)
+
+    monkeypatch.setattr(noise, "add_noise_", slowly_elsewhere)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    net = nn.Sequential(nn.Linear(40, 40, bias=False), nn.Linear(40, 40, bias=False))
+    clean = [parameter.detach().clone() for parameter in net.parameters()]
+    rwp = RWP(torch.optim.SGD(net.parameters(), lr=0.0), net, alpha=1)
+    timers = [threading.Timer(0.1 + 0.15 * n, os.kill, (os.getpid(), signal.SIGINT)) for n in range(signals)]
+    try:
+        for timer in timers:
+            timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            net(torch.ones(2, 40))
+        for timer in timers:
+            timer.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    rwp.eval()
+    assert all(torch.equal(parameter, other) for parameter, other in zip(net.parameters(), clean, strict=True))
+    time.sleep(0.6)
+    assert all(torch.equal(parameter, other) for parameter, other in zip(net.parameters(), clean, strict=True))
 
 
 # Fused kernels
@@ -97,6 +162,7 @@ def step_with_kernels() -> None:
     """Of a network with weights that the kernels take (two layouts, two dtypes) and some that they leave alone."""
     from hf_rwp import kernels
 
+    foreach._fuses = kernels.supports
     torch.manual_seed(0)
     convolution = nn.Conv2d(3, 6, 3).to(memory_format=torch.channels_last)
     net = nn.Sequential(convolution, nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(6 * 4, 5), nn.LayerNorm(5))
@@ -140,21 +206,27 @@ def test_rwp_takes_its_noise_from_the_kernels(monkeypatch):
 
 def test_a_device_on_which_the_kernels_fail_goes_without(monkeypatch, caplog):
     kernels = pytest.importorskip("hf_rwp.kernels")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    errors = [FileNotFoundError("no C compiler"), torch.OutOfMemoryError("for now")]
 
     def fail(*_) -> None:
-        raise FileNotFoundError("no C compiler")
+        raise errors[0]
 
     monkeypatch.setattr(kernels, "check", fail)
-    foreach._has_kernels.cache_clear()
-    noisy, expected = weights()[0], weights()[0]
+    foreach._passes.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            (std,) = foreach.noise_stds([expected], [0.3], "filter", [None])
-    NoiseAdder().add_([(noisy, std, 3)])
-    foreach._has_kernels.cache_clear()
-    noise.add_noise_(expected, std, torch.Generator().manual_seed(3), noise.new_scratch(expected))
-    assert torch.equal(noisy, expected)
+            assert not foreach._passes(torch.device("cpu"), torch.float32)
+    foreach._passes.cache_clear()
     assert [record.message for record in caplog.records] == [
         "no fused kernels for torch.float32 on cpu, so that the noise takes longer: no C compiler"
     ]
+    del errors[0]
+    with pytest.raises(torch.OutOfMemoryError):
+        foreach._passes(torch.device("cpu"), torch.float32)
+
+
+def test_the_kernels_get_one_weight_of_a_storage(monkeypatch):
+    flat = torch.ones(60)
+    monkeypatch.setattr(foreach, "_fuses", lambda weight: weight.dtype == torch.float32)
+    some = [flat, torch.ones(3), flat.view(6, 10).t(), torch.ones(3, dtype=torch.float64), flat]
+    assert foreach._split(some) == ([0, 1], [2, 3, 4])
