@@ -86,9 +86,10 @@ def new_scratch(weight: Tensor) -> Tensor:
     """Memory for `add_noise_`: 1-D, on the weight's device, in float32 or better.
 
     Its length bounds how many elements are drawn at a time. On a CPU a small piece is still in the cache when it is
-    added to the weights; elsewhere a larger one saves kernel launches.
+    added to the weights, and torch works on it with one thread, as several pieces at a time may have one each;
+    elsewhere a larger one saves kernel launches.
     """
-    length = 2**17 if weight.device.type == "cpu" else 2**22
+    length = 2**15 if weight.device.type == "cpu" else 2**22
     return weight.new_empty(length, dtype=torch.promote_types(weight.dtype, torch.float32))
 
 
