@@ -240,7 +240,7 @@ def against(rival: str, tasks: Sequence[tuple[str, Mapping[str, Sequence[Mapping
         if "rwp" in runs and rival in runs:
             kind, gain = verdict(runs["rwp"], runs[rival])
             places[kind].append(task if gain is None else f"{task} ({gain.mean:+.2f})")
-    said = "; ".join(f"{kind} on {', '.join(some)}" for kind, some in places.items() if some)
+    said = "; ".join(f"{kind} on {', on '.join(some)}" for kind, some in places.items() if some)
     return f"RWP against {METHODS[rival].title}: {said or 'not run'}."
 
 

@@ -54,7 +54,7 @@ def test_a_task_has_a_sentence_and_a_rival_the_tasks(report):
     assert "has not been run beside" in report.sentence("alone", {"rwp": runs("rwp", [0.6])})
     worse = {"base": better["rwp"], "rwp": better["base"]}
     assert report.against("base", [("a", better), ("b", even), ("c", worse), ("d", few)]) == (
-        "RWP against plain: better on a (+3.03); not to be told apart on b (+2.00), d; worse on c (-3.03)."
+        "RWP against plain: better on a (+3.03); not to be told apart on b (+2.00), on d; worse on c (-3.03)."
     )
     assert report.against("sam", [("a", better)]) == "RWP against SAM: not run."
 
