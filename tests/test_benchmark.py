@@ -107,7 +107,7 @@ def test_collectives_and_memory_are_what_ddp_and_the_model_make_them(run):
     clean, perturbed = measured["extra_bytes"]
     assert clean < 1000
     assert perturbed > weights + measured["scratch_bytes"]
-    peak = measured["peak_bytes"]  # under load the profiler may miss an allocation: less than a copy of the weights more
+    peak = measured["peak_bytes"]  # under load the profiler may miss an allocation: less than a copy more
     assert max(peak["base"]) > 2 * weights  # gradients and momentum, and more; RWP and SAM have a copy of the weights
     assert peak["rwp"][0] < peak["rwp"][1]
     assert max(peak["base"]) < peak["rwp"][1]
