@@ -141,12 +141,14 @@ def test_no_noise_comes_after_an_interrupt_of_the_wait_for_a_thread(threads, mon
     rwp = RWP(torch.optim.SGD(net.parameters(), lr=0.0), net, alpha=1)
     timers = [threading.Timer(0.1 + 0.15 * n, os.kill, (os.getpid(), signal.SIGINT)) for n in range(signals)]
     try:
-        for timer in timers:
-            timer.start()
         with pytest.raises(KeyboardInterrupt):
-            net(torch.ones(2, 40))
-        for timer in timers:
-            timer.join()
+            for timer in timers:
+                timer.start()
+            try:
+                net(torch.ones(2, 40))
+            finally:
+                for timer in timers:
+                    timer.join()
     finally:
         signal.signal(signal.SIGINT, before)
     rwp.eval()
