@@ -140,15 +140,19 @@ def test_no_noise_comes_after_an_interrupt_of_the_wait_for_a_thread(threads, mon
     clean = [parameter.detach().clone() for parameter in net.parameters()]
     rwp = RWP(torch.optim.SGD(net.parameters(), lr=0.0), net, alpha=1)
     timers = [threading.Timer(0.1 + 0.15 * n, os.kill, (os.getpid(), signal.SIGINT)) for n in range(signals)]
+
+    def forward() -> None:
+        for timer in timers:
+            timer.start()
+        try:
+            net(torch.ones(2, 40))
+        finally:
+            for timer in timers:
+                timer.join()
+
     try:
         with pytest.raises(KeyboardInterrupt):
-            for timer in timers:
-                timer.start()
-            try:
-                net(torch.ones(2, 40))
-            finally:
-                for timer in timers:
-                    timer.join()
+            forward()
     finally:
         signal.signal(signal.SIGINT, before)
     rwp.eval()
