@@ -400,7 +400,7 @@ def test_memory_is_one_copy_allocated_once(dtype):
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupted_add_leaves_no_half_of_the_noise(monkeypatch, threads, interrupt):
     model, noisy = Restless(), Perturbation()
-    clean, noises, add_noise_ = clones(model), iter(range(3)), noise.add_noise_
+    clean, noises, add_noise_ = clones(model), itertools.count(), noise.add_noise_
 
     def fail_in_the_third(weight: Tensor, *args) -> None:
         add_noise_(weight, *args)
