@@ -22,6 +22,7 @@ from hf_rwp.sharpness import Estimate, estimate
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"
+SHOWN = ("base", "sam", "sam10", "rwp", "rwp_1x")  # in README.md
 RIVALS = ("base", "sam", "sam10")
 UNDECIDED = "not to be told apart"
 BEGIN, END = "<!-- results: python recipes/report.py -->", "<!-- end of results -->"
@@ -78,7 +79,7 @@ def with_section(text: str, section: str) -> str:
 
 
 def summary(comparisons: Mapping[str, Sequence[Mapping[str, Any]]], benchmarks: Sequence[Mapping[str, Any]]) -> str:
-    """For README.md: what a step costs, top-1 of each method on each task, and where RWP gained."""
+    """For README.md: what a step costs; on each task, under each of its terms, top-1 of the methods and RWP's gain."""
     parts = []
     for record in benchmarks:
         rows = [row for row in record["rows"] if "step /" in row["what"] or "/ step" in row["what"]]
@@ -86,32 +87,38 @@ def summary(comparisons: Mapping[str, Sequence[Mapping[str, Any]]], benchmarks: 
             f"What a step costs, on {machine(record)}; medians over rounds of the ratio within a round (quartiles):"
         )
         parts.append(costs(rows))
-    for protocol, title in PROTOCOLS.items():
-        found = {name: by_protocol(records).get(protocol) for name, records in comparisons.items()}
-        tasks = {name: by_method(runs) for name, runs in found.items() if runs}
-        if not tasks:
-            continue
-        rows = [("method", "cost", *(described(comparisons[name]) for name in tasks))]
-        rows.append(("---",) * len(rows[0]))
-        for name, method in METHODS.items():
-            runs = [task[name] for task in tasks.values() if name in task]
-            if runs:
-                cells = [spread([100 * run["top1"] for run in task.get(name, [])]) for task in tasks.values()]
-                rows.append((method.title, cost_of(runs[0], tasks, name), *cells))
-        parts.append(f"Top-1 accuracy (%) at {title}; mean ± standard deviation over seeds:")
+    rows = [
+        (
+            "task",
+            "terms",
+            *(METHODS[name].title for name in SHOWN),
+            *(f"RWP over {METHODS[name].title}" for name in RIVALS),
+        )
+    ]
+    rows.append(("---",) * len(rows[0]))
+    for records in comparisons.values():
+        for number, (protocol, runs) in enumerate(by_protocol(records).items()):
+            found = by_method(runs)
+            task = "" if number else described(records)
+            accuracies = [spread([100 * run["top1"] for run in found.get(name, [])]) for name in SHOWN]
+            gains = [gain_cell(found.get("rwp", []), found.get(name, [])) for name in RIVALS]
+            rows.append((task, PROTOCOLS[protocol], *accuracies, *gains))
+    if comparisons:
+        parts.append(
+            "Top-1 accuracy (%), mean ± standard deviation over seeds. At equal images SAM computes two gradients of "
+            "each, and the others one. Differences are in points, bold where their 95 % interval over seeds leaves out "
+            "0:"
+        )
         parts.append(as_table(rows))
-        named = [(described(comparisons[name]), task) for name, task in tasks.items()]
-        parts.append("\n".join(f"- {against(rival, named)}" for rival in RIVALS))
     return "\n\n".join(["", *parts, ""])
 
 
-def cost_of(runs: Sequence[Mapping[str, Any]], tasks: Mapping[str, Mapping[str, Any]], name: str) -> str:
-    """Gradient evaluations of each image, relative to plain training's."""
-    for task in tasks.values():
-        if "base" in task and name in task:
-            ratio = task[name][0]["gradients"] / task["base"][0]["gradients"]
-            return f"{ratio:.2g}x"
-    return f"{runs[0]['gradients']:.3g}"
+def gain_cell(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> str:
+    """The mean difference in points, bold where it is one; empty where there are fewer than three seeds of both."""
+    kind, gain = verdict(ours, theirs)
+    if gain is None:
+        return ""
+    return f"{gain.mean:+.2f}" if kind == UNDECIDED else f"**{gain.mean:+.2f}**"
 
 
 def details(
@@ -190,7 +197,9 @@ def described(records: Sequence[Mapping[str, Any]]) -> str:
     data = {"cifar10": "CIFAR-10", "uoft-cs/cifar10": "CIFAR-10"}.get(data, data)
     images = f", {task['train_images']:,} images" if "train_images" in task else ""
     noise = f", {task['label_noise']:.0%} of labels random" if "label_noise" in task else ""
-    return f"{data}, {task['model']}{images}, {task['epochs']} epochs{noise}"
+    replicas = records[0].get("replicas", 1)
+    ranks = f", {replicas} replicas" if replicas > 1 else ""
+    return f"{data}, {task['model']}{images}, {task['epochs']} epochs{noise}{ranks}"
 
 
 def conditions(records: Sequence[Mapping[str, Any]]) -> str:
@@ -231,17 +240,6 @@ def sentence(task: str, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             said.append(f"{kind}{interval} {'from' if kind == UNDECIDED else 'than'} {METHODS[rival].title}")
     best = max(runs, key=lambda name: statistics.mean(run["top1"] for run in runs[name]))
     return f"{task}: RWP is {', '.join(said)}. The best mean has {METHODS[best].title}."
-
-
-def against(rival: str, tasks: Sequence[tuple[str, Mapping[str, Sequence[Mapping[str, Any]]]]]) -> str:
-    """On which tasks RWP is better and worse than a rival, with the mean difference in points."""
-    places: dict[str, list[str]] = {"better": [], UNDECIDED: [], "worse": []}
-    for task, runs in tasks:
-        if "rwp" in runs and rival in runs:
-            kind, gain = verdict(runs["rwp"], runs[rival])
-            places[kind].append(task if gain is None else f"{task} ({gain.mean:+.2f})")
-    said = "; ".join(f"{kind} on {', on '.join(some)}" for kind, some in places.items() if some)
-    return f"RWP against {METHODS[rival].title}: {said or 'not run'}."
 
 
 def verdict(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> tuple[str, Estimate | None]:

@@ -42,9 +42,8 @@ def test_a_difference_is_one_beyond_its_interval(report):
     assert report.verdict(runs("rwp", [0.9, 0.9]), base) == ("not to be told apart", None)
 
 
-def test_a_task_has_a_sentence_and_a_rival_the_tasks(report):
+def test_a_task_has_a_sentence(report):
     better = {"base": runs("base", [0.50, 0.51, 0.52]), "rwp": runs("rwp", [0.53, 0.54, 0.551])}
-    even = {"base": runs("base", [0.50, 0.51, 0.52]), "rwp": runs("rwp", [0.51, 0.53, 0.55])}
     few = {"base": runs("base", [0.5]), "rwp": runs("rwp", [0.6])}
     assert report.sentence("a", better | {"sam": runs("sam", [0.9, 0.6, 0.6])}) == (
         "a: RWP is better (+3.03, 95 % interval +2.89 to +3.18) than plain, not to be told apart (-15.97, 95 % "
@@ -52,23 +51,25 @@ def test_a_task_has_a_sentence_and_a_rival_the_tasks(report):
     )
     assert report.sentence("few", few).startswith("few: RWP is not to be told apart from plain.")
     assert "has not been run beside" in report.sentence("alone", {"rwp": runs("rwp", [0.6])})
-    worse = {"base": better["rwp"], "rwp": better["base"]}
-    assert report.against("base", [("a", better), ("b", even), ("c", worse), ("d", few)]) == (
-        "RWP against plain: better on a (+3.03); not to be told apart on b (+2.00), on d; worse on c (-3.03)."
-    )
-    assert report.against("sam", [("a", better)]) == "RWP against SAM: not run."
 
 
-def test_a_summary_has_a_column_a_task_and_says_who_won(report):
-    records = runs("base", [0.5, 0.6]) + runs("sam", [0.7, 0.7], gradients=20.0) + runs("rwp", [0.6, 0.65])
-    text = report.summary({"small": records, "other": runs("rwp", [0.1, 0.2])}, [])
+def test_a_summary_has_a_row_for_each_task_and_terms_and_says_where_rwp_gained(report):
+    images = runs("base", [0.50, 0.51, 0.52]) + runs("rwp", [0.53, 0.54, 0.551]) + runs("sam", [0.9, 0.6, 0.6])
+    gradients = runs("base", [0.5, 0.6], "gradients") + runs("rwp", [0.6, 0.65], "gradients")
+    alone = [run | {"replicas": 2} for run in runs("arwp", [0.1]) + runs("rwp", [0.1, 0.2])]
+    text = report.summary({"small": images + gradients, "other": alone}, [])
     task = "CIFAR-10, test_resnet, 3,000 images, 10 epochs, 30% of labels random"
-    assert f"| method | cost | {task} | {task} |" in text
-    assert "| plain | 1x | 55.00 ± 7.07 |  |" in text
-    assert "| SAM | 2x | 70.00 ± 0.00 |  |" in text
-    assert "| RWP | 1x | 62.50 ± 3.54 | 15.00 ± 7.07 |" in text
-    assert f"- RWP against plain: not to be told apart on {task}.\n- RWP against SAM: not to be" in text
-    assert "- RWP against SAM every 10th step: not run." in text
+    assert text.strip().splitlines()[2:] == [
+        "| task | terms | plain | SAM | SAM every 10th step | RWP | RWP, alpha 1 "
+        "| RWP over plain | RWP over SAM | RWP over SAM every 10th step |",
+        "| " + " | ".join(["---"] * 10) + " |",
+        f"| {task} | equal images per step and equal steps | 51.00 ± 1.00 | 70.00 ± 17.32 |  | 54.03 ± 1.05 |  "
+        "| **+3.03** | -15.97 |  |",
+        "|  | equal gradient evaluations | 55.00 ± 7.07 |  |  | 62.50 ± 3.54 |  |  |  |  |",
+        f"| {task}, 2 replicas | equal images per step and equal steps |  |  |  | 15.00 ± 7.07 |  |  |  |  |",
+    ]
+    assert report.gain_cell(runs("rwp", [0.40, 0.41, 0.421]), runs("base", [0.50, 0.51, 0.52])) == "**-9.97**"
+    assert report.summary({}, []).strip() == ""
 
 
 def test_conditions_say_under_which_terms_the_settings_were_searched(report):
@@ -146,4 +147,4 @@ def test_the_command_writes_all_of_it(report, tmp_path, monkeypatch):
     report.main()
     assert (results / "compare" / "small_images.png").exists()
     assert "| RWP | 62.50 ± 3.54 | +7.50 ± 3.54 | 2 |" in (results / "README.md").read_text()
-    assert "| RWP | 1x | 62.50 ± 3.54 |" in (tmp_path / "README.md").read_text()
+    assert "| 55.00 ± 7.07 |  |  | 62.50 ± 3.54 |" in (tmp_path / "README.md").read_text()
