@@ -20,8 +20,8 @@ class Perturbation:
     """Noise in the weights of a model, at most once at a time.
 
     One copy of the perturbed weights, kept from one perturbation to the next, is all the memory it holds beside a
-    bounded scratch for each thread (`noise.new_scratch`), and a second copy while hidden. A model that is never
-    perturbed costs none.
+    bounded scratch for each thread (`noise.new_scratch`) and, on a CPU, a table of 2^16 numbers for the process; and a
+    second copy while hidden. A model that is never perturbed costs none.
     At every moment the copy or the weights are whole, so that an interrupt anywhere leaves something to restore from.
     """
 

@@ -91,6 +91,7 @@ def summary(comparisons: Mapping[str, Sequence[Mapping[str, Any]]], benchmarks: 
         (
             "task",
             "terms",
+            "seeds",
             *(METHODS[name].title for name in SHOWN),
             *(f"RWP over {METHODS[name].title}" for name in RIVALS),
         )
@@ -102,12 +103,12 @@ def summary(comparisons: Mapping[str, Sequence[Mapping[str, Any]]], benchmarks: 
             task = "" if number else described(records)
             accuracies = [spread([100 * run["top1"] for run in found.get(name, [])]) for name in SHOWN]
             gains = [gain_cell(found.get("rwp", []), found.get(name, [])) for name in RIVALS]
-            rows.append((task, PROTOCOLS[protocol], *accuracies, *gains))
+            rows.append((task, PROTOCOLS[protocol], str(max(map(len, found.values()))), *accuracies, *gains))
     if comparisons:
         parts.append(
-            "Top-1 accuracy (%), mean ± standard deviation over seeds. At equal images SAM computes two gradients of "
-            "each, and the others one. Differences are in points, bold where their 95 % interval over seeds leaves out "
-            "0:"
+            "Top-1 accuracy (%), mean ± standard deviation over seeds; more methods are in the full tables. At equal "
+            "images SAM computes two gradients of each, SAM every 10th step 1.1, and the others one. Differences are "
+            "in points, bold where their 95 % interval over seeds leaves out 0 (not corrected for their number):"
         )
         parts.append(as_table(rows))
     return "\n\n".join(["", *parts, ""])
@@ -118,7 +119,8 @@ def gain_cell(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, A
     kind, gain = verdict(ours, theirs)
     if gain is None:
         return ""
-    return f"{gain.mean:+.2f}" if kind == UNDECIDED else f"**{gain.mean:+.2f}**"
+    points = f"{round(gain.mean, 2) + 0.0:+.2f}"  # no -0.00
+    return points if kind == UNDECIDED else f"**{points}**"
 
 
 def details(
@@ -192,12 +194,12 @@ def cost_cell(row: Mapping[str, Any] | None) -> str:
 
 def described(records: Sequence[Mapping[str, Any]]) -> str:
     """A comparison's task in a few words."""
-    task = records[0]["task"]
+    first = next(record for record in records if record["kind"] != "note")
+    task, replicas = first["task"], first.get("replicas", 1)
     data = task["data_dir"] or task.get("dataset") or "digits"
     data = {"cifar10": "CIFAR-10", "uoft-cs/cifar10": "CIFAR-10"}.get(data, data)
     images = f", {task['train_images']:,} images" if "train_images" in task else ""
     noise = f", {task['label_noise']:.0%} of labels random" if "label_noise" in task else ""
-    replicas = records[0].get("replicas", 1)
     ranks = f", {replicas} replicas" if replicas > 1 else ""
     return f"{data}, {task['model']}{images}, {task['epochs']} epochs{noise}{ranks}"
 

@@ -84,12 +84,11 @@ def test_threads_get_shares_of_about_equal_size_of_large_weights(threads, monkey
 
 @on_threads
 def test_an_error_on_any_thread_is_raised_and_ends_the_others(threads, monkeypatch):
-    adder, added = NoiseAdder(), []
+    adder, added, deadline = NoiseAdder(), [], time.monotonic() + 30
 
     def add(weight: Tensor, *_) -> None:
         if weight.shape == (3, 2):
             raise MemoryError("none left")
-        deadline = time.monotonic() + 60
         while not adder._work.stopped and time.monotonic() < deadline:
             time.sleep(1e-3)
         added.append(weight)

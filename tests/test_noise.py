@@ -13,6 +13,7 @@ import itertools
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from reference import noises, seen_weights, snapshot
 from scipy import stats
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 import hf_rwp.optimizer
 from hf_rwp import RWP, noise
@@ -102,8 +104,8 @@ def generator_at(*place: int) -> torch.Generator:
     return torch.Generator().manual_seed(noise.noise_seed(*place))
 
 
-def draw(weight: Tensor, std: Tensor, generator: torch.Generator, length: int = 2**15) -> Tensor:
-    """The noisy weight; the weight stays."""
+def draw(weight: Tensor, std: Tensor, generator: torch.Generator, length: int | None = None) -> Tensor:
+    """The noisy weight; the weight stays. length: of the scratch's rows, if not all of them."""
     noisy = weight.clone()
     noise.add_noise_(noisy, std, generator, noise.new_scratch(weight)[:, :length])
     return noisy
@@ -162,11 +164,11 @@ def test_damping_multiplies_the_std_of_each_filter(weight, gamma, mode):
 
 
 def check_noise_is_std_times_the_generators_draws(
-    weight: Tensor, std: Tensor, seed: int, length: int, accuracy: float = 0.0
+    weight: Tensor, std: Tensor, seed: int, length: int | None, accuracy: float = 0.0
 ) -> None:
     """accuracy: of a draw from N(0, 1), beside rounding."""
     noisy = draw(weight, std, torch.Generator().manual_seed(seed), length)
-    drawn = transcribed_draws(weight, torch.Generator().manual_seed(seed), length)
+    drawn = transcribed_draws(weight, torch.Generator().manual_seed(seed), length or 2**15)
     added = drawn * std.double().expand(weight.shape)
     exact = weight.double() + added
     compute = torch.finfo(std.dtype).eps * (weight.double().abs() + added.abs()) + accuracy * std
@@ -185,22 +187,36 @@ def test_noise_is_std_times_the_generators_draws_rounded_once(weight, seed, leng
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "shape", [(8191,), (8193,), (70_001,), (90, 9, 9, 9), (3, 50_001), (1000, 1, 70), (1, 2, 40_000)]
+    "shape", [(8191,), (8192,), (8193,), (70_001,), (90, 9, 9, 9), (3, 50_001), (1000, 1, 70), (1, 2, 40_000)]
 )
-def test_noise_of_a_large_weight_is_std_times_its_quantiles_rounded_once(shape, dtype):
+def test_noise_of_a_large_weight_is_std_times_its_levels_rounded_once(shape, dtype):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
     std = noise.noise_std(weight, 0.5, "filter_normalized")
-    check_noise_is_std_times_the_generators_draws(weight, std, 5, 2**15, accuracy=1e-9)
+    check_noise_is_std_times_the_generators_draws(weight, std, 5, None, accuracy=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_quantiles_are_those_of_the_standard_normal_law(dtype):
-    quantiles = noise._quantiles(dtype).double()
-    cumulative = stats.norm.cdf(quantiles.numpy()) * 2**16
+def test_levels_are_those_of_the_standard_normal_law(dtype):
+    levels = torch.from_numpy(noise._normal_levels(dtype)).double()
+    cumulative = stats.norm.cdf(levels.numpy()) * 2**16
     assert (np.floor(cumulative) == np.arange(2**16)).all()  # no more than 2^-16 from the law anywhere
-    torch.testing.assert_close(quantiles, -quantiles.flip(0), rtol=1e-6, atol=1e-9)
-    assert quantiles.square().mean().item() == pytest.approx(1, rel=1e-5)
-    assert quantiles.pow(4).mean().item() == pytest.approx(3, rel=1e-4)
+    torch.testing.assert_close(levels, -levels.flip(0), rtol=1e-6, atol=1e-9)
+    assert levels.square().mean().item() == pytest.approx(1, rel=1e-5)
+    assert levels.pow(4).mean().item() == pytest.approx(3, rel=1e-4)
+
+
+def test_levels_do_not_depend_on_where_they_are_first_needed():
+    drawn = []
+    for context in (nullcontext(), torch.device("meta"), torch.inference_mode(), FakeTensorMode()):
+        noise._normal_levels.cache_clear()
+        with (
+            context,
+            pytest.raises(RuntimeError, match="numpy") if isinstance(context, FakeTensorMode) else nullcontext(),
+        ):
+            weight = torch.zeros(9000, device="cpu")
+            draw(weight, torch.ones(1, device="cpu"), torch.Generator().manual_seed(3))
+        drawn.append(draw(torch.zeros(9000), torch.ones(1), torch.Generator().manual_seed(3)))
+    assert all(torch.equal(weight, drawn[0]) for weight in drawn)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -60,15 +60,16 @@ def test_a_summary_has_a_row_for_each_task_and_terms_and_says_where_rwp_gained(r
     text = report.summary({"small": images + gradients, "other": alone}, [])
     task = "CIFAR-10, test_resnet, 3,000 images, 10 epochs, 30% of labels random"
     assert text.strip().splitlines()[2:] == [
-        "| task | terms | plain | SAM | SAM every 10th step | RWP | RWP, alpha 1 "
+        "| task | terms | seeds | plain | SAM | SAM every 10th step | RWP | RWP, alpha 1 "
         "| RWP over plain | RWP over SAM | RWP over SAM every 10th step |",
-        "| " + " | ".join(["---"] * 10) + " |",
-        f"| {task} | equal images per step and equal steps | 51.00 ± 1.00 | 70.00 ± 17.32 |  | 54.03 ± 1.05 |  "
+        "| " + " | ".join(["---"] * 11) + " |",
+        f"| {task} | equal images per step and equal steps | 3 | 51.00 ± 1.00 | 70.00 ± 17.32 |  | 54.03 ± 1.05 |  "
         "| **+3.03** | -15.97 |  |",
-        "|  | equal gradient evaluations | 55.00 ± 7.07 |  |  | 62.50 ± 3.54 |  |  |  |  |",
-        f"| {task}, 2 replicas | equal images per step and equal steps |  |  |  | 15.00 ± 7.07 |  |  |  |  |",
+        "|  | equal gradient evaluations | 2 | 55.00 ± 7.07 |  |  | 62.50 ± 3.54 |  |  |  |  |",
+        f"| {task}, 2 replicas | equal images per step and equal steps | 2 |  |  |  | 15.00 ± 7.07 |  |  |  |  |",
     ]
     assert report.gain_cell(runs("rwp", [0.40, 0.41, 0.421]), runs("base", [0.50, 0.51, 0.52])) == "**-9.97**"
+    assert report.gain_cell(runs("rwp", [0.5, 0.6, 0.5]), runs("base", [0.50001, 0.6, 0.5])) == "+0.00"
     assert report.summary({}, []).strip() == ""
 
 
