@@ -1,6 +1,6 @@
 """The norms and the noise of many weights at once: what `noise` says of one, on what their devices have.
 
-1. On a CPU several threads take their shares: torch's generator fills a tensor on one, whatever their number.
+1. On a CPU several threads take weights in turn: torch's generator fills a tensor on one, whatever their number.
 2. On a GPU fused kernels (`kernels`) take all weights in a launch or two, where Triton is there and they pass a check;
    `noise` alone costs about four small launches a weight.
 
@@ -84,33 +84,36 @@ class NoiseAdder:
     def _add_on_threads(self, draws: Sequence[Draw]) -> None:
         self._work = work = _Work()
         errors: dict[int, BaseException] = {}
+        left = _groups(draws)
 
         @torch.no_grad()
-        def add(number: int, share: Sequence[Draw]) -> None:
+        def add(number: int) -> None:
             if number:
                 work.busy.add(number)  # ahead of the look at `stopped`
             try:
-                for weight, std, seed in share:
-                    if work.stopped:
+                while not work.stopped:
+                    try:
+                        group = left.pop()
+                    except IndexError:  # another thread took the last
                         break
-                    generator = self._generator(number, weight.device).manual_seed(seed)
-                    noise.add_noise_(weight, std, generator, self._scratch_for(number, weight))
+                    for weight, std, seed in group:
+                        generator = self._generator(number, weight.device).manual_seed(seed)
+                        noise.add_noise_(weight, std, generator, self._scratch_for(number, weight))
             except BaseException as error:
                 errors[number] = error
                 work.stopped = True
             finally:
                 work.busy.discard(number)
 
-        mine, *others = _shares(draws)
         threads = []
-        for number, share in enumerate(others, start=1):
-            thread = Thread(target=add, args=(number, share))
+        for number in range(1, _thread_count(draws)):
+            thread = Thread(target=add, args=(number,))
             try:
                 thread.start()
-                threads.append(thread)
             except RuntimeError:  # no more threads to be had
-                mine += share
-        add(0, mine)
+                break
+            threads.append(thread)
+        add(0)
         for thread in threads:
             thread.join()
         try:
@@ -131,24 +134,18 @@ class NoiseAdder:
         return self._scratch[key]
 
 
-def _shares(draws: Sequence[Draw]) -> list[list[Draw]]:
-    """The draws in shares of about equal size, one for a thread; a single one where a weight is not on the CPU.
+def _thread_count(draws: Sequence[Draw]) -> int:
+    if any(weight.device.type != "cpu" for weight, _, _ in draws):
+        return 1
+    return max(1, min(torch.get_num_threads(), MAX_THREADS, _elements(draws) // ELEMENTS_PER_THREAD))
 
-    Weights in one storage may overlap, and stay together.
-    """
-    count = max(1, min(torch.get_num_threads(), MAX_THREADS, _elements(draws) // ELEMENTS_PER_THREAD))
-    if count == 1 or any(weight.device.type != "cpu" for weight, _, _ in draws):
-        return [list(draws)]
+
+def _groups(draws: Sequence[Draw]) -> list[list[Draw]]:
+    """Draws that may be made side by side, the largest last. Weights in one storage may overlap: they stay together."""
     together: dict[int, list[Draw]] = defaultdict(list)
     for draw in draws:
         together[draw[0].untyped_storage().data_ptr()].append(draw)
-    shares: list[list[Draw]] = [[] for _ in range(count)]
-    sizes = [0] * count
-    for some in sorted(together.values(), key=_elements, reverse=True):
-        smallest = sizes.index(min(sizes))
-        shares[smallest] += some
-        sizes[smallest] += _elements(some)
-    return shares
+    return sorted(together.values(), key=_elements)
 
 
 def _elements(draws: Sequence[Draw]) -> int:

@@ -39,13 +39,15 @@ def test_stds_are_those_of_each_weight(mode):
 
 @on_threads
 def test_the_noise_is_the_same_on_any_number_of_threads(threads, monkeypatch):
-    noisy, expected, used = weights(), weights(), set()
+    noisy, expected, used, deadline = weights(), weights(), set(), time.monotonic() + 30
     draws = [(weight, noise.noise_std(weight, 1.0), seed) for seed, weight in enumerate(noisy)]
     for weight, (_, std, seed) in zip(expected, draws, strict=True):
         noise.add_noise_(weight, std, torch.Generator().manual_seed(seed), noise.new_scratch(weight))
 
     def watched(*args, add_noise_=noise.add_noise_) -> None:
         used.add(threading.current_thread())
+        while len(used) < threads and time.monotonic() < deadline:
+            time.sleep(1e-3)
         assert not torch.is_grad_enabled()
         add_noise_(*args)
 
@@ -68,18 +70,34 @@ def test_parameters_that_require_gradients_are_written_on_every_thread(threads):
 
 
 @on_threads
-def test_threads_get_shares_of_about_equal_size_of_large_weights(threads, monkeypatch):
+def test_large_weights_on_a_cpu_get_threads(threads, monkeypatch):
     monkeypatch.setattr(foreach, "ELEMENTS_PER_THREAD", 100)
-    sizes = [3, 100, 5, 60, 41, 1, 90, 0]
-    some = [torch.ones(size) for size in sizes]
-    shares = foreach._shares([(weight, torch.ones(1), 0) for weight in some])
-    assert sorted(id(weight) for share in shares for weight, _, _ in share) == sorted(map(id, some))
-    loads = [sum(len(weight) for weight, _, _ in share) for share in shares]
-    assert len(loads) == threads
-    assert max(loads) <= 1.1 * sum(sizes) / threads
-    assert len(foreach._shares([(torch.ones(199), torch.ones(1), 0)])) == 1
-    elsewhere = torch.ones(1000, device="meta"), torch.ones(1, device="meta"), 0
-    assert len(foreach._shares([elsewhere, elsewhere])) == 1
+
+    def count(*weights: Tensor) -> int:
+        return foreach._thread_count([(weight, torch.ones(1), 0) for weight in weights])
+
+    assert count(torch.ones(250), torch.ones(50)) == threads
+    assert count(torch.ones(199)) == count() == 1
+    assert count(torch.ones(1000, device="meta")) == 1
+    monkeypatch.setattr(foreach, "MAX_THREADS", 2)
+    assert count(torch.ones(1000)) == min(threads, 2)
+
+
+@on_threads
+def test_a_thread_that_is_held_up_leaves_weights_to_the_others(threads, monkeypatch):
+    drawn, everything = [], threading.Event()
+
+    def add(weight: Tensor, *_) -> None:
+        drawn.append(weight.numel())
+        if len(drawn) == 9:
+            everything.set()
+        if weight.numel() == 50 and threads > 1:
+            assert everything.wait(30)
+
+    monkeypatch.setattr(noise, "add_noise_", add)
+    NoiseAdder().add_([(torch.ones(size), torch.ones(1), 0) for size in [3, 1, 50, 9, 2, 8, 7, 5, 4]])
+    assert sorted(drawn) == [1, 2, 3, 4, 5, 7, 8, 9, 50]
+    assert threads > 1 or drawn == sorted(drawn, reverse=True)
 
 
 @on_threads
@@ -87,14 +105,14 @@ def test_an_error_on_any_thread_is_raised_and_ends_the_others(threads, monkeypat
     adder, added, deadline = NoiseAdder(), [], time.monotonic() + 30
 
     def add(weight: Tensor, *_) -> None:
-        if weight.shape == (3, 2):
+        if weight.shape == (3, 3):
             raise MemoryError("none left")
         while not adder._work.stopped and time.monotonic() < deadline:
             time.sleep(1e-3)
         added.append(weight)
 
     monkeypatch.setattr(noise, "add_noise_", add)
-    many = [torch.ones(3, 2)] + [torch.ones(3, 2, 1) for _ in range(30)]
+    many = [torch.ones(3, 3), *(torch.ones(3, 2) for _ in range(30))]  # the largest comes first
     with pytest.raises(MemoryError, match="none left"):
         adder.add_([(weight, torch.ones(()), 0) for weight in many])
     assert len(added) < threads
@@ -113,15 +131,12 @@ def test_without_more_threads_the_caller_draws(threads, monkeypatch):
     assert all(torch.equal(weight, other) for weight, other in zip(noisy, alone, strict=True))
 
 
-@on_threads
-def test_weights_in_one_storage_stay_together_in_order(threads):
+def test_weights_in_one_storage_stay_together_in_order():
     flat = torch.ones(500)
-    some = [flat, torch.ones(300), flat.view(20, 25).t(), torch.ones(400), flat[:10]]
-    shares = foreach._shares([(weight, torch.ones(()), 0) for weight in some])
-    ours = [[weight for weight, _, _ in share if weight.data_ptr() == flat.data_ptr()] for share in shares]
-    assert [len(share) for share in ours if share] == [3]
-    (found,) = [share for share in ours if share]
-    assert [id(weight) for weight in found] == [id(some[index]) for index in (0, 2, 4)]
+    some = [flat, torch.ones(300), flat.view(20, 25).t(), torch.ones(400), flat[:10], torch.ones(2000)]
+    groups = foreach._groups([(weight, torch.ones(()), 0) for weight in some])
+    found = [[next(n for n, one in enumerate(some) if one is weight) for weight, *_ in group] for group in groups]
+    assert found == [[1], [3], [0, 2, 4], [5]]
 
 
 @pytest.mark.parametrize("signals", [1, 2])
