@@ -11,7 +11,8 @@ import functools
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from threading import Thread
 from types import ModuleType
 
@@ -86,19 +87,21 @@ class NoiseAdder:
         errors: dict[int, BaseException] = {}
         left = _groups(draws)
 
+        def remaining() -> Iterator[Draw]:
+            with suppress(IndexError):  # another thread took the last
+                while True:
+                    yield from left.pop()
+
         @torch.no_grad()
         def add(number: int) -> None:
             if number:
                 work.busy.add(number)  # ahead of the look at `stopped`
             try:
-                while not work.stopped:
-                    try:
-                        group = left.pop()
-                    except IndexError:  # another thread took the last
+                for weight, std, seed in remaining():
+                    if work.stopped:
                         break
-                    for weight, std, seed in group:
-                        generator = self._generator(number, weight.device).manual_seed(seed)
-                        noise.add_noise_(weight, std, generator, self._scratch_for(number, weight))
+                    generator = self._generator(number, weight.device).manual_seed(seed)
+                    noise.add_noise_(weight, std, generator, self._scratch_for(number, weight))
             except BaseException as error:
                 errors[number] = error
                 work.stopped = True

@@ -105,14 +105,16 @@ def test_an_error_on_any_thread_is_raised_and_ends_the_others(threads, monkeypat
     adder, added, deadline = NoiseAdder(), [], time.monotonic() + 30
 
     def add(weight: Tensor, *_) -> None:
-        if weight.shape == (3, 3):
+        if weight.shape == (300,):
             raise MemoryError("none left")
         while not adder._work.stopped and time.monotonic() < deadline:
             time.sleep(1e-3)
         added.append(weight)
 
     monkeypatch.setattr(noise, "add_noise_", add)
-    many = [torch.ones(3, 3), *(torch.ones(3, 2) for _ in range(30))]  # the largest comes first
+    flat = torch.ones(31, 3, 2)  # the largest comes first, then these: in one storage, and each on its own
+    together = [flat[index] for index in range(31)] if threads == 2 else []
+    many = [torch.ones(300), *together, *(torch.ones(3, 2) for _ in range(30))]
     with pytest.raises(MemoryError, match="none left"):
         adder.add_([(weight, torch.ones(()), 0) for weight in many])
     assert len(added) < threads
