@@ -6,8 +6,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "RWP": "optimizer",
-    "LossTracker": "tracking",
+    "RWP": "core.optimizer",
+    "LossTracker": "core.losses",
     "RWPArguments": "arguments",
     "RWPTrainingArguments": "arguments",
     "RWPTrainer": "trainer",

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_rwp.noise import MODES, SCHEDULES, gamma_factor
+from hf_rwp.core.noise import MODES, SCHEDULES, gamma_factor
 
 Arguments = TypeVar("Arguments")
 

@@ -24,11 +24,11 @@ from transformers.training_args import ParallelMode
 from transformers.utils.hub import PushInProgress
 
 from hf_rwp.arguments import RWPArguments
-from hf_rwp.environment import refuse_data_parallel, refuse_unsupported, this_replica
-from hf_rwp.optimizer import RWP
-from hf_rwp.placement import shares_of
+from hf_rwp.core.sharding import refuse_data_parallel, refuse_lone_processes, refuse_unsupported, replicas_of
+from hf_rwp.core.optimizer import RWP
+from hf_rwp.core.placement import shares_of
 from hf_rwp.records import base_of, environment, without_places
-from hf_rwp.tracking import LossTracker
+from hf_rwp.core.losses import LossTracker
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class RWPTrainerMixin(_AnyTrainer):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.rwp is not None and batches:
             self._rows_are_samples &= max(map(_rows, batches)) <= self._train_batch_size
-            index, replicas = this_replica()
+            index, replicas = self.rwp.replicas.index, self.rwp.replicas.count
             self._splits = self._mixes and replicas == len(batches) == 1
             self._parts = [1 / len(batches)] * len(batches)
             if self._items:
@@ -163,7 +163,7 @@ class RWPTrainerMixin(_AnyTrainer):
         count = super()._get_num_items_in_batch
         if not self._mixes or not batch_samples:
             return count(batch_samples, device)
-        if this_replica()[1] > 1:
+        if self.rwp is not None and self.rwp.replicas.count > 1:
             with _gathered(self.accelerator) as items:
                 total = count(batch_samples, device)
         else:

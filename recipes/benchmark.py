@@ -67,7 +67,7 @@ from tqdm import tqdm
 from hf_rwp import RWP
 from hf_rwp.arguments import parse_arguments
 from hf_rwp.data import load_images
-from hf_rwp.noise import new_scratch
+from hf_rwp.core.noise import new_scratch
 from hf_rwp.records import append_record, command_of, environment, without_places
 
 GAMMA = 0.01  # the paper's

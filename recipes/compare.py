@@ -62,7 +62,7 @@ from hf_rwp.checkpoints import load_checkpoint, newest, read_state, remove_check
 from hf_rwp.data import load_images
 from hf_rwp.loading import ImageDataset
 from hf_rwp.metrics import label_rank
-from hf_rwp.noise import DEFAULT_GAMMA, gamma_factor
+from hf_rwp.core.noise import DEFAULT_GAMMA, gamma_factor
 from hf_rwp.plots import comparison
 from hf_rwp.records import append_record, command_of, environment, read_records, without_nan, without_places
 from hf_rwp.transforms import BatchTransform, augmented, cut_out_, image_transforms

@@ -98,7 +98,7 @@ from hf_rwp.folder import save_model
 from hf_rwp.hub import BackgroundPush, PushError, add_card, hf_upload, push, reserve
 from hf_rwp.loading import ImageLoader, build_loader
 from hf_rwp.metrics import Top1, Top5, label_rank
-from hf_rwp.placement import role
+from hf_rwp.core.placement import role
 from hf_rwp.plots import training_curves
 from hf_rwp.records import command_of, environment, hub_id, weights_digest, without_places
 from hf_rwp.transforms import BatchTransform, erasings, image_transforms

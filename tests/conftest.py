@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from hf_rwp import foreach
+
 
 torch.set_num_threads(1)
 
@@ -34,12 +34,3 @@ def recipe(monkeypatch):
     loaded = imagenet.load_recipe()
     monkeypatch.setattr(loaded, "load_images", imagenet.few_digits)
     return loaded
-
-
-@pytest.fixture
-def threads(request, monkeypatch):
-    """Noise is drawn on so many threads, however small the weights."""
-    monkeypatch.setattr(foreach, "ELEMENTS_PER_THREAD", 1)
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(1)

@@ -59,3 +59,18 @@ def shares_of(items: list[float]) -> tuple[float, float]:
     """
     total = sum(items) or 1
     return sum(items[0::2]) / total, sum(items[1::2]) / total
+
+
+def antithetic(replica: int, micro_step: int, replicas: int, micro_steps: int, alpha: float) -> tuple[int, int, int]:
+    """Whose noise a perturbed slot takes, and its sign: (replica, micro_step, 1 or -1).
+
+    The perturbed slots of a step are taken in pairs, replica by replica: the second has the opposite of the first's. Where
+    their number is odd, the last is alone.
+    """
+    if alpha == 1:
+        order, slot = replica * micro_steps + micro_step, lambda n: (n // micro_steps, n % micro_steps)
+    elif replicas > 1:
+        order, slot = replica // 2 * micro_steps + micro_step, lambda n: (2 * (n // micro_steps) + 1, n % micro_steps)
+    else:
+        order, slot = micro_step // 2, lambda n: (0, 2 * n + 1)
+    return (*slot(order - order % 2), -1 if order % 2 else 1)

@@ -183,7 +183,7 @@ def test_no_noise_comes_after_an_interrupt_of_the_wait_for_a_thread(threads, mon
 
 def step_with_kernels() -> None:
     """Of a network with weights that the kernels take (two layouts, two dtypes) and some that they leave alone."""
-    from hf_rwp import kernels
+    from hf_rwp.core import kernels
 
     foreach._fuses = kernels.supports
     torch.manual_seed(0)
@@ -228,7 +228,7 @@ def test_rwp_takes_its_noise_from_the_kernels(monkeypatch):
 
 
 def test_a_device_on_which_the_kernels_fail_goes_without(monkeypatch, caplog):
-    kernels = pytest.importorskip("hf_rwp.kernels")
+    kernels = pytest.importorskip("hf_rwp.core.kernels")
     errors = [FileNotFoundError("no C compiler"), torch.OutOfMemoryError("for now")]
 
     def fail(*_) -> None:

@@ -571,7 +571,7 @@ def running_statistics(buffers: reference.Tensors, features: Tensor) -> referenc
 @pytest.mark.parametrize("broadcast", [False, True])
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("wiring", ["ddp", "accelerate"])
-def test_clean_passes_alone_update_batch_norm(wiring, world, broadcast, alpha):
+def test_clean_passes_alone_update_batch_norm_where_they_reach_all_replicas(wiring, world, broadcast, alpha):
     case = Case(wiring, partial(Mlp, norm=True), alpha, windows=4, ddp={"broadcast_buffers": broadcast})
     ranks = run(world, record, case)
     of_rank = [dict(Mlp(norm=True).double().named_buffers()) for _ in ranks]
@@ -579,10 +579,12 @@ def test_clean_passes_alone_update_batch_norm(wiring, world, broadcast, alpha):
         start = of_rank[0]
         for rank, window in enumerate(windows):
             buffers = start if broadcast else of_rank[rank]  # DDP gives replica 0's to all before a forward pass
-            updates = rank == 0 if alpha == 1 else rank % 2 == 0
+            # Without a broadcast a perturbed replica would never learn any, and an average over replicas not either.
+            updates = not broadcast or (rank == 0 if alpha == 1 else rank % 2 == 0)
             seen, (x, _) = window.seen[0], window.batches[0]
             features = x @ seen["first.weight"].T + seen["first.bias"]
-            of_rank[rank] = running_statistics(buffers, features) if updates else buffers
+            learned = running_statistics(buffers, features)
+            of_rank[rank] = learned if updates else buffers | {"norm.num_batches_tracked": learned["norm.num_batches_tracked"]}
             torch.testing.assert_close(window.buffers, of_rank[rank], rtol=1e-12, atol=1e-14)
 
 

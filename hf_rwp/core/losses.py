@@ -4,8 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_rwp.environment import this_replica
-from hf_rwp.optimizer import RWP
+from hf_rwp.core.optimizer import RWP
+from hf_rwp.core.sharding import replicas_of
 
 
 class LossTracker:
@@ -46,8 +46,9 @@ class LossTracker:
         if recent is None:  # another replica may have losses, and waits
             device = next(self._optimizer.model.parameters()).device if self._optimizer else self._device
             recent = torch.zeros(3, 2, device=device)
-        if this_replica()[1] > 1:
-            dist.all_reduce(recent)
+        replicas = self._optimizer.replicas if self._optimizer else replicas_of()
+        if replicas.count > 1:
+            dist.all_reduce(recent, group=replicas.group)
         sums = recent.tolist()
         self._sums = [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(self._sums, sums, strict=True)]
         return _means(sums)

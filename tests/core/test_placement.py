@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 
-from hf_rwp.placement import Role, role, shares_of
+from hf_rwp.core.placement import Role, role, shares_of
 
 ALPHAS = [0.2, 0.5, 0.8, 1.0]
 WINDOWS = [

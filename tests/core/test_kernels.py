@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import re
 import subprocess
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
@@ -21,10 +22,11 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from hf_rwp import noise
+from hf_rwp.core import noise
+from hf_rwp.core.sharding import Block, block_of
 
 triton = pytest.importorskip("triton")
-kernels = pytest.importorskip("hf_rwp.kernels")
+kernels = pytest.importorskip("hf_rwp.core.kernels")
 
 FALSE_ALARM = 1e-6
 DEVICES = ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -90,10 +92,24 @@ def all_layouts(device: str, dtype: torch.dtype) -> list[Tensor]:
     ]
 
 
+def planned(weights: Iterable[Tensor]):
+    return kernels.plan([block_of(weight) for weight in weights])
+
+
+def half_norms(weights: Iterable[Tensor]) -> list[Tensor]:
+    """A std for the noise of every weight: half its filters' norms."""
+    return [noise.filter_norms(block_of(weight)).float() / 2 for weight in weights]
+
+
+def of_filters(std: Tensor, weight: Tensor) -> Tensor:
+    """A number of each filter, in the shape that broadcasts to the weight's."""
+    return (std.view(-1, 1) + torch.zeros_like(weight, dtype=std.dtype).reshape(len(std), -1)).view(weight.shape)
+
+
 def normals(shape: tuple[int, ...], seed: int, device: str) -> Tensor:
     """The draws alone, on the CPU."""
     weight = torch.zeros(shape, device=device)
-    kernels.add_noise_([weight], [torch.ones([1] * len(shape), device=device)], [seed])
+    kernels.add_noise_(planned([weight]), [torch.ones(1, device=device)], [seed])
     return weight.cpu()
 
 
@@ -114,19 +130,18 @@ def philox(counters: np.ndarray, seed: int) -> list[np.ndarray]:
     return [word.astype(np.uint32) for word in c]
 
 
-def expected_normals(numel: int, seed: int) -> np.ndarray:
+def expected_normals(index: np.ndarray, seed: int) -> np.ndarray:
     """Of every 4096 elements, 1024 * k + j gets normal k of the block's counter j: Box-Muller, in float64."""
-    blocks = -(-numel // BLOCK)
     uniform = []
-    for word in philox(np.arange(blocks * 1024), seed):
+    for word in philox(index // BLOCK * 1024 + index % 1024, seed):
         signed = word.view(np.int32)
         folded = np.where(signed < 0, ~signed, signed).astype(np.float32)
         uniform.append((folded * np.float32(4.6566127342e-10)).astype(np.float64))
-    pairs = []
+    four = []
     for first, second in (uniform[:2], uniform[2:]):
         radius = np.sqrt(-2 * np.log(np.maximum(first, 1e-7)))
-        pairs += [radius * np.cos(2 * np.pi * second), radius * np.sin(2 * np.pi * second)]
-    return np.stack([normal.reshape(blocks, 1024) for normal in pairs], axis=1).reshape(-1)[:numel]
+        four += [radius * np.cos(2 * np.pi * second), radius * np.sin(2 * np.pi * second)]
+    return np.choose(index % BLOCK // 1024, four)
 
 
 def test_philox_is_that_of_its_authors():
@@ -146,8 +161,8 @@ def test_philox_is_that_of_its_authors():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norms_are_those_of_noise(device, dtype):
     weights = all_layouts(device, dtype)
-    for weight, norms in zip(weights, kernels.filter_norms(weights), strict=True):
-        expected = noise.filter_norms(weight.double())
+    for weight, norms in zip(weights, kernels.filter_norms(planned(weights)), strict=True):
+        expected = noise.filter_norms(block_of(weight.double()))
         assert (norms.dtype, norms.device, norms.shape) == (torch.float32, weight.device, expected.shape)
         torch.testing.assert_close(norms.double(), expected, rtol=1e-6, atol=0)
 
@@ -156,8 +171,8 @@ def test_norms_are_those_of_noise(device, dtype):
 def test_norms_of_weights_that_are_not_finite_are_those_of_noise(device):
     weights = [random((4, 100), 1).to(device), random((20_000,), 2).to(device), torch.full((3, 5), 1e30, device=device)]
     weights[0][1, 7], weights[0][2, 99], weights[1][3] = math.inf, math.nan, -math.inf
-    for weight, norms in zip(weights, kernels.filter_norms(weights), strict=True):
-        torch.testing.assert_close(norms, noise.filter_norms(weight), equal_nan=True)
+    for weight, norms in zip(weights, kernels.filter_norms(planned(weights)), strict=True):
+        torch.testing.assert_close(norms, noise.filter_norms(block_of(weight)), equal_nan=True)
 
 
 # The draws
@@ -167,12 +182,12 @@ def test_norms_of_weights_that_are_not_finite_are_those_of_noise(device):
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 - 1, 2**32, 0x0123456789ABCDEF, 2**63, 2**64 - 1])
 def test_draws_are_philox_and_box_muller(device, seed):
     for numel in (1, 1500, BLOCK + 1025):
-        expected = torch.from_numpy(expected_normals(numel, seed)).float()
+        expected = torch.from_numpy(expected_normals(np.arange(numel), seed)).float()
         torch.testing.assert_close(normals((numel,), seed, device), expected, rtol=0, atol=1e-5)
 
 
 def test_the_known_answers_are_philox_and_box_muller():
-    expected = expected_normals(4100, kernels._KNOWN_SEED)
+    expected = expected_normals(np.arange(4100), kernels._KNOWN_SEED)
     for element, normal in kernels._KNOWN.items():
         assert normal == pytest.approx(expected[element], abs=1e-5)
 
@@ -187,21 +202,21 @@ def test_the_check_passes_and_notices_other_noise_and_other_norms(device, dtype)
             kernels.check(torch.device(device), dtype)
     finally:
         torch.set_default_dtype(torch.float32)
-    for name in ("add_noise_", "filter_norms"):
+    for name, member in itertools.product(("add_noise_", "filter_norms"), range(3)):
         with pytest.MonkeyPatch.context() as patch:
             right = getattr(kernels, name)
 
-            def wrong(weights, *args, right=right):
-                found = right(weights, *args)
-                (weights if found is None else found)[1].mul_(1.1)
+            def wrong(plan, *args, right=right, member=member):
+                found = right(plan, *args)
+                (plan.memories if found is None else found)[member].mul_(1.1)
                 return found
 
             patch.setattr(kernels, name, wrong)
-            with pytest.raises(RuntimeError, match="not what they have to be"):
+            with pytest.raises(RuntimeError, match="wrong norms or wrong noise"):
                 kernels.check(torch.device(device), dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(kernels._KNOWN, 4099, 0.3)
-        with pytest.raises(RuntimeError, match="not what they have to be"):
+        with pytest.raises(RuntimeError, match="wrong norms or wrong noise"):
             kernels.check(torch.device(device), dtype)
 
 
@@ -213,9 +228,9 @@ def assert_not_rare(p_value: float, tests: int = 1) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_noise_of_every_filter_is_gaussian_with_its_std(device, dtype):
     weight = (random((4, 3, 25, 200), 3) * torch.tensor([1.0, 10.0, 0.1, 3.0]).view(-1, 1, 1, 1)).to(device, dtype)
-    noisy, std = weight.clone(), noise.noise_std(weight, 0.5)
-    kernels.add_noise_([noisy], [std], [2**40 + 3])
-    z = ((noisy.double() - weight.double()) / std.double()).cpu().flatten(1)
+    noisy, (std,) = weight.clone(), half_norms([weight])
+    kernels.add_noise_(planned([noisy]), [std], [2**40 + 3])
+    z = ((noisy.double() - weight.double()).flatten(1) / std.double().view(4, 1)).cpu()
     for values in z:
         n, square = len(values), values.square().sum().item()
         assert_not_rare(2 * stats.norm.sf(abs(values.sum().item()) / math.sqrt(n)), 20)
@@ -241,9 +256,9 @@ def test_draws_are_independent_between_seeds_and_elements(device):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_noise_follows_the_elements_and_not_the_memory(device, dtype):
     for weight in all_layouts(device, dtype)[len(SHAPES) :]:
-        contiguous, std = weight.contiguous(), noise.noise_std(weight, 0.5)
+        contiguous, std = weight.contiguous(), half_norms([weight])
         clean = weight.clone()
-        kernels.add_noise_([weight, contiguous], [std, std], [7, 7])
+        kernels.add_noise_(planned([weight, contiguous]), std * 2, [7, 7])
         assert weight.stride() == clean.stride() != contiguous.stride()
         assert torch.equal(weight, contiguous)
         assert (weight != clean).float().mean() > 0.9
@@ -252,12 +267,12 @@ def test_noise_follows_the_elements_and_not_the_memory(device, dtype):
 @on_devices
 def test_a_draw_is_one_of_its_seed_alone(device):
     weights = all_layouts(device, torch.float32)
-    stds = [noise.noise_std(weight, 0.5) for weight in weights]
+    stds = half_norms(weights)
     together = [weight.clone() for weight in weights]
-    kernels.add_noise_(together, stds, range(len(weights)))
+    kernels.add_noise_(planned(together), stds, range(len(weights)))
     for index in (0, 5, 16, len(weights) - 1):
         alone = weights[index].clone()
-        kernels.add_noise_([alone], [stds[index]], [index])
+        kernels.add_noise_(planned([alone]), [stds[index]], [index])
         assert torch.equal(alone, together[index])
 
 
@@ -269,9 +284,9 @@ def test_a_draw_is_one_of_its_seed_alone(device):
 def test_the_sum_is_rounded_once(device, dtype):
     weights = all_layouts(device, dtype)
     for index, weight in enumerate(weights):
-        std, noisy = noise.noise_std(weight, 0.5), weight.clone()
-        kernels.add_noise_([noisy], [std], [index])
-        added = normals(weight.shape, index, device).double() * std.double().cpu()
+        (std,), noisy = half_norms([weight]), weight.clone()
+        kernels.add_noise_(planned([noisy]), [std], [index])
+        added = normals(weight.shape, index, device).double() * of_filters(std, weight).double().cpu()
         exact, info = weight.double().cpu() + added, torch.finfo(dtype)
         compute = 2**-23 * (weight.double().cpu().abs() + added.abs())
         share = 1.0 if dtype == torch.bfloat16 and device == "cpu" else 0.5
@@ -284,7 +299,7 @@ def test_the_sum_is_rounded_once(device, dtype):
 def test_std_0_leaves_the_weights_bit_equal(device, dtype):
     weights = all_layouts(device, dtype)
     noisy = [weight.clone() for weight in weights]
-    kernels.add_noise_(noisy, [noise.filter_norms(weight) * 0 for weight in weights], [1] * len(weights))
+    kernels.add_noise_(planned(noisy), [std * 0 for std in half_norms(weights)], [1] * len(weights))
     assert all(torch.equal(one, other) for one, other in zip(noisy, weights, strict=True))
 
 
@@ -293,7 +308,7 @@ def test_weights_and_stds_that_are_not_finite_give_what_torch_gives(device):
     weight, std = random((5, 1000), 5).to(device), torch.tensor([1.0, 0.0, math.inf, math.nan, 1e38], device=device)
     weight[0, 3], weight[1, 4], weight[2, 5], weight[2, 6] = math.inf, math.nan, -math.inf, math.inf
     expected = torch.addcmul(weight, normals(weight.shape, 6, device).to(device), std.view(5, 1))
-    kernels.add_noise_([weight], [std.view(5, 1)], [6])
+    kernels.add_noise_(planned([weight]), [std], [6])
     torch.testing.assert_close(weight, expected, equal_nan=True)
 
 
@@ -304,9 +319,10 @@ def test_nothing_beside_the_weights_is_written(device, dtype):
     for numel, shift in itertools.product((1, 5, 1024, 1032, BLOCK - 1, BLOCK, BLOCK + 8), (0, 1)):
         memory = torch.full((numel + 2 * BLOCK,), 7.0, dtype=dtype, device=device)
         weight = memory[BLOCK + shift :][:numel]
-        norms = kernels.filter_norms([weight])
+        plan = planned([weight])
+        norms = kernels.filter_norms(plan)
         torch.testing.assert_close(norms[0].item(), 7 * math.sqrt(numel), rtol=1e-6, atol=0)
-        kernels.add_noise_([weight], norms, [8])
+        kernels.add_noise_(plan, norms, [8])
         assert (weight != 7).float().mean() > 0.9
         assert (memory[: BLOCK + shift] == 7).all()
         assert (memory[BLOCK + shift + numel :] == 7).all()
@@ -316,10 +332,11 @@ def test_nothing_beside_the_weights_is_written(device, dtype):
 def test_autograd_sees_the_change(device):
     weight = nn.Parameter(torch.ones(3, 4, device=device))
     square, version = weight.square().sum(), weight._version
-    norms = kernels.filter_norms([weight])
+    plan = planned([weight])
+    norms = kernels.filter_norms(plan)
     assert weight._version == version
     assert not norms[0].requires_grad
-    kernels.add_noise_([weight], norms, [1])
+    kernels.add_noise_(plan, norms, [1])
     assert weight._version == version + 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         square.backward()
@@ -330,9 +347,122 @@ def test_stds_may_be_expanded_or_strided(device):
     weight, seeds = random((6, 10)).to(device), [4, 4]
     one, other = weight.clone(), weight.clone()
     column = torch.full((6, 2), 0.5, dtype=torch.float64, device=device)[:, :1]
-    kernels.add_noise_([one, other], [column, torch.full((1, 1), 0.5, device=device)], seeds)
+    kernels.add_noise_(planned([one, other]), [column.squeeze(1), torch.full((1,), 0.5, device=device)], seeds)
     assert torch.equal(one, other)
     assert not torch.equal(one, weight)
+
+
+# Parts of weights
+
+MATRICES = [(1, 9001), (4, 5), (9, 37), (70, 64), (5, 1032), (2, 9000)]
+GRIDS = [(2, 1), (4, 1), (1, 2), (1, 4), (4, 2)]  # parts along the rows, along the columns
+
+
+def parts(size: int, count: int, even: bool) -> list[slice]:
+    """`count` slices that cover `size`, fewer where some would be empty; uneven ones begin where 8 does not divide."""
+    width = -(-size // count) if even else 2 * size // (3 * count) + 1
+    starts = [part * width for part in range(count) if part * width < size]
+    return [slice(*bounds) for bounds in zip(starts, [*starts[1:], size], strict=True)]
+
+
+def cuts(whole: Tensor, rows: int, columns: int, even: bool) -> list[tuple[Block, Tensor]]:
+    """The blocks of a matrix cut into rows x columns, and what each is a copy of; around each 8 sevens or more."""
+    found = []
+    for some_rows, some_columns in itertools.product(
+        parts(whole.shape[0], rows, even), parts(whole.shape[1], columns, even)
+    ):
+        piece = whole[some_rows, some_columns]
+        memory = torch.full((piece.numel() + 2 * BLOCK,), 7.0, dtype=whole.dtype, device=whole.device)
+        memory = memory[BLOCK + (not even) :][: piece.numel()].view(piece.shape).copy_(piece)
+        found.append((Block(memory, *whole.shape, some_rows.start, some_columns.start), piece))
+    return found
+
+
+@on_devices
+@pytest.mark.parametrize(("dtype", "even"), [(DTYPES[0], True), *[(dtype, False) for dtype in DTYPES]])
+def test_a_cut_weight_has_the_whole_ones_noise(device, dtype, even):
+    wholes = [random(shape, seed).to(device, dtype) for seed, shape in enumerate(MATRICES)]
+    stds = half_norms(wholes)
+    pieces = [
+        (*piece, stds[seed], seed)
+        for (seed, whole), grid in itertools.product(enumerate(wholes), GRIDS)
+        for piece in cuts(whole, *grid, even)
+    ]
+    clean = [block.memory.clone() for block, *_ in pieces]
+    plan = kernels.plan([block for block, *_ in pieces])
+    assert {group.layout for group in plan.groups} == {"in order", "cut"}
+    of_rows = [std[block.row : block.row + len(block.memory)] for block, _, std, _ in pieces]
+    kernels.add_noise_(plan, of_rows, [seed for *_, seed in pieces])
+    kernels.add_noise_(planned(wholes), stds, range(len(wholes)))
+    for (block, expected, *_), before in zip(pieces, clean, strict=True):
+        assert torch.equal(block.memory, expected)
+        assert (block.memory != before).float().mean() > 0.8 or before.numel() < 50
+        beside = block.memory.new_empty(0).set_(block.memory.untyped_storage())
+        assert (beside == 7).sum() >= len(beside) - before.numel()
+        block.memory.fill_(7)
+        assert (beside == 7).all()
+
+
+@on_devices
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_channels_last_weight_cut_along_its_rows_has_the_whole_ones_noise(device, count):
+    for shape, even in itertools.product(CHANNELS_LAST, (True, False)):
+        memory_format = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+        whole = random(shape).to(device).to(memory_format=memory_format)
+        (std,), sizes = half_norms([whole]), (shape[0], math.prod(shape[1:]))
+        rows = parts(shape[0], count, even)
+        blocks = [Block(whole[some].clone(), *sizes, some.start) for some in rows]
+        plan = kernels.plan(blocks)
+        assert [group.layout for group in plan.groups] == ["channels_last"]
+        kernels.add_noise_(plan, [std[some] for some in rows], [5] * len(rows))
+        kernels.add_noise_(planned([whole]), [std], [5])
+        assert torch.equal(torch.cat([block.memory for block in blocks]), whole)
+
+
+@on_devices
+@pytest.mark.parametrize(
+    ("shape", "filters", "length", "row", "column"),
+    [
+        ((3, 100), 2**17, 2**17, 2**17 - 3, 2**17 - 100),  # the last of 2^34 elements
+        ((2, 2**13), 2**21, 2**13, 2**21 - 2, 0),
+        ((1, 5000), 1, 2**34, 0, 2**34 - 5000),
+        ((2, 100), 4, 2**32, 1, 2**32 - 100),
+        ((2, 100), 2, 2**32 - 2, 0, 2**31 - 50),
+    ],
+)
+def test_places_beyond_32_bits_are_told_apart(device, shape, filters, length, row, column):
+    block = Block(torch.zeros(shape, device=device), filters, length, row, column)
+    kernels.add_noise_(kernels.plan([block]), [torch.ones(shape[0], device=device)], [11])
+    places = (row + np.arange(shape[0])[:, None]) * length + column + np.arange(shape[1])
+    expected = torch.from_numpy(expected_normals(places.ravel(), 11)).float()
+    torch.testing.assert_close(block.memory.cpu().flatten(), expected, rtol=0, atol=1e-5)
+
+
+@on_devices
+@pytest.mark.parametrize("even", [True, False])
+def test_squared_norms_of_parts_add_up(device, even):
+    for shape, grid in itertools.product([*MATRICES, (2, 70_000)], GRIDS):
+        whole = random(shape).to(device)
+        pieces, squares = cuts(whole, *grid, even), torch.zeros(shape[0], dtype=torch.float64, device=device)
+        plan = kernels.plan([block for block, _ in pieces])
+        for (block, piece), norms in zip(pieces, kernels.filter_norms(plan), strict=True):
+            assert norms.shape == (len(piece),)
+            squares[block.row :][: len(piece)] += norms.double().square()
+        expected = noise.filter_norms(block_of(whole.double())) if shape[0] > 1 else whole.double().norm().view(1)
+        torch.testing.assert_close(squares.sqrt(), expected, rtol=1e-6, atol=0)
+
+
+@on_devices
+def test_a_plan_serves_many_calls(device):
+    weights = all_layouts(device, torch.float32)
+    once, twice = ([weight.clone() for weight in weights] for _ in range(2))
+    kept = planned(twice)
+    for seed in (1, 2):
+        plan = planned(once)
+        for some in (plan, kept):
+            kernels.add_noise_(some, kernels.filter_norms(some), [seed] * len(weights))
+    assert all(torch.equal(*pair) for pair in zip(once, twice, strict=True))
+    assert not any(torch.equal(*pair) for pair in zip(once, weights, strict=True))
 
 
 # What they take
@@ -344,48 +474,59 @@ class Subclass(Tensor):
 
 @on_devices
 def test_supports_dense_filters_alone(device):
-    assert all(kernels.supports(weight) for dtype in DTYPES for weight in all_layouts(device, dtype))
-    assert kernels.supports(nn.Parameter(torch.ones(3, device=device)))
-    images = torch.ones(1, 6, 3, 3, device=device).to(memory_format=torch.channels_last)
-    layouts = [
-        *[torch.ones(0, device=device), torch.ones(5, 4, device=device).T, torch.ones(1, device=device).expand(5)],
-        *[images, torch.ones(8, device=device)[::2], torch.ones(4, 4, 3, 3, device=device).transpose(2, 3)],
-        *[torch.ones(3, dtype=dtype, device=device) for dtype in (torch.float64, torch.int32, torch.complex64)],
+    def supports(weight: Tensor) -> bool:
+        return kernels.supports(block_of(weight))
+
+    assert all(supports(weight) for dtype in DTYPES for weight in all_layouts(device, dtype))
+    assert supports(nn.Parameter(torch.ones(3, device=device)))
+    matrix, images = torch.ones(6, 8, device=device), torch.ones(6, 4, 3, 3, device=device)
+    last = images.to(memory_format=torch.channels_last)
+    blocks = [
+        block_of(torch.ones(0, device=device)),
+        block_of(torch.ones(1, device=device).expand(5)),
+        block_of(torch.ones(8, device=device)[::2]),
+        block_of(last[:1]),  # its filters are slices of channels
+        block_of(images.transpose(2, 3)),
+        *[block_of(torch.ones(3, dtype=dtype, device=device)) for dtype in (torch.float64, torch.int32)],
+        block_of(torch.ones(3, dtype=torch.complex64, device=device)),
+        Block(matrix[:0], 6, 8),
+        Block(matrix.T, 8, 6),
+        Block(matrix[:, :4], 6, 8),
+        Block(last, 6, 72, 0, 36),
+        Block(torch.ones(1, 1, device=device), 2**17 + 1, 2**17),
     ]
-    for weight in layouts:
-        assert not kernels.supports(weight)
+    for block in blocks:
+        assert not kernels.supports(block)
         with pytest.raises(ValueError, match="supports"):
-            kernels.filter_norms([weight])
-        with pytest.raises(ValueError, match="supports"):
-            kernels.add_noise_([weight], [torch.ones([1] * weight.ndim, device=device)], [1])
-    assert not kernels.supports(torch.ones(3, 3, device=device).to_sparse())
-    assert not kernels.supports(torch.ones(3, device=device).as_subclass(Subclass))
-    assert not kernels.supports(torch.ones(1, device="meta").expand(2**31 - 1).contiguous())
-    assert kernels.filter_norms([]) == []
-    kernels.add_noise_([], [], [])
-    with pytest.raises(ValueError, match="1 weights, 1 stds and 2 seeds"):
-        kernels.add_noise_([torch.ones(1, device=device)], [torch.ones(1, device=device)], [1, 2])
+            kernels.plan([block_of(matrix), block])
+    assert not kernels.supports(Block(torch.ones(3, 3, device=device).to_sparse(), 3, 3))
+    assert not supports(torch.ones(3, device=device).as_subclass(Subclass))
+    assert not supports(torch.ones(1, device="meta").expand(2**31 - 1).contiguous())
+    assert kernels.supports(Block(matrix[2:4], 6, 8, 2, 0))
+    assert kernels.supports(Block(matrix[:, :4].contiguous(), 6, 8, 0, 4))
+    assert kernels.supports(Block(torch.ones(1, 1, device=device), 2**17, 2**17))
+    assert kernels.filter_norms(kernels.plan([])) == []
+    kernels.add_noise_(kernels.plan([]), [], [])
+    with pytest.raises(ValueError, match="1 blocks, 1 stds and 2 seeds"):
+        kernels.add_noise_(planned([torch.ones(1, device=device)]), [torch.ones(1, device=device)], [1, 2])
 
 
 def test_a_cpu_is_left_to_torch():
-    assert not kernels.supports(torch.ones(3))
+    assert not kernels.supports(block_of(torch.ones(3)))
 
 
 # The compiled kernels
 
 
 @functools.cache
-def compiled(kernel: str, dtype: torch.dtype, backend: str, architecture: int | str, channels_last: bool = False):
+def compiled(kernel: str, dtype: torch.dtype, backend: str, architecture: int | str, layout: str = "in order"):
     """A kernel compiled as its launch would, for a device that need not be there."""
     constants = {"DTYPE": kernels._DTYPES[dtype], "ALIGNMENT": 16}
-    if kernel == "_norms_kernel":
-        pointers = {"addresses": "*u64", "geometry": "*i32", "programs": "*i32", "norms": "*fp32"}
-        names = {"ROWS": "_ROWS", "SHORT": "_SHORT", "COLUMNS": "_COLUMNS", "PIECE": "_PIECE"}
-        constants |= {name: getattr(kernels, constant) for name, constant in names.items()}
-        warps = 4
-    else:
-        pointers = {"call": "*u64", "geometry": "*i32", "programs": "*i32"}
-        constants |= {"CHANNELS_LAST": channels_last, "GROUP": kernels._GROUP}
+    pointers = {"addresses": "*u64", "geometry": "*i64", "programs": "*i32", "norms": "*fp32"}
+    warps = 4
+    if kernel == "_noise_kernel":
+        pointers = {"addresses": "*u64", "call": "*u64", "geometry": "*i64", "programs": "*i32"}
+        constants["LAYOUT"] = layout
         warps = 8
     source = triton.compiler.ASTSource(
         getattr(kernels, kernel),
@@ -397,7 +538,8 @@ def compiled(kernel: str, dtype: torch.dtype, backend: str, architecture: int | 
     return triton.compile(source, target=target, options={"num_warps": warps})
 
 
-KERNELS = [("_norms_kernel", False), ("_noise_kernel", False), ("_noise_kernel", True)]
+LAYOUTS = ["in order", "channels_last", "cut"]
+KERNELS = [("_norms_kernel", "in order"), *[("_noise_kernel", layout) for layout in LAYOUTS]]
 TARGETS = [*[("cuda", 90, dtype) for dtype in DTYPES], ("cuda", 80, torch.bfloat16), ("hip", "gfx942", torch.bfloat16)]
 
 
@@ -407,10 +549,10 @@ def _new_cache(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("_new_cache")
-@pytest.mark.parametrize(("kernel", "channels_last"), KERNELS)
+@pytest.mark.parametrize(("kernel", "layout"), KERNELS)
 @pytest.mark.parametrize(("backend", "architecture", "dtype"), TARGETS)
-def test_compiles_without_a_gpu(backend, architecture, dtype, kernel, channels_last):
-    binary = compiled(kernel, dtype, backend, architecture, channels_last).asm
+def test_compiles_without_a_gpu(backend, architecture, dtype, kernel, layout):
+    binary = compiled(kernel, dtype, backend, architecture, layout).asm
     assert binary["cubin" if backend == "cuda" else "hsaco"]
 
 
@@ -426,20 +568,20 @@ def test_aligned_weights_are_read_and_written_as_vectors(dtype):
 
 
 @pytest.mark.usefixtures("_new_cache")
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_the_compiled_sum_is_rounded_to_the_nearest(channels_last):
-    ptx = compiled("_noise_kernel", torch.bfloat16, "cuda", 90, channels_last).asm["ptx"]
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_compiled_sum_is_rounded_to_the_nearest(layout):
+    ptx = compiled("_noise_kernel", torch.bfloat16, "cuda", 90, layout).asm["ptx"]
     assert re.search(r"cvt\.rn\.bf16(x2)?\.f32", ptx)
     assert not re.search(r"cvt\.rz\.bf16", ptx)
 
 
 @pytest.mark.slow  # true of one version of Triton, which CI does not choose
 @pytest.mark.usefixtures("_new_cache")
-@pytest.mark.parametrize(("kernel", "channels_last"), KERNELS)
-def test_registers_do_not_spill(tmp_path, kernel, channels_last):
+@pytest.mark.parametrize(("kernel", "layout"), KERNELS)
+def test_registers_do_not_spill(tmp_path, kernel, layout):
     """The stack is what sin and cos keep for huge angles: 28 bytes, never reached."""
     path = tmp_path / "kernel.cubin"
-    path.write_bytes(compiled(kernel, torch.float32, "cuda", 90, channels_last).asm["cubin"])
+    path.write_bytes(compiled(kernel, torch.float32, "cuda", 90, layout).asm["cubin"])
     command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
     usage = subprocess.run(command, capture_output=True, check=True, text=True).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
@@ -461,8 +603,9 @@ def resnet50_shapes() -> list[tuple[int, ...]]:
 def test_a_resnet_takes_a_handful_of_launches(memory_format):
     weights = [torch.randn(shape, device="cuda") for shape in resnet50_shapes()]
     weights = [weight.to(memory_format=memory_format) if weight.ndim == 4 else weight for weight in weights]
-    perturb = functools.partial(kernels.add_noise_, weights, kernels.filter_norms(weights), range(len(weights)))
-    for function in (functools.partial(kernels.filter_norms, weights), perturb):
+    plan = planned(weights)
+    perturb = functools.partial(kernels.add_noise_, plan, kernels.filter_norms(plan), range(len(weights)))
+    for function in (functools.partial(kernels.filter_norms, plan), perturb):
         function()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             function()
@@ -474,8 +617,8 @@ def test_a_resnet_takes_a_handful_of_launches(memory_format):
 @pytest.mark.gpu
 def test_two_calls_on_a_gpu_give_the_same_bits():
     weights = [torch.randn(shape, device="cuda") for shape in resnet50_shapes()]
-    norms = [kernels.filter_norms(weights) for _ in range(2)]
+    norms = [kernels.filter_norms(planned(weights)) for _ in range(2)]
     noisy = [[weight.clone() for weight in weights] for _ in range(2)]
     for copies in noisy:
-        kernels.add_noise_(copies, norms[0], range(len(weights)))
+        kernels.add_noise_(planned(copies), norms[0], range(len(weights)))
     assert all(torch.equal(*pair) for pairs in (norms, noisy) for pair in zip(*pairs, strict=True))

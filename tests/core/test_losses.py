@@ -9,14 +9,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_rwp import RWP, LossTracker
-from hf_rwp.placement import Role
+from hf_rwp.core.placement import Role
+from hf_rwp.core.sharding import Replicas
 
 CLEAN, PERTURBED = Role(perturbed=False, weight=0.4), Role(perturbed=True, weight=1.6)
 
 
 def tracked(*updates: tuple) -> LossTracker:
     """A tracker fed with (role, loss) or (role, loss, count)."""
-    optimizer = SimpleNamespace(role=None, model=nn.Linear(1, 1))
+    optimizer = SimpleNamespace(role=None, model=nn.Linear(1, 1), replicas=Replicas())
     tracker = LossTracker(optimizer)
     for optimizer.role, loss, *count in updates:
         tracker.update(torch.tensor(loss), *count)

@@ -5,6 +5,7 @@ is copied: calling `Optimizer.__init__` here would give the wrapper groups of it
 learning rate that the base never sees.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,6 +66,28 @@ class OptimizerWrapper(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.base.zero_grad(set_to_none)
+
+    def _step_once(self, closure: Callable[[], Any], then: Callable[[], None]) -> Any:
+        """Step with a closure and call `then` after it, ahead of the step itself. ValueError: it is called again."""
+        calls = 0
+        again = (
+            f"{type(self.base).__name__} calls its closure more than once in a step, at other weights each time, and RWP "
+            "has one gradient to a step: take a base optimizer that needs no closure"
+        )
+        if isinstance(self.base, torch.optim.LBFGS):
+            raise ValueError(again)
+
+        def once() -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > 1:
+                raise ValueError(again)
+            with torch.enable_grad():
+                loss = closure()
+            then()
+            return loss
+
+        return self.base.step(once)
 
     def train(self) -> None:
         """Pass schedule-free's protocol on to a base that speaks it."""

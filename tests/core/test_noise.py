@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 import hf_rwp.optimizer
-from hf_rwp import RWP, noise
+from hf_rwp import RWP
+from hf_rwp.core import noise
 
 FALSE_ALARM = 1e-6
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -340,7 +341,7 @@ def test_a_seed_is_one_of_its_place_alone(one, other):
 
 
 def test_a_seed_is_the_same_in_another_process():
-    code = "from hf_rwp.noise import noise_seed; print(noise_seed(3, 14, 1, 5, 9))"
+    code = "from hf_rwp.core.noise import noise_seed; print(noise_seed(3, 14, 1, 5, 9))"
     command = [sys.executable, "-c", code]
     found = subprocess.run(command, env={"PYTHONHASHSEED": "77"}, capture_output=True, check=True, text=True).stdout
     assert int(found) == noise.noise_seed(3, 14, 1, 5, 9)

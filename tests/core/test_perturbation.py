@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_rwp import foreach, noise, perturbation
-from hf_rwp.perturbation import Perturbation
+from hf_rwp.core.perturbation import Perturbation
 
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

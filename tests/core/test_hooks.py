@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_rwp.hooks import Hook, at_end_of_backward, in_backward, tensors_in
+from hf_rwp.core.hooks import Hook, at_end_of_backward, in_backward, tensors_in
 
 
 class Segments(nn.Module):

@@ -1,0 +1,49 @@
+"""Which buffers a perturbed pass may update, and how those that it may not come back."""
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from hf_rwp.core.sharding import Replicas
+
+Guarded = tuple[nn.Module, str, Tensor]  # a buffer, its module and its name in there
+
+
+def guarded_buffers(model: nn.Module, replicas: Replicas, alpha: float) -> tuple[list[Guarded], list[Guarded]]:
+    """The buffers that a perturbed pass of this replica must leave as they are, and the floating ones it may update.
+
+    Clean slots alone update buffers. With none at all (alpha = 1) replica 0's perturbed ones do; so do those of a replica
+    that has none, where nothing broadcasts the buffers of replica 0.
+    """
+    buffers = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    floating = [entry for entry in buffers if entry[2].is_floating_point() or entry[2].is_complex()]
+    if replicas.count == 1:
+        return ([], floating) if alpha == 1 else (buffers, [])
+    if replicas.broadcasts_buffers and not (alpha == 1 and replicas.index == 0):
+        return floating, []  # counters advance on all replicas alike
+    return [], floating
+
+
+def put_back(guarded: Iterable[Guarded]) -> None:
+    """Put buffers back that a pass replaced by others.
+
+    One of another shape stays: statistics that a first pass lays out are that way on every replica. So does one that is
+    not persistent: a cache, whose module knows what it holds.
+    """
+    for module, name, buffer in guarded:
+        now = module._buffers.get(name)
+        if name not in module._non_persistent_buffers_set and (now is None or now.shape == buffer.shape):
+            module._buffers[name] = buffer
+
+
+def unexpanded(tensor: Tensor) -> Tensor:
+    """The view of an expanded tensor that can be written to in place: no two of its elements share memory."""
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor

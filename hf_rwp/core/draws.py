@@ -1,0 +1,183 @@
+"""The norms and the noise of many weights, in one call: what `noise` says of one, by what their devices have.
+
+1. On a CPU the weights of less than a tile are drawn into one scratch and added together; larger ones tile by tile.
+2. On a GPU fused kernels (`kernels`) take all weights in a launch or two, where Triton is there and they pass a check;
+   `noise` alone costs about four small launches a weight. The kernels draw other numbers than torch does.
+"""
+
+import functools
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_rwp.core import noise
+from hf_rwp.core.sharding import Block
+
+logger = logging.getLogger(__name__)
+
+
+class Target(NamedTuple):
+    """A weight that noise goes on. position, name: in `named_parameters()`. layout: what the block rests on."""
+
+    position: int
+    name: str
+    weight: Tensor
+    block: Block
+    layout: tuple[Any, ...] = ()
+
+
+class _Plan(NamedTuple):
+    """How a list of targets is worked on; indices in that list."""
+
+    targets: Sequence[Target]
+    one_filter: list[list[int]]  # of one dtype each: their norms are a single call
+    many_filters: list[int]
+    small: list[list[int]]  # that fit into one scratch together
+    large: list[int]
+    fused: list[int]
+    kernels: Any
+
+
+class Draws:
+    """Draws noise for lists of weights. Generators, scratch and the plan of the last list are kept between calls."""
+
+    def __init__(self) -> None:
+        self._sources: dict[tuple[torch.device, torch.dtype], noise.Source] = {}
+        self._plan: _Plan | None = None
+
+    @torch.no_grad()
+    def add_(
+        self,
+        targets: Sequence[Target],
+        factors: Sequence[float],
+        seeds: Sequence[int],
+        dampings: Sequence[Tensor | None] | None = None,
+    ) -> list[Tensor]:
+        """Add noise to every target's weight in place; its standard deviation by filter, (rows,) for each.
+
+        factors: what filters' norms are multiplied by, `noise.std_factor`; less than 0 for the opposite noise. seeds:
+        `noise.noise_seeds`. dampings: `noise.arwp_damping`, (rows,) each.
+        """
+        plan = self._plan_of(targets)
+        stds = self._norms(plan)
+        torch._foreach_mul_(stds, list(factors))
+        for std, damping in zip(stds, dampings or (), strict=bool(dampings)):
+            if damping is not None:
+                std.mul_(damping.view_as(std))
+        self._add_(plan, stds, seeds)
+        return stds
+
+    @torch.no_grad()
+    def repeat_(self, target: Target, std: Tensor, seed: int) -> None:
+        """Add to one weight the noise that `add_` drew for such a one, bit for bit."""
+        self._add_(_plan([target]), [std], [seed])
+
+    def _plan_of(self, targets: Sequence[Target]) -> _Plan:
+        if self._plan is None or self._plan.targets is not targets:
+            self._plan = _plan(targets)
+        return self._plan
+
+    def _norms(self, plan: _Plan) -> list[Tensor]:
+        blocks = [target.block for target in plan.targets]
+        norms: list[Tensor] = [torch.empty(0)] * len(blocks)
+        if plan.fused:
+            for index, norm in zip(plan.fused, _loaded_kernels().filter_norms(plan.kernels), strict=True):
+                norms[index] = norm
+        for indices in plan.one_filter:
+            dtype = torch.promote_types(blocks[indices[0]].memory.dtype, torch.float32)
+            for index, norm in zip(
+                indices, torch._foreach_norm([blocks[i].memory for i in indices], 2, dtype), strict=True
+            ):
+                norms[index] = norm
+        for index in plan.many_filters:
+            norms[index] = noise.filter_norms(blocks[index])
+        return norms
+
+    def _add_(self, plan: _Plan, stds: Sequence[Tensor], seeds: Sequence[int]) -> None:
+        blocks = [target.block for target in plan.targets]
+        if plan.fused:
+            _loaded_kernels().add_noise_(plan.kernels, [stds[i] for i in plan.fused], [seeds[i] for i in plan.fused])
+        for indices in plan.small:
+            memories = [blocks[index].memory for index in indices]
+            source, begin, normals = self._source(memories[0]), 0, []
+            for memory, seed in zip(memories, noise.hashes([seeds[index] for index in indices], 0), strict=True):
+                normals.append(source.normal(seed, memory.numel(), begin).view(memory.shape))
+                begin += memory.numel()
+            torch._foreach_addcmul_(memories, normals, [stds[index].view(-1, 1) for index in indices])
+        for index in plan.large:
+            noise.add_noise_(blocks[index], stds[index], seeds[index], self._source(blocks[index].memory))
+
+    def _source(self, memory: Tensor) -> noise.Source:
+        key = memory.device, memory.dtype
+        if key not in self._sources:
+            self._sources[key] = noise.Source(memory)
+        return self._sources[key]
+
+
+def _plan(targets: Sequence[Target]) -> _Plan:
+    one_filter: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+    small: dict[tuple[torch.device, torch.dtype], list[list[int]]] = defaultdict(lambda: [[]])
+    room: dict[tuple[torch.device, torch.dtype], int] = defaultdict(lambda: noise.CPU_TILE)
+    many_filters, large, fused, storages = [], [], [], set()
+    for index, target in enumerate(targets):
+        weight, block = target.weight, target.block
+        memory, kind = block.memory, (block.memory.device, block.memory.dtype)
+        storage = memory.untyped_storage().data_ptr()
+        if _fuses(weight, block) and storage not in storages:  # of one storage one: they may overlap
+            storages.add(storage)
+            fused.append(index)
+            continue
+        if len(memory) == 1:
+            one_filter[kind].append(index)
+        else:
+            many_filters.append(index)
+        size = memory.numel()
+        whole = memory.ndim == 2 and size == block.filters * block.length <= noise.CPU_TILE
+        if whole and memory.device.type == "cpu" and memory.dtype in (torch.float32, torch.float64):
+            if size > room[kind]:
+                small[kind].append([])
+                room[kind] = noise.CPU_TILE
+            room[kind] -= size
+            small[kind][-1].append(index)
+        else:
+            large.append(index)
+    kernels = _loaded_kernels().plan([targets[index].block for index in fused]) if fused else None
+    batches = [batch for batches in small.values() for batch in batches]
+    return _Plan(targets, list(one_filter.values()), many_filters, batches, large, fused, kernels)
+
+
+def _fuses(weight: Tensor, block: Block) -> bool:
+    if weight.device.type != "cuda" or type(weight) not in (Tensor, nn.Parameter) or _kernels() is None:
+        return False
+    return bool(_loaded_kernels().supports(block)) and _passes(weight.device, weight.dtype)
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    try:
+        from hf_rwp.core import kernels
+    except ImportError:  # a torch without Triton
+        return None
+    return kernels
+
+
+def _loaded_kernels() -> Any:
+    return _kernels()
+
+
+@functools.cache
+def _passes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the fused kernels run on a device, and give what they have to."""
+    try:
+        _loaded_kernels().check(device, dtype)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no C compiler, a GPU that Triton does not know: training goes on all the same
+        logger.warning("no fused kernels for %s on %s, so that the noise takes longer: %s", dtype, device, error)
+        return False
+    return True

@@ -1,0 +1,172 @@
+"""What RWP keeps in the base's param groups, where frameworks that save groups and state alone keep it too.
+
+    rwp_gamma, initial_rwp_gamma      of the group, now and before any schedule
+    rwp_seed, rwp_windows             of the wrapper, alike in all groups: the noise's seed, optimizer steps so far
+
+A weight's group is found by the weight, or, where a framework has put something else into the groups (flat partitions,
+master copies), by the name that it had when the group came.
+"""
+
+import logging
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_rwp.core.draws import Target
+from hf_rwp.core.hooks import Hook
+from hf_rwp.core.sharding import block_of
+
+logger = logging.getLogger(__name__)
+
+_KEYS = ("rwp_gamma", "initial_rwp_gamma", "rwp_seed", "rwp_windows")
+
+
+class Groups:
+    """The param groups of `base`, whose parameters have to be `model`'s.
+
+    gamma, seed: of groups that do not say. windows: optimizer steps that the model has been perturbed for already.
+    """
+
+    def __init__(self, base: torch.optim.Optimizer, model: nn.Module, gamma: float, seed: int, windows: int) -> None:
+        self._base, self._model = base, model
+        self._homes: dict[str, tuple[weakref.ref[Tensor], int]] = {}  # by name: the weight, and its group's number
+        self._targets: list[Target] = []
+        self._kept: list[dict[str, Any]] = []
+        earlier_default, base.defaults["rwp_gamma"] = base.defaults.get("rwp_gamma"), gamma
+        for group in base.param_groups:
+            if "initial_rwp_gamma" in group:  # from an earlier wrapper of the same base: keep what a user set alone
+                group["rwp_gamma"] = group.pop("initial_rwp_gamma")
+                if group["rwp_gamma"] == earlier_default:
+                    del group["rwp_gamma"]
+            windows = max(windows, group.get("rwp_windows", 0))
+        for group in base.param_groups:
+            group.update(rwp_seed=seed, rwp_windows=windows)
+            self.take(group)
+        if hasattr(base, "_optimizer_load_state_dict_pre_hooks"):  # not where a base never called Optimizer.__init__
+            base.register_load_state_dict_pre_hook(Hook(self.keep))
+            base.register_load_state_dict_post_hook(Hook(self.fill))
+
+    def take(self, group: dict[str, Any]) -> None:
+        """Take up a group. ValueError: its parameters are not the model's, or its gamma is out of range."""
+        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        foreign = [tuple(parameter.shape) for parameter in group["params"] if id(parameter) not in names]
+        if foreign:
+            raise ValueError(
+                f"{len(foreign)} of the optimizer's parameters are not the model's (shapes {foreign[:3]}): RWP could "
+                "not perturb them. Give it the module that the optimizer was built from"
+            )
+        gamma = group.setdefault("rwp_gamma", self._base.defaults["rwp_gamma"])
+        check("rwp_gamma", gamma, Real, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
+        group.setdefault("initial_rwp_gamma", gamma)
+        first = self._base.param_groups[0]
+        group.update(rwp_seed=first["rwp_seed"], rwp_windows=first["rwp_windows"])
+        number = next(number for number, other in enumerate(self._base.param_groups) if other is group)
+        for parameter in group["params"]:
+            self._homes[_plain(names[id(parameter)])] = weakref.ref(parameter), number
+
+    @property
+    def seed(self) -> int:
+        return int(self._base.param_groups[0]["rwp_seed"])
+
+    @property
+    def windows(self) -> int:
+        return int(self._base.param_groups[0]["rwp_windows"])
+
+    @windows.setter
+    def windows(self, value: int) -> None:
+        for group in self._base.param_groups:
+            group["rwp_windows"] = value
+
+    def gammas(self, initial: bool = False) -> list[float]:
+        return [float(group["initial_rwp_gamma" if initial else "rwp_gamma"]) for group in self._base.param_groups]
+
+    def scale(self, factor: float) -> None:
+        for group in self._base.param_groups:
+            group["rwp_gamma"] = group["initial_rwp_gamma"] * factor
+
+    def keep(self, *_: Any) -> None:
+        """Ahead of loading: a checkpoint of the base alone has none of RWP's keys, and replaces the groups."""
+        self._kept = [{key: group[key] for key in _KEYS if key in group} for group in self._base.param_groups]
+
+    def fill(self, *_: Any) -> None:
+        """After loading: what the checkpoint does not say stays as it was."""
+        for group, kept in zip(self._base.param_groups, self._kept, strict=False):
+            group.update({**kept, **group})
+
+    def load(self, load: Callable[[], None], own: dict[str, Any] | None) -> None:
+        """Call `load`, which loads the base; own: the seed and windows of a checkpoint that has them apart, or None."""
+        before = self.gammas(initial=True), self.seed
+        self.keep()
+        kept = self._kept
+        load()
+        self._kept = kept
+        self.fill()
+        for group in self._base.param_groups if own else ():
+            group.update(rwp_seed=own["seed"], rwp_windows=own["windows"])  # type: ignore[index]
+        for name, old, new in zip(
+            ("rwp_gamma", "rwp_seed"), before, (self.gammas(initial=True), self.seed), strict=True
+        ):
+            if old != new:
+                logger.warning("the checkpoint's %s, %s, takes the place of %s, given at construction", name, new, old)
+
+    def targets(self, noise_1d: bool, frozen: bool) -> tuple[Sequence[Target], list[float]]:
+        """The weights that noise goes on and the gamma of each, looked up afresh: frameworks swap parameters and groups.
+
+        The list is the same object as before where it holds the same.
+        """
+        gammas = self.gammas()
+        numbers = {id(p): number for number, group in enumerate(self._base.param_groups) for p in group["params"]}
+        known = {id(target.weight): target for target in self._targets}
+        targets, of_target = [], []
+        for position, (name, weight) in enumerate(self._model.named_parameters()):
+            number = numbers.get(id(weight))
+            if number is None:
+                home = self._homes.get(_plain(name))
+                number = home[1] if home and home[0]() is weight else None
+            gamma = (0.0 if number is None else gammas[number]) if weight.requires_grad else gammas[0] * frozen
+            if not (gamma > 0 and (noise_1d or weight.ndim > 1)):
+                continue
+            target = known.get(id(weight))
+            if target is None or target.position != position or target.layout != layout_of(weight):
+                target = Target(position, name, weight, block_of(weight), layout_of(weight))
+            targets.append(target)
+            of_target.append(gamma)
+        if len(targets) != len(self._targets) or any(a is not b for a, b in zip(targets, self._targets, strict=True)):
+            self._targets = targets
+        return self._targets, of_target
+
+    def why_no_target(self) -> str:
+        """Why `targets` finds none: what was seen, and what to do."""
+        ours = {id(parameter) for parameter in self._model.parameters()}
+        replaced = [name for name, (weight, _) in self._homes.items() if id(weight()) not in ours]
+        if replaced:
+            return (
+                f"nothing to perturb: {len(replaced)} of the model's parameters ({', '.join(replaced[:3])}) are others than "
+                "the optimizer's by now. load_state_dict(assign=True), an assignment to a parameter or a layer, and "
+                "torch.func.functional_call put others in their place, and the optimizer would not train them: load "
+                "without assign, build the optimizer and RWP after the parameters are replaced, and call the model itself"
+            )
+        return (
+            "nothing to perturb: no trainable parameter has an rwp_gamma above 0. Set one in a param group, unfreeze a "
+            "weight of the optimizer's, or set noise_1d=True if all are biases or norm weights"
+        )
+
+
+def layout_of(weight: Tensor) -> tuple[Any, ...]:
+    """What a `Block` of a weight rests on."""
+    return weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
+
+
+def check(name: str, value: Any, kind: type, valid: Callable[[Any], bool], valid_range: str) -> None:
+    """Raise ValueError by name where a value is of another kind or out of range."""
+    if not (isinstance(value, kind) and valid(value)):
+        raise ValueError(f"{name}={value!r} is out of range: it has to be {valid_range}")
+
+
+def _plain(name: str) -> str:
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")

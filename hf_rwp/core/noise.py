@@ -1,0 +1,142 @@
+"""The noise of Random Weight Perturbation (RWP), as functions on the block of a weight (`sharding.Block`).
+
+Notation follows the papers (RWP: arXiv 2211.11489; ARWP: arXiv 2404.00357):
+
+    eps ~ N(0, std^2)      std = gamma * ||filter||_2                            (RWP)
+                           std = gamma * ||filter||_2 / sqrt(1 + eta * F)        (ARWP)
+                           F   = beta * F + (sum over the filter of g^2)
+
+ARWP divides the *standard deviation* by the root, as its authors' code does (github.com/nblt/mARWP), whose settings of
+eta are those that people know. Its equation 14 can also be read as the *variance* over the root, which damps less.
+
+An element's noise is a function of (seed, window, micro-step, replica, position of its parameter, place in the whole
+weight), however the weight is cut. The matrix filters x elements is drawn in *tiles*, whose size depends on its shape
+alone, each from a generator seeded by hash(seed, tile); whoever holds a part of a tile draws all of it. In a complex
+weight E|eps|^2 = std^2: the real and the imaginary parts have half of it each.
+"""
+
+import hashlib
+import math
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_rwp.core.sharding import Block
+
+CPU_TILE = 2**15  # elements; part of the noise's definition, as is what other devices have
+MODES = ("filter", "filter_normalized")
+DEFAULT_GAMMA = {"filter": 0.01, "filter_normalized": 0.2}
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+def filter_norms(block: Block) -> Tensor:
+    """The L2 norm of every filter of a block, (rows,), in float32 or better."""
+    dtype = torch.promote_types(block.memory.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(block.memory.flatten(1), dim=1, dtype=dtype)
+    return norms
+
+
+def std_factor(block: Block, gamma: float, mode: str = "filter") -> float:
+    """What the norm of each of a weight's filters is multiplied by for the standard deviation of its noise.
+
+    gamma: >= 0. In mode `filter` relative to the filter's norm: std = gamma * ||filter|| (arXiv 2211.11489). In mode
+        `filter_normalized` relative to the root mean square of the filter's weights: std = gamma * ||filter|| /
+        sqrt(fan_in), so that ||noise|| is about gamma * ||weight|| however wide the layer.
+    """
+    if mode not in MODES:
+        raise ValueError(f"unknown noise mode {mode!r}; choose from {', '.join(MODES)}")
+    return gamma / math.sqrt(max(1, block.length) if mode == "filter_normalized" else block.reals)
+
+
+def noise_seeds(seed: int, window: int, micro_step: int, replica: int, positions: Sequence[int]) -> list[int]:
+    """The seeds, in [0, 2^64), of some parameters' draws: hashes of where the draws stand.
+
+    window: the number of the optimizer step. micro_step: that of the gradient within it. replica: the index among
+    data-parallel replicas. positions: those of the parameters in `named_parameters()`.
+    """
+    key = hashlib.blake2b(struct.pack("<4q", seed, window, micro_step, replica), digest_size=8).digest()
+    return hashes(int.from_bytes(key, "little"), positions)
+
+
+def hashes(keys: int | Sequence[int], numbers: int | Sequence[int]) -> list[int]:
+    """A hash of (key, number) for each pair, in [0, 2^64), one to one for one key: SplitMix64 (OOPSLA 2014).
+
+    keys, numbers: one or many each, of which the many go together.
+    """
+    z = np.asarray(numbers, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.asarray(keys, dtype=np.uint64)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    hashed: list[int] = (z ^ (z >> np.uint64(31))).tolist()
+    return hashed
+
+
+class Source:
+    """Standard normal numbers for weights of one device and dtype, in memory that is used again and again."""
+
+    def __init__(self, memory: Tensor) -> None:
+        # On a CPU a tile is still in the cache when it is added to the weights; elsewhere large ones save launches.
+        self.tile = CPU_TILE if memory.device.type == "cpu" else 2**22
+        dtype = torch.promote_types(memory.dtype, torch.float32)
+        self.scratch = torch.empty(self.tile, dtype=dtype, device=memory.device)
+        self._generator = torch.Generator(memory.device)
+
+    def normal(self, seed: int, count: int, begin: int = 0) -> Tensor:
+        """`count` numbers of the tile with this seed (a CPU uses its low 32 bits), in `scratch` from `begin` on."""
+        return self.scratch[begin : begin + count].normal_(generator=self._generator.manual_seed(seed))
+
+
+def add_noise_(block: Block, std: Tensor, seed: int, source: Source) -> None:
+    """Add Gaussian noise to a block in place, a tile at a time. The sum is rounded once, to the weight's dtype.
+
+    std: of every filter in it, (rows,). seed: of the parameter's draw, see `noise_seeds`. source: of its device and
+    dtype. A filter that cannot be flattened and is larger than a tile takes memory of its own for the moment.
+    """
+    memory, (_, filters, length, row, column, _) = block.memory, block
+    std = std.view(-1, *[1] * (memory.ndim - 1))
+    bottom, right = row + len(memory), column + math.prod(memory.shape[1:])
+    width = max(1, min(length, source.tile))
+    height, across = source.tile // width, -(-length // width)
+    seeds = hashes(seed, range(-(-filters // height) * across))
+    for top in range(row // height * height, bottom, height):
+        rows = slice(max(top, row) - row, min(top + height, bottom) - row)
+        parts = []
+        for left in range(column // width * width, right, width):
+            shape = min(height, filters - top), min(width, length - left)
+            drawn = source.normal(seeds[top // height * across + left // width], math.prod(shape)).view(shape)
+            normal = drawn[max(row - top, 0) : bottom - top, max(column - left, 0) : right - left]
+            if memory.ndim == 2:
+                begin = max(left, column) - column
+                _add_(memory[rows, begin : begin + normal.shape[1]], normal, std[rows])
+            else:
+                parts.append(normal.clone() if across > 1 else normal)
+        if parts:
+            _add_(memory[rows], torch.cat(parts, 1).view(memory[rows].shape), std[rows])
+
+
+def _add_(piece: Tensor, normal: Tensor, std: Tensor) -> None:
+    if normal.dtype == piece.dtype:
+        piece.addcmul_(normal, std)
+    else:
+        piece.copy_(normal.mul_(std).add_(piece))
+
+
+def gamma_factor(progress: float, schedule: str = "constant", growth: float = 0.0, start: float = 0.0) -> float:
+    """What to multiply gamma by at `progress`, the fraction of the training's optimizer steps behind us, in [0, 1].
+
+    schedule: `constant` is 1 throughout; `linear` and `cosine` rise from 1 to 1 + growth, cosine as in ARWP's 1x form
+        (arXiv 2404.00357): 1 + growth * (1 - cos(pi * progress)) / 2.
+    growth: how much larger than at the start gamma is at the end, >= 0, in multiples of gamma.
+    start: before this fraction the factor is 0, plain training; it does not shift the schedule. In [0, 1].
+    """
+    if progress < start:
+        return 0.0
+    if schedule == "constant":
+        return 1.0
+    if schedule == "linear":
+        return 1.0 + growth * progress
+    if schedule == "cosine":
+        return 1.0 + growth * (1.0 - math.cos(math.pi * progress)) / 2.0
+    raise ValueError(f"schedule is {schedule!r}: choose one of {', '.join(SCHEDULES)}")

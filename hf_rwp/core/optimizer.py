@@ -1,0 +1,338 @@
+"""RWP: any `torch.optim.Optimizer`, given the gradient of Random Weight Perturbation (arXiv 2211.11489).
+
+A *micro-step* is one forward and one backward pass of the model; a *window* is the micro-steps of one optimizer step.
+
+1. A forward pass begins a micro-step (`passes`): `placement.role` says whether it is clean or perturbed, `Perturbation`
+   adds the noise, and a gradient weight other than 1 goes on as a hook of every parameter.
+2. The end of its backward pass ends it: the weights are restored.
+3. `step` ends the window: the base optimizer steps, at clean weights, with the mixed gradient.
+"""
+
+import functools
+import logging
+import math
+import weakref
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+
+from hf_rwp.core import noise as _noise
+from hf_rwp.core import registry
+from hf_rwp.core.buffers import unexpanded
+from hf_rwp.core.damping import Damping
+from hf_rwp.core.groups import Groups, check
+from hf_rwp.core.hooks import in_backward
+from hf_rwp.core.passes import Passes, State
+from hf_rwp.core.perturbation import Perturbation
+from hf_rwp.core.placement import Role
+from hf_rwp.core.report import Report
+from hf_rwp.core.sharding import (
+    Replicas,
+    broadcast,
+    innermost,
+    refuse_lone_processes,
+    refuse_unsupported,
+    replicas_of,
+)
+from hf_rwp.core.window import Options, Windows
+from hf_rwp.core.wrapper import OptimizerWrapper
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 2  # of what `state_dict` has of its own; the first had no version, and seed and windows under "rwp" alone
+
+
+class RWP(OptimizerWrapper):
+    """Random Weight Perturbation around `optimizer`; the training loop stays as it is.
+
+        optimizer = RWP(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), model)
+
+    optimizer: the base optimizer, any `torch.optim.Optimizer` that takes one gradient to a step.
+    model: the module that the loop calls and the optimizer's parameters belong to, before `accelerator.prepare`. A
+        parameter that is frozen, or not in the optimizer, is not perturbed.
+    gamma: size of the noise, finite and >= 0. Relative to each filter's norm in mode `filter` (None: 0.01), to the rms
+        of its weights in mode `filter_normalized` (None: 0.2). It lives in the param groups as `rwp_gamma`: set it
+        there for a group of its own, 0 to exclude the group. 0 everywhere is the base optimizer, bit for bit.
+    alpha: the perturbed gradient's share of the mix, in [0, 1]. 1 perturbs every gradient; 0 is the base optimizer.
+    seed: of the noise, which is a function of it and of (window, micro-step, replica, parameter). torch's global
+        generator is not touched. A new wrapper on the same model goes on where the last one ended.
+    accumulation_steps: gradients to an optimizer step, >= 1, where the loop counts them itself. None: Accelerate's
+        `gradient_accumulation_steps`, 1 without Accelerate.
+    noise: `filter` (the paper's) or `filter_normalized`, see `hf_rwp.core.noise.std_factor`.
+    noise_1d: whether parameters of at most one dimension (biases, norm weights) are perturbed as well.
+    frozen: whether frozen parameters are perturbed as well, with the first group's gamma: the base weights under LoRA,
+        as in Flat-LoRA (arXiv 2409.14396). They have to be floating-point.
+    eta, beta: ARWP's damping (arXiv 2404.00357), less noise where gradients are large. eta: >= 0, 0 for none. beta: in
+        [0, 1).
+    antithetic: whether the perturbed slots of a step, where there are two or more, draw eps and -eps in pairs.
+    process_group: of the replicas whose gradients are averaged. None: that of the DistributedDataParallel around the
+        model, else the world. Where each process trains by itself between averages of the weights (LocalSGD), it is a
+        replica of its own: `torch.distributed.new_subgroups(1)[0]`, with two or more gradients to a step.
+
+    On two or more data-parallel replicas the odd ones are perturbed, and the framework's all-reduce mixes the
+    gradients. On one, the micro-steps of a window alternate, so a step needs two or more of them.
+
+    `eval()` disarms it and leaves clean weights, also after an interrupt or an error in a backward pass; `train()` arms
+    it; a new one is armed. Wrapping a model again retires the earlier wrapper. One on a model that shares parameters with
+    this one is refused: for two optimizers over one model wrap one of them, with the other's parameters in it as a group
+    of lr=0, and step the other one after it. A loss with weights of its own outside the model (proxies, a memory bank)
+    gets the mix for the model's weights, and an ordinary gradient for its own.
+
+    `step` takes a closure that runs one forward and one backward pass, as Lightning's and Composer's do. A forward pass
+    inside a backward pass (cached contrastive losses such as GradCache; checkpointing of the whole model) is refused:
+    take the plain loss, or checkpoint the layers.
+
+    Raises ValueError for a value out of range, for optimizer parameters that the model does not have and for a model that
+    shares some with another wrapper's; NotImplementedError under FSDP, DeepSpeed, DataParallel, tensor parallelism and
+    XLA. In a loop, RuntimeError: where a step holds one gradient and nothing can be mixed; for a second backward pass in
+    one micro-step; where something writes into a weight while noise is in it; at `step`, for gradients that no forward
+    pass of the model began, or that were never averaged.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        *,
+        gamma: float | None = None,
+        alpha: float = 0.5,
+        seed: int = 0,
+        accumulation_steps: int | None = None,
+        noise: str = "filter",
+        noise_1d: bool = True,
+        frozen: bool = False,
+        eta: float = 0.0,
+        beta: float = 0.99,
+        antithetic: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, (RWP, AcceleratedOptimizer)):
+            raise TypeError(
+                f"RWP wraps a plain torch.optim.Optimizer and got {type(optimizer).__name__}: wrap the base optimizer, "
+                "once, before accelerator.prepare"
+            )
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"RWP needs the module that it is to perturb and got {type(model).__name__}: RWP(base, model)"
+            )
+        if noise not in _noise.MODES:
+            raise ValueError(f"noise={noise!r} is no mode of noise: choose one of {', '.join(_noise.MODES)}")
+        gamma = _noise.DEFAULT_GAMMA[noise] if gamma is None else gamma
+        check("gamma", gamma, Real, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
+        check("alpha", alpha, Real, lambda value: 0 <= value <= 1, "a number in [0, 1]")
+        check("seed", seed, Integral, lambda value: -(2**63) <= value < 2**63, "an integer of 64 bits")
+        if accumulation_steps is not None:
+            check("accumulation_steps", accumulation_steps, Integral, lambda value: value >= 1, "an integer from 1 on")
+        check("eta", eta, Real, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
+        check("beta", beta, Real, lambda value: 0 <= value < 1, "a number in [0, 1)")
+        super().__init__(optimizer)
+        self.model = innermost(model)
+        refuse_lone_processes()
+        refuse_unsupported(self.model)
+        if frozen:
+            _refuse_quantized(self.model)
+        registry.refuse_overlap(self.model)
+        # All that changes later is in objects that are never replaced: Lightning Fabric copies this __dict__.
+        self._options = Options(alpha, noise, noise_1d, frozen, antithetic, accumulation_steps, process_group)
+        self._groups = Groups(optimizer, self.model, gamma, seed, registry.windows_of(self.model))
+        self._damping, self._report, perturbation = (
+            Damping(eta, beta),
+            Report(before=self._groups.windows),
+            Perturbation(),
+        )
+        parts = self._options, self._groups, self._damping, self._report, perturbation
+        self._windows = Windows(self.model, *parts)
+        self._passes = Passes(self.model, self._windows, perturbation)
+        # A wrapper that goes while a micro-step is open leaves its model as it was.
+        weakref.finalize(self, self._passes.close).atexit = False
+        registry.claim(self._passes, self.model)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        try:
+            self._groups.take(self.param_groups[-1])
+        except ValueError:
+            del self.param_groups[-1]
+            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's, with seed and windows in its groups, and under `rwp` the same and ARWP's F. `weights_only`-safe.
+
+        Saved at any time, it lets training go on from the last optimizer step, bit for bit.
+        """
+        own = {"version": _FORMAT, "seed": self._groups.seed, "windows": self._groups.windows}
+        return {**super().state_dict(), "rwp": {**own, "fisher": dict(self._damping.fisher)}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave: the seed and the groups' gamma too, in place of those given at construction.
+
+        A checkpoint of the base optimizer alone loads as well. ValueError: it is of a later format than this one.
+        """
+        refuse_unsupported(self.model)  # accelerator.prepare comes by here
+        own = state_dict.get("rwp")
+        if own is not None and own.get("version", 1) > _FORMAT:
+            raise ValueError(
+                f"a checkpoint of format {own['version']}, and this hf_rwp knows up to {_FORMAT}: update it"
+            )
+        plain = {key: value for key, value in state_dict.items() if key != "rwp"}
+        before = self._groups.windows
+        self._groups.load(functools.partial(super().load_state_dict, plain), own)
+        self._windows.discard()
+        self._report.before = 0
+        if own is not None:
+            self._damping.fisher = {name: fisher.reshape(-1) for name, fisher in own["fisher"].items()}
+        elif self._damping.eta and self._groups.windows != before:
+            logger.warning("the checkpoint holds no F of ARWP: its damping begins anew")
+
+    def train(self) -> None:
+        """Arm: from now on forward passes in training mode may be perturbed. As often as you like."""
+        self._raise_if_removed()
+        self._passes.suspend()
+        self._passes.state = State.ARMED
+        super().train()
+
+    def eval(self) -> None:
+        """Disarm: the weights are clean, bit for bit, and stay so until `train`."""
+        self._passes.suspend()
+        self._disarm()
+        super().eval()
+
+    def disarm(self) -> None:
+        """End it all, after training or whatever cut it off: clean weights, no micro-step left open, until `train`.
+
+        Unlike `eval()` it gives up a backward pass that is to come, and leaves alone a base that speaks that protocol.
+        """
+        self._passes.close()
+        self._windows.end()
+        self._disarm()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._raise_if_removed()
+        suspended = self._passes.suspend()
+        if self._passes.micro_step is None:
+            self._windows.end()  # after an overflow GradScaler skips `step`, and the window is over all the same
+        super().zero_grad(set_to_none)
+        if suspended:
+            self._passes.resume()  # many loops zero between the forward and the backward pass
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """The base optimizer's step, at clean weights, with the mixed gradient.
+
+        closure: runs one forward and one backward pass, a window's last or only micro-step.
+        """
+        self._raise_if_removed()
+        if in_backward():
+            raise RuntimeError("step() inside a backward pass: RWP's weights are noisy until it ends. Step after it")
+        if closure is None:
+            self._settle()
+            result = self.base.step()
+        else:
+            result = self._step_once(closure, self._settle) if self.active else self.base.step(closure)
+        self._damping.commit()
+        self._windows.plain = False
+        self._windows.end()
+        return result
+
+    def begin_window(self, micro_steps: int, shares: tuple[float, float] | None = None) -> None:
+        """Say how many gradients the next step takes, where the loop knows and Accelerate does not.
+
+        It holds for one window, which begins with the next micro-step. micro_steps: >= 1, on this replica. shares: what
+        the loop's own factors on the clean and on the perturbed slots' mean gradients add up to, over all replicas;
+        None where it averages all of them. See `placement.role` and `placement.shares_of`.
+        """
+        check("micro_steps", micro_steps, Integral, lambda value: value >= 1, "an integer from 1 on")
+        self._passes.close()  # what an interrupt left open
+        self._windows.end()
+        self._windows.announced = micro_steps, shares
+
+    @property
+    def alpha(self) -> float:
+        """The perturbed gradient's share of the mix."""
+        return self._options.alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self._options.alpha = value
+
+    @property
+    def active(self) -> bool:
+        """Whether the next window will be perturbed: alpha and some group's `rwp_gamma` are above 0."""
+        return self._windows.active
+
+    @property
+    def role(self) -> Role | None:
+        """The latest micro-step's role; None where it was an ordinary one of the base optimizer."""
+        return self._passes.role
+
+    @property
+    def replicas(self) -> Replicas:
+        """This process among the replicas, as of the latest window; before the first one as far as is known."""
+        return self._windows.replicas or replicas_of(self._options.process_group)
+
+    def scale_gamma(self, factor: float) -> None:
+        """Set every group's `rwp_gamma` to `factor` (>= 0) times what it began with; see `noise.gamma_factor`."""
+        check("factor", factor, Real, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
+        self._groups.scale(factor)
+
+    def sync_buffers(self) -> None:
+        """Give all replicas the buffers (BatchNorm statistics) of replica 0, before evaluation and before saving.
+
+        Collective: call it on all replicas.
+        """
+        if self.replicas.count > 1:
+            self._passes.suspend()
+            broadcast(map(unexpanded, self.model.buffers()), self.replicas)
+
+    def report(self) -> dict[str, Any]:
+        """What really happened so far, over all replicas. Collective: call it on all of them.
+
+        Returns windows begun; slots, the micro-steps completed since construction, clean and perturbed; placement,
+        replicas and alpha; and `relative_noise`, ||noise|| / ||weight|| as last measured in the weights, which is at
+        the first perturbed micro-step after a report, for the perturbed tensors with the most, the median and the
+        fewest elements.
+        """
+        replicas, window = self.replicas, self._windows.current
+        slots, sizes = self._report.gathered(replicas)
+        return {
+            "placement": "parallel" if replicas.count > 1 else "sequential",
+            "replicas": replicas.count,
+            "alpha": self.alpha,
+            "windows": (window.number if window else self._groups.windows) - self._report.before,
+            "slots": slots,
+            "relative_noise": sizes,
+        }
+
+    def remove(self) -> None:
+        """Take the wrapper off its model: clean weights, no hooks left. Using it afterwards raises RuntimeError."""
+        self._passes.remove()
+
+    def _settle(self) -> None:
+        """Ahead of the base's step: clean weights, and gradients that are the mix."""
+        self._passes.settle()
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        self._windows.check(self._passes.state is State.ARMED, parameters)
+
+    def _disarm(self) -> None:
+        if self._passes.state is State.ARMED:
+            self._passes.state = State.DISARMED
+
+    def _raise_if_removed(self) -> None:
+        if self._passes.state is State.REMOVED:
+            raise RuntimeError(
+                "this RWP wrapper is no longer on its model: a newer RWP took over, or remove() was called. Use the "
+                "newer one, or wrap the model again"
+            )
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not (parameter.requires_grad or parameter.is_floating_point()):
+            raise NotImplementedError(
+                f"frozen=True is to perturb {name}, which is of {parameter.dtype}: Gaussian noise needs floating-point "
+                "weights. Load the base weights unquantized (bfloat16), or leave frozen=False to perturb the others"
+            )

@@ -1,0 +1,194 @@
+"""The passes over a model: a forward pass begins a micro-step, the end of its backward pass ends it.
+
+    wrapper     ARMED <--eval/train--> DISARMED ----remove, newer wrapper----> REMOVED
+    micro-step  PENDING --an output's hook--> BACKWARD --end of the backward pass--> OVER
+
+1. A forward pass in training mode with gradients enabled begins a micro-step, or joins the one that is pending. Any other
+   sees clean weights.
+2. Between the two passes whoever looks (`state_dict`, copies, evaluation, `zero_grad`) finds clean weights.
+3. The gradient's weight goes on as a hook of every parameter, ahead of DDP's reduction.
+"""
+
+import functools
+import logging
+import sys
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hf_rwp.core import registry
+from hf_rwp.core.hooks import Hook, at_end_of_backward, in_backward, tensors_in
+from hf_rwp.core.perturbation import Perturbation
+from hf_rwp.core.placement import Role
+from hf_rwp.core.window import Windows
+
+logger = logging.getLogger(__name__)
+
+State = Enum("State", ["ARMED", "DISARMED", "REMOVED"])
+Stage = Enum("Stage", ["PENDING", "BACKWARD", "OVER"])
+_Entry = Enum("_Entry", ["BEGAN", "JOINED", "LOOKED", "SUSPENDED"])  # what a forward pass did to the micro-step
+
+
+@dataclass(eq=False)
+class MicroStep:
+    """One forward and one backward pass. differentiable: whether an output can have a backward pass."""
+
+    role: Role
+    stage: Stage = Stage.PENDING
+    differentiable: bool = False
+
+
+class Passes:
+    """The hooks on a model, and the micro-step that they are in. windows: begins micro-steps, and counts them."""
+
+    def __init__(self, model: nn.Module, windows: Windows, perturbation: Perturbation) -> None:
+        self.state = State.ARMED
+        self.micro_step: MicroStep | None = None  # that is not over
+        self.role: Role | None = None  # of the latest; None where it was an ordinary pass
+        self._windows, self._perturbation = windows, perturbation
+        self._entries: list[_Entry] = []  # of the forward passes that run now: a model may call itself
+        self._weight_hooks: list[RemovableHandle] = []  # on the parameters, while a micro-step is open
+        for hook in list(model._forward_pre_hooks.values()):
+            if isinstance(hook, Hook) and isinstance(hook.owner, Passes):
+                hook.owner.remove()
+        self._handles = [  # ahead of hooks that compute weights from others, as weight_norm's
+            model.register_forward_pre_hook(Hook(self._before_forward), prepend=True),
+            model.register_forward_hook(Hook(self._after_forward), always_call=True),
+        ]
+        for module in model.modules():
+            self._handles.append(module.register_state_dict_pre_hook(Hook(self.suspend)))
+            self._handles.append(module.register_load_state_dict_pre_hook(Hook(self.close)))
+
+    def suspend(self, *_: Any) -> bool:
+        """Make the weights clean until the backward pass, or `resume`; whether there was noise in them."""
+        if self.micro_step is not None and self.micro_step.stage is Stage.BACKWARD and not in_backward():
+            self.close()  # the backward pass raised, and no other may follow
+        return self._perturbation.suspend()
+
+    def resume(self) -> None:
+        """Undo `suspend`."""
+        self._perturbation.resume()
+
+    def close(self, *_: Any) -> None:
+        """Give up the open micro-step: clean weights, and a backward pass of it raises."""
+        self._entries.clear()
+        self._say(self._finish())
+
+    def settle(self) -> None:
+        """Close ahead of a step. Raises RuntimeError where weights were written to while noise was in them."""
+        self._entries.clear()
+        self._refuse(self._finish())
+
+    def remove(self) -> None:
+        """Clean weights, no hooks left."""
+        self.state = State.REMOVED
+        registry.release(self)
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.close()
+
+    def _before_forward(self, module: nn.Module, *_: Any) -> None:
+        self._entries.append(_Entry.LOOKED)
+        if not self._trains(module):
+            if self.suspend():
+                self._entries[-1] = _Entry.SUSPENDED
+        elif self.micro_step is not None and self.micro_step.stage is Stage.PENDING and not in_backward():
+            self._entries[-1] = _Entry.JOINED
+            self._perturbation.resume()
+        else:
+            self._refuse(self._finish())  # what an interrupt left behind
+            self.role = None
+            if in_backward() and self._windows.active:
+                raise RuntimeError(_INSIDE)
+            self.role = self._windows.begin(module)
+            if self.role is not None:
+                self._entries[-1] = _Entry.BEGAN
+                if self.role.weight != 1:
+                    scale = functools.partial(torch.mul, other=self.role.weight)
+                    for parameter in module.parameters():
+                        if parameter.requires_grad:
+                            self._weight_hooks.append(parameter.register_hook(scale))
+                self.micro_step = MicroStep(self.role)
+
+    def _after_forward(self, module: nn.Module, _: Any, output: Any) -> None:
+        entry = self._entries.pop() if self._entries else _Entry.LOOKED
+        micro_step = self.micro_step
+        if entry is _Entry.LOOKED or micro_step is None:
+            return
+        if entry is _Entry.SUSPENDED:
+            self._perturbation.resume()  # the backward pass of an earlier one is still to come
+            return
+        outputs = [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
+        for tensor in outputs:
+            tensor.register_hook(functools.partial(self._before_backward, micro_step))
+        micro_step.differentiable = micro_step.differentiable or bool(outputs)
+        if entry is _Entry.BEGAN and not micro_step.differentiable:
+            self._say(self._finish())  # it raised, or no backward pass can come of it
+        elif output is None and sys.exc_info()[0] is not None:
+            self._perturbation.suspend()
+        elif not self._entries:
+            self._perturbation.guard_copies()
+
+    def _before_backward(self, micro_step: MicroStep, _: Tensor) -> None:
+        if micro_step.stage is Stage.OVER:
+            raise RuntimeError(
+                "a second backward pass in one micro-step, or one after step() or load_state_dict() ended it: the "
+                "weights that its forward pass saw are gone. Add the losses up and call backward once, before step()"
+            )
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "a backward pass with create_graph=True: RWP cannot weight a gradient of a gradient, whose weights are "
+                "gone by then. Take such penalties between optimizer.eval() and optimizer.train(), or without RWP"
+            )
+        self._perturbation.resume()
+        micro_step.stage = Stage.BACKWARD
+        at_end_of_backward(functools.partial(self._after_backward, micro_step))
+
+    def _after_backward(self, micro_step: MicroStep) -> None:
+        if micro_step is not self.micro_step:
+            return
+        written = self._finish()
+        self._windows.completed(micro_step.role)
+        self._refuse(written)
+
+    def _trains(self, module: nn.Module) -> bool:
+        trains = self.state is State.ARMED and module.training and torch.is_grad_enabled()
+        return trains and any(parameter.requires_grad for parameter in module.parameters())
+
+    def _finish(self) -> list[str]:
+        """End the micro-step; the weights that were written to while noise was in them."""
+        micro_step, self.micro_step = self.micro_step, None
+        if micro_step is not None:
+            micro_step.stage = Stage.OVER
+        try:
+            return self._perturbation.restore()
+        finally:
+            while self._weight_hooks:
+                self._weight_hooks.pop().remove()
+
+    def _say(self, written: list[str]) -> None:
+        if written:
+            logger.warning(_WRITTEN, ", ".join(written[:3]), len(written))
+
+    def _refuse(self, written: list[str]) -> None:
+        if written:
+            raise RuntimeError(_WRITTEN % (", ".join(written[:3]), len(written)))
+
+
+_INSIDE = (
+    "a forward pass of the whole model inside a backward pass: the noise would differ between the two. Activation "
+    "checkpointing of the whole model makes one. Checkpoint its layers instead. So do cached contrastive losses (GradCache, "
+    "CachedMultipleNegativesRankingLoss): take the plain loss, with fewer pairs to a batch or checkpointed layers for memory"
+)
+_WRITTEN = (
+    "something wrote into %s while noise was in it (weights in all: %d). What it wrote is lost, since it belongs to the "
+    "noisy weight, and replicas would drift apart. Neither a forward nor a backward pass may change a perturbed weight: "
+    "constrain weights after optimizer.step(), or by torch.nn.utils.parametrize (this replaces clamp_, a norm or a mask in "
+    "forward, and Embedding(max_norm=)); use an optimizer that steps after the backward pass (not layerwise GaLore or "
+    "LOMO); or exclude the weight, with rwp_gamma=0 for its param group"
+)

@@ -1,0 +1,155 @@
+"""The one place that writes noise into weights, and the way back.
+
+    absent --add--> shown <--suspend/resume--> suspended --restore--> absent
+
+1. `add` copies the weights (and buffers) aside and adds the noise in place.
+2. `suspend` makes the weights clean for a while, `resume` ends that: between a forward pass and its backward pass anybody
+   may look at the weights. Autograd then finds what its forward pass saw: no in-place change is counted.
+3. `restore` copies the clean values back, which is exact in every dtype; subtracting the noise is not. What somebody else
+   wrote into a noisy weight is lost by that, and `restore` says so.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from hf_rwp.core.buffers import Guarded, put_back, unexpanded
+from hf_rwp.core.draws import Draws, Target
+from hf_rwp.core.watch import Copies, Writes
+
+Noise = Enum("Noise", ["ABSENT", "SHOWN", "SUSPENDED"])
+
+
+class Perturbation:
+    """Noise in the weights of a model, at most once at a time.
+
+    One copy of the perturbed weights, kept from one perturbation to the next, is all the memory it holds beside a
+    bounded scratch, and a second copy while suspended. A model that is never perturbed costs none.
+    At every moment the copy or the weights are whole, so that an interrupt anywhere leaves something to restore from.
+    """
+
+    def __init__(self) -> None:
+        self.noise = Noise.ABSENT
+        self._clean: dict[Tensor, Tensor] = {}  # weight or buffer -> copy of its clean values; the memory is kept
+        self._noisy: list[Tensor] = []  # the noisy values, in the same order, while suspended
+        self._guarded: Sequence[Guarded] = ()
+        self._draws, self._writes, self._copies = Draws(), Writes(), Copies()
+
+    @torch.no_grad()
+    def add(
+        self,
+        targets: Sequence[Target],
+        factors: Sequence[float],
+        seeds: Sequence[int],
+        dampings: Sequence[Tensor | None] | None = None,
+        guarded: Sequence[Guarded] = (),
+    ) -> None:
+        """Add noise to weights, see `Draws.add_`. guarded: the buffers that `restore` also puts back."""
+        self.restore()
+        tensors = [target.weight for target in targets] + [unexpanded(buffer) for *_, buffer in guarded]
+        self._clean = {tensor: self._copy_of(tensor) for tensor in tensors}
+        _copy_all(self._clean.values(), self._clean)
+        self._guarded, self.noise = guarded, Noise.SHOWN
+        try:
+            stds = self._draws.add_(targets, factors, seeds, dampings)
+            self._writes.begin(targets, stds, seeds)
+        except BaseException:  # an interrupt too: half the noise is neither clean nor the paper's
+            self._writes.end()
+            self.restore()
+            raise
+        torch.clear_autocast_cache()  # autocast may hold a low-precision copy of the clean weights
+
+    @torch.no_grad()
+    def suspend(self) -> bool:
+        """Make the weights clean until `resume`; False, and nothing done, where no noise is in them."""
+        if self.noise is not Noise.SHOWN:
+            return False
+        self._copies.release()
+        self._writes.look(self._clean, self._draws)
+        noisy = [tensor.clone() for tensor in self._clean]
+        _copy_all(self._clean, self._clean.values(), unseen=True)
+        put_back(self._guarded)
+        self._noisy, self.noise = noisy, Noise.SUSPENDED
+        torch.clear_autocast_cache()
+        return True
+
+    @torch.no_grad()
+    def resume(self) -> None:
+        """Undo `suspend`: the weights hold the same noise again, bit for bit."""
+        self._copies.release()
+        if self.noise is Noise.SUSPENDED:
+            _copy_all(self._clean.values(), self._clean)  # what was written to the weights meanwhile is kept
+            self._writes.resumed()
+            noisy, self.noise = self._noisy, Noise.SHOWN
+            _copy_all(self._clean, noisy, unseen=True)
+            self._noisy = []
+            torch.clear_autocast_cache()
+
+    @torch.no_grad()
+    def restore(self) -> list[str]:
+        """End the perturbation: the weights and guarded buffers are what they were before it, bit for bit.
+
+        Returns the names of the weights that somebody else wrote to while noise was in them, which is lost. A buffer that
+        has another shape by now keeps that, and its values. RuntimeError: a weight could not be restored; the
+        perturbation is over all the same.
+        """
+        if self.noise is Noise.ABSENT:
+            return []
+        self._copies.release()
+        failures = []
+        if self.noise is Noise.SHOWN:
+            self._writes.look(self._clean, self._draws)
+            failures = self._copy_back()
+        put_back(self._guarded)
+        self.noise, self._noisy, self._guarded = Noise.ABSENT, [], ()
+        torch.clear_autocast_cache()
+        written = self._writes.end()
+        if failures:
+            raise RuntimeError(f"noise is left in {len(failures)} weights or buffers: {failures[0]}") from failures[0]
+        return written
+
+    def guard_copies(self) -> None:
+        """Until the noise is suspended, resumed or restored, whoever copies or pickles a noisy tensor suspends it."""
+        if self.noise is Noise.SHOWN:
+            self._copies.guard(self._clean, self.suspend)
+
+    def clean(self, weight: Tensor) -> Tensor:
+        """The clean values of a perturbed weight."""
+        return self._clean[weight]
+
+    def _copy_back(self) -> list[Exception]:
+        same = {tensor: copy for tensor, copy in self._clean.items() if tensor.shape == copy.shape}
+        failures: list[Exception] = [
+            RuntimeError(f"a parameter of shape {tuple(copy.shape)} has shape {tuple(tensor.shape)} now")
+            for tensor, copy in self._clean.items()
+            if tensor not in same and tensor.requires_grad
+        ]
+        try:
+            _copy_all(same, same.values())
+        except Exception:
+            for tensor, copy in same.items():
+                try:
+                    tensor.copy_(copy)
+                except Exception as failure:
+                    failures.append(failure)
+        return failures
+
+    def _copy_of(self, tensor: Tensor) -> Tensor:
+        copy = self._clean.get(tensor)
+        if copy is not None and (copy.shape, copy.dtype, copy.device) == (tensor.shape, tensor.dtype, tensor.device):
+            return copy
+        return torch.empty_like(tensor, requires_grad=False)
+
+
+def _copy_all(targets: Iterable[Tensor], sources: Iterable[Tensor], unseen: bool = False) -> None:
+    """Copy each source into its target, all of one device and dtype at once. unseen: autograd does not notice."""
+    groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+    for target, source in zip(targets, sources, strict=True):
+        group = groups[target.device, target.dtype]
+        group[0].append(target.data if unseen else target)
+        group[1].append(source)
+    for target_list, source_list in groups.values():
+        torch._foreach_copy_(target_list, source_list)

@@ -1,0 +1,94 @@
+"""What others do to weights while noise is in them: writes, which the way back would undo, and copies."""
+
+import copy
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_rwp.core.draws import Draws, Target
+from hf_rwp.core.sharding import block_of
+
+COMPARISONS = 2  # perturbations in which every weight is compared with what it must be
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Writes:
+    """Notices what others write into noisy weights.
+
+    A change of a weight's version tells of it; so that writes through `.data` are noticed too, the first perturbations
+    compare every weight. A weight counts as written if it is not, bit for bit, its clean values plus its noise.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[str] = []  # names of weights
+        self._comparisons, self._compares = COMPARISONS, False  # left, and whether this is one
+        self._drawn: tuple[Sequence[Target], Sequence[Tensor], Sequence[int]] = [], [], []
+        self._versions: list[int | None] = []  # with their noise; None: not to be looked at
+
+    def begin(self, targets: Sequence[Target], stds: Sequence[Tensor], seeds: Sequence[int]) -> None:
+        """Noise is in the targets' weights now, and nothing else has happened."""
+        self.found, self._drawn = [], (targets, stds, seeds)
+        self._versions = [target.weight._version for target in targets]
+        self._compares, self._comparisons = self._comparisons > 0, self._comparisons - 1
+
+    def look(self, clean: Mapping[Tensor, Tensor], draws: Draws) -> None:
+        """Look for writes so far, while the noise is in the weights. clean: their clean values."""
+        for target, std, seed, version in zip(*self._drawn, self._versions, strict=True):
+            weight = target.weight
+            if version is None or (weight._version == version and not self._compares):
+                continue
+            twin = clean[weight].clone()
+            if twin.shape == weight.shape and twin.stride() == weight.stride():  # else sums are rounded in other ways
+                draws.repeat_(target._replace(weight=twin, block=block_of(twin)), std, seed)
+                if not torch.equal(_bits(twin), _bits(weight)):
+                    self.found.append(target.name)
+
+    def resumed(self) -> None:
+        """The noise was suspended, when weights may be written to, and is there again."""
+        now = [target.weight._version for target in self._drawn[0]]
+        self._versions = [old if old == new else None for old, new in zip(self._versions, now, strict=True)]
+        self._compares = False
+
+    def end(self) -> list[str]:
+        """The names of the weights that were written to."""
+        found, self.found, self._drawn, self._versions = self.found, [], ([], [], []), []
+        return found
+
+
+class Copies:
+    """Whoever copies or pickles a noisy tensor between a forward and its backward pass gets a clean one."""
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []
+
+    def guard(self, tensors: Iterable[Tensor], clean: Callable[[], Any]) -> None:
+        """Until `release`, call `clean` ahead of a copy of one of the tensors; it has to release them."""
+        self._tensors = list(tensors)
+        for tensor in self._tensors:  # Python asks an object itself before its class
+            tensor.__dict__["__deepcopy__"] = functools.partial(_deepcopied, tensor, clean)
+            tensor.__dict__["__reduce_ex__"] = functools.partial(_reduced, tensor, clean)
+
+    def release(self) -> None:
+        for tensor in self._tensors:
+            tensor.__dict__.pop("__deepcopy__", None)
+            tensor.__dict__.pop("__reduce_ex__", None)
+        self._tensors = []
+
+
+def _deepcopied(tensor: Tensor, clean: Callable[[], Any], memo: Any) -> Any:
+    clean()
+    return copy.deepcopy(tensor, memo)
+
+
+def _reduced(tensor: Tensor, clean: Callable[[], Any], protocol: Any) -> Any:
+    clean()
+    return tensor.__reduce_ex__(protocol)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return tensor.view(_BITS[tensor.element_size()])  # in which a NaN is equal to itself

@@ -1,0 +1,504 @@
+"""`Accumulation.length`, said as a window begins, against the micro-steps after which Accelerate ended that window.
+
+Real loaders and `Accelerator.accumulate` for 1 to 5 accumulation steps, 1 to 9 batches and 1 to 3 micro-steps to a batch.
+What cannot be known ahead has tests of its own, that say what is given instead: `inexact` is in their names.
+"""
+
+import gc
+import itertools
+import types
+import weakref
+from dataclasses import dataclass
+
+import distributed
+import pytest
+from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard, SkipDataLoader
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import GradientAccumulationPlugin
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from hf_rwp.core import accumulation as module
+from hf_rwp.core.accumulation import Accumulation
+
+STEPS = range(1, 6)
+BATCHES = range(1, 10)
+SPLITS = range(1, 4)
+KINDS = ["map", "iterable", "dispatched", "workers"]
+
+
+class Stream(IterableDataset):
+    """Numbers from 0 on; with a length if `sized`."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __iter__(self):
+        return iter(range(self.count))
+
+
+class SizedStream(Stream):
+    def __len__(self):
+        return self.count
+
+
+@dataclass
+class Window:
+    """said: the length that `Accumulation` gave. epoch, batch: where it began. micro_steps: that it had in the end."""
+
+    said: int
+    epoch: int
+    batch: int
+    micro_steps: int = 0
+
+
+class Loop:
+    """A training loop that writes down its windows."""
+
+    def __init__(self, steps, kind="map", **options):
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        data = DataLoaderConfiguration(dispatch_batches=kind == "dispatched", use_stateful_dataloader=kind == "stateful")
+        plugin = GradientAccumulationPlugin(num_steps=steps, **options)
+        self.accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin, dataloader_config=data)
+        self.kind = kind
+        self.model = nn.Linear(1, 1)
+        self.accumulation = Accumulation()
+        self.windows = []
+        self.opens = True
+        self.epoch = -1
+
+    def loader(self, batches):
+        data = SizedStream(2 * batches) if self.kind == "iterable" else list(range(2 * batches))
+        return self.accelerator.prepare(DataLoader(data, batch_size=2, num_workers=int(self.kind == "workers")))
+
+    def micro_step(self, batch=0):
+        with self.accelerator.accumulate(self.model):
+            self.accumulation.advance()
+            if self.opens:
+                self.windows.append(Window(self.accumulation.length, self.epoch, batch))
+            self.windows[-1].micro_steps += 1
+            self.opens = self.accelerator.sync_gradients
+
+    def train(self, loader, split=1, skip=(), stop=None):
+        """One epoch: `split` micro-steps to a batch, none for those of `skip`, and a break before the batch `stop`."""
+        self.epoch += 1
+        for index, _ in enumerate(loader):
+            if index == stop:
+                break
+            if index not in skip:
+                for _ in range(split):
+                    self.micro_step(index)
+
+    @property
+    def ended(self):
+        return self.windows if self.opens else self.windows[:-1]
+
+    def wrong(self, where=lambda window: True):
+        return [window for window in self.ended if where(window) and window.said != window.micro_steps]
+
+
+def plans(*others):
+    return itertools.product(STEPS, BATCHES, *others)
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_a_batch_to_a_micro_step_is_exact(kind):
+    for steps, batches in plans():
+        loop = Loop(steps, kind)
+        loader = loop.loader(batches)
+        for _ in range(3):
+            loop.train(loader)
+        assert len(loop.ended) == 3 * -(-batches // steps)
+        assert not loop.wrong(), (steps, batches)
+
+
+def test_batches_that_workers_load_are_exact():
+    loop = Loop(3, "workers")
+    loader = loop.loader(7)
+    for skip in [(0, 1), (), (0,)]:
+        loop.train(loader, 2, skip)
+    assert not loop.wrong()
+
+
+@pytest.mark.parametrize("kind", ["map", "dispatched"])
+def test_split_batches_are_exact_from_the_second_batch_of_a_run_on(kind):
+    for steps, batches, split in plans(SPLITS):
+        loop = Loop(steps, kind)
+        loader = loop.loader(batches)
+        for _ in range(3):
+            loop.train(loader, split)
+        assert not loop.wrong(lambda window: (window.epoch, window.batch) != (0, 0)), (steps, batches, split)
+
+
+def test_inexact_a_runs_first_batch_is_taken_for_unsplit_until_seen():
+    for steps, batches, split in plans(SPLITS):
+        loop = Loop(steps)
+        loop.train(loop.loader(batches), split)
+        if loop.ended:
+            first = loop.ended[0]
+            assert first.said == min(steps, batches)
+            assert first.said == first.micro_steps or (split > 1 and steps > batches), (steps, batches, split)
+
+
+def test_the_last_batch_may_be_split_otherwise():
+    for steps, batches, split, last in plans(SPLITS, SPLITS):
+        loop = Loop(steps)
+        loader = loop.loader(batches)
+        for _ in range(3):
+            loop.epoch += 1
+            for index, _ in enumerate(loader):
+                for _ in range(last if index == batches - 1 else split):
+                    loop.micro_step(index)
+        assert not loop.wrong(lambda window: (window.epoch, window.batch) != (0, 0)), (steps, batches, split, last)
+
+
+def test_inexact_a_split_that_changes_is_taken_for_the_last_whole_batchs():
+    loop = Loop(5)
+    loop.epoch = 0
+    for index, _ in enumerate(loop.loader(4)):
+        for _ in range([2, 3, 1, 1][index]):
+            loop.micro_step(index)
+    assert [(window.said, window.micro_steps) for window in loop.ended] == [(4, 5), (4, 2)]
+    loop = Loop(5)
+    for index, _ in enumerate(loop.loader(6)):
+        for _ in range([1, 1, 3, 1, 1, 1][index]):
+            loop.micro_step(index)
+    assert [(window.said, window.micro_steps) for window in loop.ended] == [(5, 5), (5, 3)]
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_batches_skipped_at_the_beginning_are_exact(kind):
+    """As in a resume by hand: `if step < resume_step: continue`."""
+    for steps, batches in plans():
+        for skipped in range(batches):
+            loop = Loop(steps, kind)
+            loader = loop.loader(batches)
+            for skip in [range(skipped), (), range(skipped), range(skipped // 2)]:
+                loop.train(loader, 1, skip)
+            assert not loop.wrong(), (steps, batches, skipped)
+
+
+def test_batches_skipped_in_the_middle_leave_all_windows_exact_but_those_they_fall_into():
+    for steps, batches, split in plans(SPLITS):
+        for skip in itertools.combinations(range(1, batches - 1), 2):
+            loop = Loop(steps)
+            loader = loop.loader(batches)
+            for skipped in [skip, (), skip]:
+                loop.train(loader, split, skipped)
+            ahead = lambda window: window.epoch != 1 and window.batch < max(skip)  # noqa: E731, B023
+            assert not loop.wrong(lambda window: not ahead(window) and (window.epoch, window.batch) != (0, 0))  # noqa: B023
+
+
+def test_inexact_a_batch_that_will_be_skipped_is_counted_on():
+    loop = Loop(4)
+    loader = loop.loader(7)
+    for skip in [(5,), (4,), ()]:
+        loop.train(loader, 1, skip)
+    assert [(window.said, window.micro_steps) for window in loop.ended] == [(4, 4), (3, 2), (4, 4), (2, 2), (4, 4), (3, 3)]
+
+
+def test_inexact_a_window_whose_last_batch_is_skipped_is_taken_to_end_with_the_epoch():
+    for steps, batches in plans():
+        loop = Loop(steps)
+        loader = loop.loader(batches)
+        for skip in [(batches - 1,), (), (batches - 1,), ()]:
+            loop.train(loader, 1, skip)
+        for window in loop.ended:
+            assert window.said == min(steps, batches - window.batch)
+            to_the_end = window.epoch % 2 == 0 and window.batch + steps >= batches
+            assert window.said == window.micro_steps or to_the_end, (steps, batches)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_epochs_left_early_are_exact_but_for_windows_that_would_have_reached_the_end(kept):
+    for steps, batches, stop in plans(range(9)):
+        loop = Loop(steps)
+        loader = loop.loader(batches)
+        passes = [iter(loader) for _ in range(5)]
+        for index, at in enumerate([stop, None, stop, stop, None]):
+            loop.train(passes[index] if kept else loader, 1, (), at)
+        for window in loop.ended:
+            assert window.said == min(steps, batches - window.batch), (steps, batches, stop)
+            broken_off = window.epoch in (0, 2, 3) and window.batch + steps > stop
+            assert window.said == window.micro_steps or broken_off, (steps, batches, stop)
+
+
+@pytest.mark.parametrize("used", range(1, 8))
+def test_an_iterator_that_is_kept_half_used_does_not_count(used):
+    loop = Loop(3)
+    loader = loop.loader(8)
+    sample = iter(loader)
+    for _ in range(used):
+        next(sample)
+    gc.collect()  # the two are in one generation now, in no order
+    passes = [iter(loader) for _ in range(3)]
+    for skip, a_pass in zip([(), (0, 1), ()], passes, strict=True):
+        loop.train(a_pass, 1, skip)
+        gc.collect()
+    assert not loop.wrong(lambda window: (window.epoch, window.batch) != (0, 0))
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_skip_first_batches_is_exact(kind):
+    for steps, batches in plans():
+        for skipped in range(batches):
+            loop = Loop(steps, kind)
+            loader = loop.loader(batches)
+            loop.train(skip_first_batches(loader, skipped))
+            loop.train(loader)
+            assert len(loop.ended) == -(-(batches - skipped) // steps) + -(-batches // steps)
+            assert not loop.wrong(), (steps, batches, skipped)
+
+
+def test_a_stateful_loader_is_exact_also_when_it_resumes():
+    pytest.importorskip("torchdata")
+    for steps, batches in plans():
+        for workers, seen in itertools.product([0, 2] if (steps, batches) == (4, 7) else [0], range(1, batches)):
+            loop = Loop(steps, "stateful")
+            loader = loop.accelerator.prepare(DataLoader(range(2 * batches), batch_size=2, num_workers=workers))
+            for _ in zip(range(seen), loader, strict=False):
+                pass
+            state = loader.state_dict()
+            loop = Loop(steps, "stateful")
+            loader = loop.accelerator.prepare(DataLoader(range(2 * batches), batch_size=2, num_workers=workers))
+            loader.load_state_dict(state)
+            for skip in [(0,), ()] if batches - seen > 1 else [(), ()]:
+                loop.train(loader, 1, skip)
+            assert not loop.wrong(), (steps, batches, seen, workers)
+
+
+def test_without_a_length_windows_are_full_and_inexact_at_the_end():
+    for steps, batches in plans():
+        loop = Loop(steps)
+        loader = loop.accelerator.prepare(DataLoader(Stream(2 * batches), batch_size=2))
+        for _ in range(2):
+            loop.train(loader)
+        for window in loop.ended:
+            assert window.said == (1 if window.batch == batches - 1 else steps)
+
+
+def test_a_length_that_is_too_short_gives_full_windows():
+    loop = Loop(3)
+    stream = SizedStream(16)
+    loader = loop.accelerator.prepare(DataLoader(stream, batch_size=2))
+    loop.epoch = 0
+    stream.count, iterator = 8, iter(loader)
+    stream.count = 16
+    next(iterator)
+    stream.count = 6
+    for index, _ in enumerate(iterator):
+        loop.micro_step(index)
+    assert all(1 <= window.said <= 3 for window in loop.ended)
+
+
+def test_without_sync_with_dataloader_all_windows_are_full():
+    for steps, batches in plans():
+        loop = Loop(steps, sync_with_dataloader=False)
+        loader = loop.loader(batches)
+        for skip in [(), (0,), ()]:
+            loop.train(loader, 1, skip)
+        assert {window.micro_steps for window in loop.ended} <= {steps}
+        assert not loop.wrong()
+
+
+def test_a_loader_that_accelerate_did_not_prepare_ends_no_window():
+    for steps, batches in plans():
+        loop = Loop(steps)
+        loader = DataLoader(range(batches))
+        skipping = skip_first_batches(DataLoader(SizedStream(batches)), 1)
+        assert type(skipping) is SkipDataLoader
+        for _ in range(2):
+            loop.train(loader)
+            loop.train(skipping)
+        assert not loop.wrong(), (steps, batches)
+
+
+@pytest.mark.parametrize("stop", [None, 0, 1, 2])
+def test_evaluation_in_the_middle_of_an_epoch_is_exact(stop):
+    """One that is left by break stays Accelerate's active loader, and so the epoch's end ends no window; nor is it said."""
+    for steps, batches, at in plans(range(3)):
+        loop = Loop(steps)
+        loader, evaluation = loop.loader(batches), loop.loader(3)
+        for _ in range(3):
+            loop.epoch += 1
+            for index, _ in enumerate(loader):
+                loop.micro_step(index)
+                if index == at:
+                    for place, _ in enumerate(evaluation):
+                        if place == stop:
+                            break
+        assert not loop.wrong(lambda window: stop is None or window.batch > at or at >= batches), (steps, batches, at)
+
+
+def test_a_pass_that_begins_where_an_evaluation_left_off_is_seen():
+    """Broken off, evaluated in full and begun again: as many loaders are active as before."""
+    loop = Loop(3)
+    loader, evaluation = loop.loader(7), loop.loader(2)
+    for _ in evaluation:
+        break
+    for stop in [3, None, 4, None]:
+        loop.train(loader, 1, (), stop)
+        list(evaluation)
+    assert not loop.wrong(lambda window: window.epoch in (1, 3))
+
+
+def test_passes_over_another_loader_inside_an_epoch_are_exact():
+    for steps, batches, inner in plans(range(1, 5)):
+        loop = Loop(steps)
+        outer_loader, inner_loader = loop.loader(batches), loop.loader(inner)
+        for _ in range(2):
+            loop.epoch += 1
+            for index, _ in enumerate(outer_loader):
+                if index % 2 == 1:
+                    for _ in inner_loader:
+                        loop.micro_step(10)
+                loop.micro_step(index)
+        # A window of the outer loop that reaches into the inner one ends with it.
+        assert not loop.wrong(lambda window: window.batch == 10), (steps, batches, inner)
+        last = batches - 1 if batches % 2 else batches - 2
+        assert not loop.wrong(lambda window: window.batch >= last), (steps, batches, inner)  # noqa: B023
+
+
+def test_steps_that_change_between_epochs_are_exact():
+    loop = Loop(1)
+    loader = loop.loader(7)
+    for steps in [1, 4, 1, 3, 2, 5]:
+        loop.accelerator.gradient_accumulation_steps = steps
+        loop.train(loader, 2)
+        assert loop.accumulation.steps == steps
+    assert not loop.wrong()
+
+
+irregular = st.lists(
+    st.tuples(st.sampled_from([0, 0, 1, 1, 1, 2, 3]), st.sampled_from(["", "", "", "break", "evaluate", "look"])),
+    min_size=1,
+    max_size=9,
+)
+
+
+@given(st.integers(1, 5), st.integers(1, 9), st.lists(irregular, max_size=3))
+@settings(max_examples=300, deadline=None)
+def test_whatever_went_before_an_ordinary_epoch_is_exact(steps, batches, epochs):
+    loop = Loop(steps)
+    loader, evaluation = loop.loader(batches), loop.loader(2)
+    kept = []
+    for epoch in epochs:
+        loop.epoch += 1
+        for index, (_, (split, event)) in enumerate(zip(loader, epoch, strict=False)):
+            for _ in range(split):
+                loop.micro_step(index)
+            if event == "break":
+                break
+            if event == "evaluate":
+                list(evaluation)
+            if event == "look":
+                kept.append(iter(evaluation))
+                next(kept[-1])
+    loop.train(loader)
+    loop.train(loader)
+    assert all(1 <= window.said <= steps for window in loop.ended)
+    assert not loop.wrong(lambda window: window.epoch == loop.epoch)
+
+
+def ranks_windows(kind):
+    wrong = []
+    for steps, batches, skipped in itertools.product([2, 3, 4], [1, 2, 5, 6], [0, 1]):
+        loop = Loop(steps, kind)
+        data = SizedStream(2 * batches) if kind == "dispatched" else range(2 * batches)
+        loader = loop.accelerator.prepare(DataLoader(data, batch_size=2))
+        assert loop.accelerator.num_processes == 2
+        for skip in [range(skipped), ()] if len(loader) > 1 else [(), ()]:
+            loop.train(loader, 1, skip)
+        wrong += loop.wrong()
+    return type(loader).__name__, wrong
+
+
+@pytest.mark.parametrize(("kind", "loader"), [("map", DataLoaderShard), ("dispatched", DataLoaderDispatcher)])
+def test_two_ranks_are_exact(kind, loader):
+    assert distributed.run(2, ranks_windows, kind) == 2 * [(loader.__name__, [])]
+
+
+def test_without_accelerate_every_window_is_one_micro_step():
+    accumulation = Accumulation()
+    accumulation.advance()
+    assert (accumulation.steps, accumulation.length) == (1, 1)
+
+
+def without_index(function):
+    """`function` as a version of Accelerate would have it that names its counter otherwise."""
+    code = function.__code__
+    names = tuple("position" if name == "batch_index" else name for name in code.co_varnames)
+    return types.FunctionType(code.replace(co_varnames=names), function.__globals__)
+
+
+def test_where_accelerate_names_it_otherwise_micro_steps_are_taken_for_batches(monkeypatch):
+    monkeypatch.setattr(DataLoaderShard, "__iter__", without_index(DataLoaderShard.__iter__))
+    for steps, batches in plans():
+        loop = Loop(steps)
+        loader, evaluation = loop.loader(batches), loop.loader(2)
+        for _ in range(3):
+            loop.train(loader)
+            list(evaluation)
+        assert not loop.wrong(), (steps, batches)
+        for split, skip, stop in [(3, (), None), (2, (0,), 3), (2, (1,), None)]:
+            loop.train(loader, split, skip, stop)
+        assert all(1 <= window.said <= steps for window in loop.ended)
+
+
+def test_generators_of_others_are_left_alone():
+    class Reader:
+        def __iter__(self):
+            batch_index = "none yet"
+            yield batch_index
+
+    reader = iter(Reader())
+    next(reader)
+    loop = Loop(3)
+    loader = loop.loader(5)
+    loop.train(loader)
+    assert not loop.wrong()
+    assert not module._generators(Reader())
+
+
+def test_the_garbage_collector_is_asked_once_a_pass(monkeypatch):
+    asked = []
+    monkeypatch.setattr(module.gc, "get_objects", lambda generation: asked.append(generation) or get_objects(generation))
+    loop = Loop(4)
+    loader, evaluation = loop.loader(9), loop.loader(2)
+    for epoch in range(1, 4):
+        for index, _ in enumerate(loader):
+            loop.micro_step(index)
+            list(evaluation)
+        assert asked.count(0) == epoch
+    for _ in evaluation:
+        break
+    asked.clear()
+    for _ in range(9):
+        loop.micro_step()
+    assert asked.count(0) == 1
+
+
+get_objects = gc.get_objects
+
+
+def test_one_gradient_to_a_step_asks_nothing(monkeypatch):
+    monkeypatch.setattr(module.gc, "get_objects", None)
+    loop = Loop(1)
+    loop.train(loop.loader(3))
+    assert not loop.wrong()
+
+
+def test_loaders_and_passes_are_not_kept_alive():
+    loop = Loop(2)
+    loader = loop.loader(5)
+    a_pass = iter(loader)
+    next(a_pass)
+    loop.micro_step()
+    alive = [weakref.ref(loader), weakref.ref(a_pass)]
+    del loader, a_pass
+    gc.collect()
+    assert [one() for one in alive] == [None, None]
