@@ -59,6 +59,13 @@ class RWPArguments:
             "help": "Whether frozen weights are perturbed as well, such as the base weights under LoRA (Flat-LoRA)."
         },
     )
+    rwp_antithetic: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the perturbed gradients of a step, where it has two or more, take a noise and its opposite "
+            "in pairs."
+        },
+    )
     rwp_eta: float = field(
         default=0.0, metadata={"help": "ARWP's damping of the noise where gradients are large, at least 0; 0 is none."}
     )
@@ -105,7 +112,7 @@ class RWPArguments:
     @property
     def rwp_options(self) -> dict[str, Any]:
         """Keyword arguments for `RWP`."""
-        names = ("gamma", "alpha", "seed", "noise", "noise_1d", "frozen", "eta", "beta")
+        names = ("gamma", "alpha", "seed", "noise", "noise_1d", "frozen", "antithetic", "eta", "beta")
         return {name: getattr(self, f"rwp_{name}") for name in names}
 
     def rwp_gamma_factor(self, progress: float) -> float:

@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from hf_rwp.core import noise
+from hf_rwp.core.sharding import block_of
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -97,16 +98,18 @@ def loss_under_noise(
         raise ValueError(f"draws={draws} tell too little of their spread for an interval: take at least 3")
     levels = []
     perturbed = [(position, weight) for position, weight in _positions(model) if noise_1d or weight.ndim > 1]
+    positions = [position for position, _ in perturbed]
     with _evaluating(model), _restored([weight for _, weight in perturbed]) as clean:
-        scratch = {weight.dtype: noise.new_scratch(weight) for weight in clean}
+        sources = {weight.dtype: noise.Source(weight) for weight in clean}
         at_weights = _measured(model, batches, loss)
         for gamma in gammas:
             points = []
             for draw in range(draws):
-                for position, weight in perturbed:
+                for weight, number in zip(clean, noise.noise_seeds(seed, draw, 0, 0, positions), strict=True):
                     weight.copy_(clean[weight])
-                    generator = _generator(weight, noise.noise_seed(seed, draw, 0, 0, position))
-                    noise.add_noise_(weight, noise.noise_std(weight, gamma, mode), generator, scratch[weight.dtype])
+                    block = block_of(weight)
+                    std = noise.filter_norms(block).mul_(noise.std_factor(block, gamma, mode))
+                    noise.add_noise_(block, std, number, sources[weight.dtype])
                 points.append(_measured(model, batches, loss))
             rise = estimate([point.loss - at_weights.loss for point in points])
             accuracy = estimate([point.accuracy for point in points])
@@ -189,11 +192,14 @@ def random_directions(model: nn.Module, count: int = 2, seed: int = 0) -> list[l
     directions = []
     for number in range(count):
         direction = []
-        for position, weight in _positions(model):
+        seeds = noise.noise_seeds(seed, number, 1, 0, [position for position, _ in _positions(model)])
+        for weight, own_seed in zip(_weights(model), seeds, strict=True):
             normal = torch.zeros(weight.shape, device=weight.device, dtype=_wide(weight))
             if weight.ndim > 1:
-                normal.normal_(generator=_generator(weight, noise.noise_seed(seed, number, 1, 0, position)))
-                normal *= noise.filter_norms(weight.detach()) / noise.filter_norms(normal)
+                normal.normal_(generator=_generator(weight, own_seed))
+                block = block_of(normal)
+                scale = noise.filter_norms(block_of(weight)) / noise.filter_norms(block)
+                block.memory.mul_(scale.unsqueeze(1))
             direction.append(normal)
         directions.append(direction)
     return directions
@@ -235,9 +241,9 @@ def quantized(model: nn.Module, batches: Batches, bits: int, loss: Loss = cross_
 
 
 def _rounded(weight: Tensor, levels: int) -> Tensor:
-    wide = weight.to(_wide(weight))
-    scale = wide.abs().amax(noise.filter_dims(weight.shape), keepdim=True) / levels
-    return (wide / scale).round().mul(scale).where(scale > 0, wide)
+    filters = block_of(weight.to(_wide(weight))).memory.flatten(1)
+    scale = filters.abs().amax(1, keepdim=True) / levels
+    return (filters / scale).round().mul(scale).where(scale > 0, filters).reshape(weight.shape)
 
 
 def _positions(model: nn.Module) -> list[tuple[int, nn.Parameter]]:

@@ -24,11 +24,11 @@ from transformers.training_args import ParallelMode
 from transformers.utils.hub import PushInProgress
 
 from hf_rwp.arguments import RWPArguments
-from hf_rwp.core.sharding import refuse_data_parallel, refuse_lone_processes, refuse_unsupported, replicas_of
+from hf_rwp.core.losses import LossTracker
 from hf_rwp.core.optimizer import RWP
 from hf_rwp.core.placement import shares_of
+from hf_rwp.core.sharding import refuse_data_parallel, refuse_lone_processes, refuse_unsupported
 from hf_rwp.records import base_of, environment, without_places
-from hf_rwp.core.losses import LossTracker
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,8 @@ class RWPTrainerMixin(_AnyTrainer):
     _rows_are_samples = True  # as far as seen: pairs for DPO or a reward model lie one after the other
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if any(isinstance(given, RWPArguments) and given.rwp for given in (*args, *kwargs.values())):
+            refuse_lone_processes()  # ahead of Trainer, which makes a folder
         super().__init__(*args, **kwargs)
         if not isinstance(self.args, RWPArguments):
             raise TypeError(
@@ -367,7 +369,7 @@ def _check_supported(args: Any, model: nn.Module) -> None:
             f"RWP does not work with {args.parallel_mode.value}: it needs a whole copy of the weights on every "
             "replica. What works is one process, or DistributedDataParallel (accelerate launch --multi_gpu)"
         )
-    refuse_unsupported(model)
+    refuse_unsupported(model.parameters())
     slots = args.world_size * args.gradient_accumulation_steps
     if slots * args.per_device_train_batch_size == 1 and 0 < args.rwp_alpha < 1:
         logger.warning(

@@ -21,10 +21,10 @@ python recipes/benchmark.py --batch_size 128 --mixed_precision bf16 --channels_l
 python recipes/benchmark.py --output recipes/results/benchmark/cpu.jsonl
 ```
 
-It starts its own ranks, which share the CPU's cores; a process alone has all of them. Within one process, or one group
-of ranks, every round takes each kind of step once, in an order drawn anew; a step lasts until the slowest rank is done.
-Ratios are taken within rounds, and the table shows their median and quartiles. One JSON line with all times goes to the
-end of `--output`.
+It starts its own ranks, which share the CPU's cores; a process alone has all of them, but for noise and restore by
+themselves, which have one thread. Within one process, or one group of ranks, every round takes each kind of step once,
+in an order drawn anew; a step lasts until the slowest rank is done. Ratios are taken within rounds, and the table shows
+their median and quartiles. One JSON line with all times goes to the end of `--output`.
 """
 
 import contextlib
@@ -38,11 +38,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import imagenet_rwp
 import timm
@@ -66,14 +67,17 @@ from tqdm import tqdm
 
 from hf_rwp import RWP
 from hf_rwp.arguments import parse_arguments
+from hf_rwp.core import draws
+from hf_rwp.core.noise import Source
 from hf_rwp.data import load_images
-from hf_rwp.core.noise import new_scratch
 from hf_rwp.records import append_record, command_of, environment, without_places
 
 GAMMA = 0.01  # the paper's
 PASSES = 5  # over the weights' bytes: read and write them, write and read the snapshot, write them back; a copy has 2
 LOOP: dict[str, Any] = {"model": "test_resnet", "img_size": 32, "batch_size": 64}  # where loading is most of the work
-WARM_UP = 2  # rounds that are not counted: memory is allocated, DDP's buckets are built, kernels are tried
+HOST_WEIGHTS = 161  # as many as a ResNet-50 has; of 2 elements each, so that the time is Python's and the launches'
+# Rounds that are not counted: memory is allocated, DDP's buckets are built, kernels are tried, writes are looked for.
+WARM_UP = 2
 IMPORT = """
 import time, torch
 start = time.perf_counter()
@@ -156,6 +160,7 @@ def main(args: Arguments) -> None:
     groups = start(run_rank, args.ranks, args)
     (alones,) = start(run_rank, 1, args)
     (loops,) = start(run_loops, 1, args)
+    (host,) = start(run_host, 1, args)
     imports = [import_seconds() for _ in range(min(args.rounds, 5))]
     defaults = {item.name: item.default for item in fields(Arguments)}
     given = without_places(asdict(args))
@@ -167,6 +172,7 @@ def main(args: Arguments) -> None:
         "shared_gpu": args.shared,
         **facts,
         "loop_images_per_second": loops,
+        "host_milliseconds": host,
         "import_seconds": dict(zip(("hf_rwp", "RWP"), zip(*imports, strict=True), strict=True)),
         "measurements": [combined(*found) for found in zip(zip(*groups, strict=True), alones, strict=True)],
     }
@@ -242,7 +248,7 @@ def measure(name: str, rank: int, ranks: int, device: torch.device, args: Argume
         "seconds": seconds,
         "weights_bytes": sum(weight.nbytes for weight in weights),
         "buffers_bytes": sum(buffer.nbytes for buffer in module.buffers()),
-        "scratch_bytes": new_scratch(weights[0]).nbytes,
+        "scratch_bytes": Source(weights[0]).scratch.nbytes,
     }
     if ranks > 1:
         found["collectives"] = {kind: collectives(step) for kind, step in steps.items()}
@@ -348,12 +354,13 @@ class Idle(nn.Module):
         return self.output * 1
 
 
-def noise_and_restore(module: nn.Module, device: torch.device, accumulation_steps: int) -> Callable[[], float]:
+def noise_and_restore(
+    module: nn.Module, device: torch.device, accumulation_steps: int, alpha: float = 0.5
+) -> Callable[[], float]:
     """RWP's own part of a step: seconds that the window's last micro-step takes, which on one rank is perturbed."""
     idle = Idle(copy.deepcopy(module))
-    optimizer = RWP(
-        torch.optim.SGD(idle.parameters(), lr=0.0), idle, gamma=GAMMA, accumulation_steps=accumulation_steps
-    )
+    base = torch.optim.SGD(idle.parameters(), lr=0.0)
+    optimizer = RWP(base, idle, gamma=GAMMA, alpha=alpha, accumulation_steps=accumulation_steps)
 
     def window() -> float:
         seconds = [timed(lambda: idle().backward(), device) for _ in range(accumulation_steps)]
@@ -364,8 +371,39 @@ def noise_and_restore(module: nn.Module, device: torch.device, accumulation_step
     return window
 
 
+def run_host(_: int, __: int, args: Arguments, folder: str) -> None:
+    """Milliseconds of one thread to begin and end a perturbed step of many small weights, a GPU's work aside."""
+    weights = nn.ParameterList(torch.ones(2) for _ in range(HOST_WEIGHTS))
+    paths = {"torch": contextlib.nullcontext(), "kernels": kernels_without_launches()}
+    found: dict[str, list[float]] = {}
+    for name, path in paths.items():
+        with contextlib.suppress(ImportError), path:  # a torch without Triton has no kernels
+            step = noise_and_restore(weights, torch.device("cpu"), accumulation_steps=1, alpha=1.0)
+            found[name] = [1000 * on_one_thread(step) for _ in range(WARM_UP + 10 * args.rounds)][WARM_UP:]
+    Path(folder, "0").write_text(json.dumps(found))
+
+
+class Launches:
+    """In place of a Triton kernel: takes a launch's arguments, and does nothing."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+@contextlib.contextmanager
+def kernels_without_launches() -> Iterator[None]:
+    """Let weights on a CPU go the way of the kernels, whose launches do nothing: no noise comes."""
+    from hf_rwp.core import kernels
+
+    with (
+        patch.object(draws, "_fuses", lambda *_: True),
+        patch.multiple(kernels, supports=lambda _: True, _norms_kernel=Launches(), _noise_kernel=Launches()),
+    ):
+        yield
+
+
 def noise_variants(module: nn.Module, device: torch.device) -> dict[str, Callable[[], float]]:
-    """Noise and restore alone: RWP's, the reference code's, and a copy of as many bytes."""
+    """Noise and restore alone, on one thread: RWP's, the reference code's, and a copy of as many bytes."""
     parameters = list(copy.deepcopy(module).parameters())
     source = torch.ones(sum(parameter.numel() for parameter in parameters), device=device)
     target = torch.empty_like(source)
@@ -374,11 +412,21 @@ def noise_variants(module: nn.Module, device: torch.device) -> dict[str, Callabl
         noises = reference_noise(parameters)
         reference_restore(parameters, noises)
 
-    return {
+    variants = {
         "noise": noise_and_restore(module, device, accumulation_steps=2),
         "reference": partial(timed, reference, device),
         "copy": partial(timed, lambda: target.copy_(source), device),
     }
+    return {kind: partial(on_one_thread, variant) for kind, variant in variants.items()}
+
+
+def on_one_thread(function: Callable[[], Any]) -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return function()
+    finally:
+        torch.set_num_threads(threads)
 
 
 @torch.no_grad()
@@ -543,7 +591,8 @@ def rows(record: dict) -> list[dict]:
         on_row("SAM step / parallel RWP step", ratios(sam, parallel), 1.9, at_least=True)
         floor = [PASSES / 2 * copied for copied in alone["copy"]]
         on_row("noise + restore / memory floor", ratios(alone["noise"], floor), 3.0 if gpu else None)
-        on_row("noise + restore / the reference's", ratios(alone["noise"], alone["reference"]), 0.1 if gpu else 0.6)
+        reference = ratios(alone["noise"], alone["reference"])
+        on_row("noise + restore / the reference's, one thread", reference, 0.1 if gpu else 0.8)
         copied = sum(measured[f"{what}_bytes"] for what in ("weights", "buffers", "scratch"))
         for role, first in (("clean", 0), ("perturbed", 1)):
             most = max(measured["extra_bytes"][first::2]) / copied
@@ -557,6 +606,9 @@ def rows(record: dict) -> list[dict]:
     loops = record["loop_images_per_second"]
     speeds = ratios(loops["imagenet_rwp"], loops["timm"])
     add("", "images/s, imagenet_rwp base / timm's loop", speeds, 1.0, at_least=True)
+    for path, limit in (("torch", 3.0), ("kernels", 1.5)):
+        if path in record["host_milliseconds"]:  # no kernels without Triton
+            add("", f"host ms of begin + restore, {path}", record["host_milliseconds"][path], limit)
     add("", "seconds of import hf_rwp after import torch", record["import_seconds"]["hf_rwp"], 0.2)
     add("", "seconds of from hf_rwp import RWP, all in all", record["import_seconds"]["RWP"], None)
     return found

@@ -59,10 +59,11 @@ from tqdm import tqdm
 from hf_rwp import RWP, LossTracker, RWPArguments
 from hf_rwp.arguments import ImageArguments, parse_arguments
 from hf_rwp.checkpoints import load_checkpoint, newest, read_state, remove_checkpoints, save_checkpoint
+from hf_rwp.core.noise import DEFAULT_GAMMA, gamma_factor
+from hf_rwp.core.sharding import refuse_lone_processes
 from hf_rwp.data import load_images
 from hf_rwp.loading import ImageDataset
 from hf_rwp.metrics import label_rank
-from hf_rwp.core.noise import DEFAULT_GAMMA, gamma_factor
 from hf_rwp.plots import comparison
 from hf_rwp.records import append_record, command_of, environment, read_records, without_nan, without_places
 from hf_rwp.transforms import BatchTransform, augmented, cut_out_, image_transforms
@@ -101,6 +102,7 @@ METHODS = {
         "RWP, alpha 1", 0.001, rwp={"alpha": 1.0, "schedule": "cosine", "growth": 10.0}
     ),  # arXiv 2404.00357
     "arwp": Method("ARWP", 0.015, rwp={"eta": 0.1, "beta": 0.99}),  # m-ARWP in arXiv 2404.00357
+    "rwp_antithetic": Method("RWP, antithetic", 0.01, rwp={"antithetic": True}),
     "rwp_normalized": Method("RWP, filter_normalized", 0.2, rwp={"noise": "filter_normalized"}),
 }
 
@@ -212,6 +214,7 @@ def main(args: Arguments) -> None:
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision, dynamo_backend="inductor" if args.torch_compile else None
     )
+    refuse_lone_processes()
     if accelerator.gradient_accumulation_steps > 1 or accelerator.scaler is not None:
         raise ValueError("methods are compared without accelerate's gradient accumulation, in bf16 or full precision")
     use_fast_kernels(deterministic=False)
@@ -460,7 +463,8 @@ class Training:
             filter_bias_and_bn=not args.weight_decay_1d,
         )
         self.rwp = self.sam = None
-        self.micro_steps = 2 if mixes(self.options) and accelerator.num_processes == 1 else 1
+        parts = (2 if mixes(self.options) else 1) * (2 if self.options.get("antithetic") else 1)
+        self.micro_steps = parts if accelerator.num_processes == 1 else 1
         if self.options:
             own = {key: value for key, value in self.options.items() if key not in ("schedule", "growth", "start")}
             own |= {"gamma": settings["strength"], "accumulation_steps": self.micro_steps}

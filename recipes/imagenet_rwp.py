@@ -93,12 +93,13 @@ from hf_rwp.checkpoints import (
     remove_checkpoints,
     save_checkpoint,
 )
+from hf_rwp.core.placement import role
+from hf_rwp.core.sharding import refuse_lone_processes
 from hf_rwp.data import load_images
 from hf_rwp.folder import save_model
 from hf_rwp.hub import BackgroundPush, PushError, add_card, hf_upload, push, reserve
 from hf_rwp.loading import ImageLoader, build_loader
 from hf_rwp.metrics import Top1, Top5, label_rank
-from hf_rwp.core.placement import role
 from hf_rwp.plots import training_curves
 from hf_rwp.records import command_of, environment, hub_id, weights_digest, without_places
 from hf_rwp.transforms import BatchTransform, erasings, image_transforms
@@ -313,6 +314,7 @@ def main(args: Arguments) -> None:
         log_with=None if args.eval_only else args.report_to or None,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "logs")),
     )
+    refuse_lone_processes()
     if accelerator.gradient_accumulation_steps > 1:
         raise ValueError("accelerate's gradient_accumulation_steps would count twice: set the recipe's own flag")
     if args.method == "sam" and accelerator.scaler is not None:

@@ -45,9 +45,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Ba
 
 from hf_rwp.arguments import ImageArguments, parse_arguments
 from hf_rwp.card import with_picture
+from hf_rwp.core.noise import DEFAULT_GAMMA, MODES
 from hf_rwp.data import load_images
 from hf_rwp.loading import build_loader
-from hf_rwp.core.noise import DEFAULT_GAMMA, MODES
 from hf_rwp.plots import landscape, sharpness_curves
 from hf_rwp.records import command_of, environment, without_nan, without_places
 from hf_rwp.sharpness import (

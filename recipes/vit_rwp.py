@@ -83,6 +83,7 @@ from transformers import (
 
 from hf_rwp import RWPTrainer, RWPTrainingArguments
 from hf_rwp.arguments import ImageArguments, parse_arguments
+from hf_rwp.core.sharding import refuse_lone_processes
 from hf_rwp.data import load_images
 from hf_rwp.folder import save_model
 from hf_rwp.hub import PushError, add_card, push
@@ -261,6 +262,7 @@ class Arguments(ImageArguments, RWPTrainingArguments):
 
 
 def main(args: Arguments) -> None:
+    refuse_lone_processes()
     output_dir = Path(args.output_dir)
     results_file = output_dir / "results.json"
     resume_from = checkpoint_to_resume(args, finished=results_file.exists())

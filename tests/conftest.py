@@ -9,8 +9,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-
-
 torch.set_num_threads(1)
 
 

@@ -6,8 +6,9 @@ import pickle
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_rwp import RWP, RWPArguments, RWPTrainingArguments, noise
+from hf_rwp import RWP, RWPArguments, RWPTrainingArguments
 from hf_rwp.arguments import HubArguments, ImageArguments, parse_arguments
+from hf_rwp.core import noise
 from hf_rwp.data import load_images
 
 

@@ -1,6 +1,8 @@
 """recipes/benchmark.py: one tiny run on two real ranks, and its parts, against facts known otherwise."""
 
+import contextlib
 import copy
+import importlib.util
 import itertools
 import json
 import os
@@ -52,13 +54,15 @@ def test_every_row_of_the_design_is_measured_and_shown(run):
         "sequential RWP step / plain step": 1.1,
         "SAM step / parallel RWP step": 1.9,
         "noise + restore / memory floor": None,  # and this for GPUs
-        "noise + restore / the reference's": 0.6,
+        "noise + restore / the reference's, one thread": 0.8,
         "extra memory / (weights + scratch), clean": 0.01,
         "extra memory / (weights + scratch), perturbed": 1.01,
         "peak memory of a rank, parallel RWP / DDP": None,
         "peak memory of a rank, SAM / DDP": None,
         "collectives in a step, RWP - base": 0.0,
         "images/s, imagenet_rwp base / timm's loop": 1.0,
+        "host ms of begin + restore, torch": 3.0,
+        **({"host ms of begin + restore, kernels": 1.5} if importlib.util.find_spec("triton") else {}),
         "seconds of import hf_rwp after import torch": 0.2,
         "seconds of from hf_rwp import RWP, all in all": None,
     }
@@ -89,6 +93,7 @@ def test_ratios_are_the_medians_of_the_rounds(run):
         ("SAM", group["sam"] / group["rwp"]),
         ("noise + restore / memory", alone["noise"] / (2.5 * alone["copy"])),
         ("noise + restore / the reference", alone["noise"] / alone["reference"]),
+        ("host ms of begin + restore, torch", np.array(record["host_milliseconds"]["torch"])),
         ("images/s", np.divide(*(record["loop_images_per_second"][loop] for loop in ("imagenet_rwp", "timm")))),
     ):
         row = figure(record, start)
@@ -104,6 +109,7 @@ def test_collectives_and_memory_are_what_ddp_and_the_model_make_them(run):
     model = timm.create_model("test_resnet")
     weights = sum(parameter.numel() * 4 for parameter in model.parameters())
     assert measured["weights_bytes"] == weights
+    assert measured["scratch_bytes"] == 2**15 * 4
     clean, perturbed = measured["extra_bytes"]
     assert clean < 1000
     assert perturbed > weights + measured["scratch_bytes"]
@@ -159,6 +165,46 @@ def test_noise_and_restore_go_over_every_weight_and_leave_it(benchmark, monkeypa
         assert torch.equal(noisy, weight) != bool(weight.any())
 
 
+@pytest.mark.parametrize("path", ["torch", "kernels"])
+def test_host_time_is_that_of_every_small_weight_on_either_path(benchmark, path):
+    """By the kernels' path norms and noise of all of them are asked for in one launch each, and none is written."""
+    launched = []
+
+    class Counted(benchmark.Launches):
+        def __getitem__(self, grid):
+            launched.append(grid)
+            return super().__getitem__(grid)
+
+    module, seen = torch.nn.ParameterList(torch.ones(2) for _ in range(benchmark.HOST_WEIGHTS)), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "Launches", Counted)
+        patch.setattr(
+            benchmark.Idle, "forward", lambda self: (seen.append(torch.cat([*self.module])), self.output * 1)[1]
+        )
+        if path == "kernels":
+            pytest.importorskip("triton")
+        with benchmark.kernels_without_launches() if path == "kernels" else contextlib.nullcontext():
+            step = benchmark.noise_and_restore(module, torch.device("cpu"), accumulation_steps=1, alpha=1.0)
+            for _ in range(4):
+                assert step() > 0
+    assert len(seen) == 4
+    assert all((weights != 1).all() == (path == "torch") for weights in seen)
+    assert len(launched) >= 8 if path == "kernels" else launched == []
+
+
+def test_noise_and_restore_alone_are_timed_on_one_thread(benchmark):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert benchmark.on_one_thread(torch.get_num_threads) == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    variants = benchmark.noise_variants(torch.nn.Linear(2, 2), torch.device("cpu"))
+    assert {variant.func for variant in variants.values()} == {benchmark.on_one_thread}
+    assert all(variant() > 0 for variant in variants.values())
+
+
 def test_peak_memory_is_what_a_function_holds_at_once(benchmark):
     peak = benchmark.peak_bytes(lambda: [torch.empty(1000) for _ in range(3)], torch.device("cpu"))
     assert peak == 3 * 4000
@@ -174,7 +220,8 @@ def record_with(ratio, shared_gpu=False):
     imports = {"hf_rwp": [0.1] * 2, "RWP": [1.0] * 2}
     gpu = {"device_type": "cuda" if shared_gpu else "cpu", "shared_gpu": shared_gpu}
     loops = {"imagenet_rwp": [20.0] * 2, "timm": [10.0] * 2}
-    return {**gpu, "measurements": [measured], "import_seconds": imports, "loop_images_per_second": loops}
+    record = {**gpu, "measurements": [measured], "import_seconds": imports, "loop_images_per_second": loops}
+    return {**record, "host_milliseconds": {"torch": [2.0] * 2}}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import ast
 import importlib
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,11 @@ import hf_rwp
 
 HEAVY = {"torch", "transformers", "accelerate", "matplotlib", "huggingface_hub", "timm", "datasets", "evaluate"}
 HEAVY |= {"sklearn", "numpy", "PIL", "yaml"}
-# Each module may import from the layers above its own alone; leaves (data, metrics, ...) are no module's but the
-# recipes'. A new module needs a place in here, and in design.md.
+ROOMS = {"core": set(), "": {"core"}}  # a folder of hf_rwp, and those that its modules may import from beside their own
+# Each module of the package's own folder may import from the layers above its own alone; leaves (data, metrics, ...)
+# are no module's but the recipes'. A new module needs a place in here, and in design.md.
 LAYERS = [
-    {"noise", "placement", "hooks", "wrapper", "environment"},
-    {"kernels"},
-    {"foreach"},
-    {"perturbation"},
-    {"optimizer"},
-    {"tracking", "arguments", "data", "metrics", "sharpness", "plots", "card", "folder", "checkpoints", "records"},
+    {"arguments", "data", "metrics", "sharpness", "plots", "card", "folder", "checkpoints", "records"},
     {"transforms", "loading", "hub"},
     {"trainer"},
 ]
@@ -31,24 +28,45 @@ ALONE = {  # the modules that may import a package of their own choice
     "timm": {"data", "folder", "transforms"},
     "datasets": {"data", "loading", "metrics"},
     "evaluate": {"metrics"},
-    "triton": {"kernels"},
-    "accelerate": {"environment", "optimizer", "trainer", "checkpoints", "records"},
+    "triton": {"core.kernels"},
+    "accelerate": {"core.sharding", "core.accumulation", "core.optimizer", "trainer", "checkpoints", "records"},
 }
+ENGINES = ("torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.device_mesh", "torch.nn.parallel")
+ENGINES_NAMES = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DTensor"}
+ENGINES_NAMES |= {"DeviceMesh"}
 
-SOURCES = {path.stem: ast.parse(path.read_text()) for path in Path(hf_rwp.__file__).parent.glob("*.py")}
-MODULES = sorted(set(SOURCES) - {"__init__"})
+FOLDER = Path(hf_rwp.__file__).parent
+SOURCES = {
+    ".".join(path.relative_to(FOLDER).with_suffix("").parts): ast.parse(path.read_text())
+    for path in FOLDER.rglob("*.py")
+}
+MODULES = sorted(name for name in SOURCES if not name.endswith("__init__"))
+CORE = [name for name in MODULES if name.startswith("core.")]
+
+
+def room_of(module: str) -> str:
+    return module.rpartition(".")[0]
 
 
 def imports(module: str) -> set[str]:
-    """The dotted names that a module imports, in functions too; `hf_rwp.x` for its own siblings."""
+    """The dotted names that a module imports, in functions too: `torch.nn`, and what it takes of it, `torch.nn.Tanh`."""
     names = set()
     for node in ast.walk(SOURCES[module]):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = node.module if node.level == 0 else ".".join(["hf_rwp", *filter(None, [node.module])])
-            names |= {f"{base}.{alias.name}" for alias in node.names} if base == "hf_rwp" else {base}
+            folders = ["hf_rwp", *module.split(".")[:-1]]
+            own = folders[: len(folders) - node.level + 1] if node.level else []
+            base = ".".join([*own, *filter(None, [node.module])])
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
     return names
+
+
+def siblings(module: str) -> set[str]:
+    """The modules of hf_rwp that a module imports, without the package's name."""
+    ours = {name.removeprefix("hf_rwp.") for name in imports(module) if name.startswith("hf_rwp.")}
+    found = {name if name in MODULES else name.rpartition(".")[0] for name in ours}
+    return found - {"", "core"}
 
 
 def modules_after(code: str) -> set[str]:
@@ -84,12 +102,38 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_point_one_way(module):
+def test_rooms_point_one_way(module):
+    assert siblings(module) <= set(MODULES)
+    room = room_of(module)
+    assert {room_of(sibling) for sibling in siblings(module)} <= ROOMS[room] | {room}
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_the_core_stands_alone(module):
+    """Nor does it take a name of the package itself, which would load another room."""
+    ours = {name for name in imports(module) if f"{name}.".startswith("hf_rwp.")}
+    assert {name for name in ours if not f"{name}.".startswith("hf_rwp.core.")} == set()
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) == ""])
+def test_imports_of_a_room_point_one_way(module):
     layer = next(number for number, modules in enumerate(LAYERS) if module in modules)
     below = set().union(*LAYERS[layer:])
-    siblings = {name.split(".")[1] for name in imports(module) if name.startswith("hf_rwp.")}
-    assert siblings & below == set()
-    assert siblings <= set(MODULES) | {"__version__"}
+    assert siblings(module) & below == set()
+
+
+def test_no_module_of_the_core_imports_itself_by_way_of_others():
+    order = list(TopologicalSorter({module: siblings(module) for module in CORE}).static_order())
+    assert sorted(order) == CORE
+    assert order.index("core.sharding") < order.index("core.noise") < order.index("core.optimizer")
+
+
+@pytest.mark.parametrize("module", sorted(set(CORE) - {"core.sharding"}))
+def test_one_module_of_the_core_knows_engines(module):
+    assert {name for name in imports(module) if name.startswith(ENGINES)} == set()
+    used = {node.id for node in ast.walk(SOURCES[module]) if isinstance(node, ast.Name)}
+    used |= {node.attr for node in ast.walk(SOURCES[module]) if isinstance(node, ast.Attribute)}
+    assert used & ENGINES_NAMES == set()
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -99,8 +143,9 @@ def test_a_heavy_package_is_imported_where_it_belongs_alone(module):
 
 
 def test_placement_needs_no_torch():
-    assert {name.partition(".")[0] for name in imports("placement")} == {"dataclasses"}
+    assert imports("core.placement") <= {"dataclasses", "dataclasses.dataclass", "typing", "collections.abc"}
 
 
 def test_imports_of_the_package_itself_are_of_the_standard_library():
-    assert imports("__init__") <= set(sys.stdlib_module_names)
+    assert {name.partition(".")[0] for name in imports("__init__")} <= set(sys.stdlib_module_names)
+    assert imports("core.__init__") == set()

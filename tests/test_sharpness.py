@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from hf_rwp import RWP, noise, sharpness
+from hf_rwp import RWP, sharpness
+from hf_rwp.core import noise
 from hf_rwp.sharpness import (
     largest_eigenvalue,
     loss_slice,
@@ -85,16 +86,24 @@ def images():
     return [(torch.randn(n, 8), torch.randint(4, (n,))) for n in (16, 5)]
 
 
+def stds(model, gamma, mode="filter"):
+    """By hand: gamma times the norm of each row, or of a bias."""
+    found = []
+    for weight in model.parameters():
+        rows = weight.detach().view(len(weight) if weight.ndim > 1 else 1, -1)
+        fan_in = rows.shape[1] if mode == "filter_normalized" else 1
+        found.append((gamma / fan_in**0.5 * rows.norm(dim=1, keepdim=True)).expand_as(rows).reshape(-1))
+    return torch.cat(found)
+
+
 def epsilon(model, gamma, draw, mode="filter", seed=0, noise_1d=True):
-    """The noise of a draw, from its definition."""
-    parts = []
-    for position, weight in enumerate(model.parameters()):
-        part = torch.zeros_like(weight)
-        if noise_1d or weight.ndim > 1:
-            generator = torch.Generator().manual_seed(noise.noise_seed(seed, draw, 0, 0, position))
-            noise.add_noise_(part, noise.noise_std(weight.detach(), gamma, mode), generator, noise.new_scratch(part))
-        parts.append(part.reshape(-1))
-    return torch.cat(parts).detach()
+    """The noise of a draw, from its definition: these weights are smaller than a tile, and have one seed each."""
+    normal = []
+    for seed_of, weight in zip(noise.noise_seeds(seed, draw, 0, 0, range(2)), model.parameters(), strict=True):
+        generator = torch.Generator().manual_seed(noise.hashes([seed_of], 0)[0])
+        drawn = torch.randn(weight.numel(), generator=generator, dtype=torch.float64)
+        normal.append(drawn * (noise_1d or weight.ndim > 1))
+    return torch.cat(normal) * stds(model, gamma, mode)
 
 
 @pytest.mark.parametrize("options", [{}, {"mode": "filter_normalized"}, {"noise_1d": False}, {"seed": 7}])
@@ -127,8 +136,7 @@ def test_the_noise_is_the_one_that_rwp_trains_with(images):
 
 def test_loss_rise_is_half_the_trace_of_hessian_times_covariance():
     model = Quadratic(EIGENVALUES)
-    stds = [noise.noise_std(w.detach(), 0.5).expand_as(w).reshape(-1) for w in model.parameters()]
-    expected = 0.5 * (model.hessian.diagonal() * torch.cat(stds).square()).sum().item()
+    expected = 0.5 * (model.hessian.diagonal() * stds(model, 0.5).square()).sum().item()
     (level,) = loss_under_noise(model, BATCHES, [0.5], draws=4000, loss=mean)
     assert level.loss_rise.low < expected < level.loss_rise.high
     assert level.loss_rise.high - level.loss_rise.low < 0.2 * expected
@@ -136,8 +144,7 @@ def test_loss_rise_is_half_the_trace_of_hessian_times_covariance():
 
 def test_the_interval_holds_the_true_rise_as_often_as_it_says():
     model = Quadratic(EIGENVALUES)
-    stds = [noise.noise_std(w.detach(), 0.1).expand_as(w).reshape(-1) for w in model.parameters()]
-    expected = 0.5 * (model.hessian.diagonal() * torch.cat(stds).square()).sum().item()
+    expected = 0.5 * (model.hessian.diagonal() * stds(model, 0.1).square()).sum().item()
     held = 0
     for seed in range(300):
         (level,) = loss_under_noise(model, BATCHES, [0.1], draws=5, seed=seed, loss=mean)

@@ -12,7 +12,7 @@ changes, or `accumulate` is entered without a forward pass.
 
 import gc
 from dataclasses import dataclass
-from types import GeneratorType
+from types import FunctionType, GeneratorType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -49,21 +49,26 @@ class Accumulation:
         begun = (id(loader), getattr(loader, "iteration", 0), len(loaders))
         running = self._running(begun)
         if not running and (self._found or begun != self._pass.begun):
-            for generator in _generators(loader):
+            for generator in _generators(loader) if _has_index(loader) else []:
                 self._passes.setdefault(generator, _Pass()).begun = begun
             running = self._running(begun)
             self._pass = _Pass(begun)
         self._found = bool(running)
         batches = 0
-        if running:  # several where an iterator was left half way and kept: the one that moved
-            self._pass, batches = max(running, key=lambda one: (one[1] != one[0].batches, one[0] is self._pass))
+        if running:  # several where an iterator was left half way and kept: a new one, else the one that moved
+            self._pass, batches = max(running, key=lambda one: self._rank(*one))
         elif not _has_index(loader) and not isinstance(loader, SkipDataLoader):  # that one never says that it ends
             batches = self._pass.batches + 1
         if batches == self._pass.batches:
             self._pass.micro_steps += 1
         else:
             self._split = self._pass.micro_steps or self._split
-            self._pass.batches, self._pass.micro_steps = batches, 1
+            self._pass.micro_steps = 1
+        for one, now in [*running, (self._pass, batches)]:
+            one.batches = now
+
+    def _rank(self, one: _Pass, batches: int) -> tuple[bool, bool, bool]:
+        return one.batches == 0, one.batches != batches, one is self._pass
 
     def _running(self, begun: Begun) -> list[tuple[_Pass, int]]:
         found = [(one, _yielded(generator)) for generator, one in self._passes.items() if one.begun == begun]
@@ -116,5 +121,5 @@ def _yielded(generator: "GeneratorType[Any, Any, Any]") -> int:
 
 
 def _has_index(loader: Any) -> bool:
-    code = getattr(getattr(type(loader), "__iter__", None), "__code__", None)
-    return code is not None and "batch_index" in code.co_varnames
+    functions = [vars(one).get("__iter__") for one in type(loader).__mro__]
+    return any("batch_index" in one.__code__.co_varnames for one in functions if isinstance(one, FunctionType))

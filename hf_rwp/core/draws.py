@@ -37,7 +37,7 @@ class _Plan(NamedTuple):
     targets: Sequence[Target]
     one_filter: list[list[int]]  # of one dtype each: their norms are a single call
     many_filters: list[int]
-    small: list[list[int]]  # that fit into one scratch together
+    small: list[tuple[list[int], list[Tensor]]]  # that fit into one scratch together, and their places in there
     large: list[int]
     fused: list[int]
     kernels: Any
@@ -65,7 +65,7 @@ class Draws:
         """
         plan = self._plan_of(targets)
         stds = self._norms(plan)
-        torch._foreach_mul_(stds, list(factors))
+        torch._foreach_mul_(stds, factors[0] if len(set(factors)) == 1 else list(factors))
         for std, damping in zip(stds, dampings or (), strict=bool(dampings)):
             if damping is not None:
                 std.mul_(damping.view_as(std))
@@ -75,12 +75,48 @@ class Draws:
     @torch.no_grad()
     def repeat_(self, target: Target, std: Tensor, seed: int) -> None:
         """Add to one weight the noise that `add_` drew for such a one, bit for bit."""
-        self._add_(_plan([target]), [std], [seed])
+        self._add_(self._made([target]), [std], [seed])
 
     def _plan_of(self, targets: Sequence[Target]) -> _Plan:
         if self._plan is None or self._plan.targets is not targets:
-            self._plan = _plan(targets)
+            self._plan = self._made(targets)
         return self._plan
+
+    def _made(self, targets: Sequence[Target]) -> _Plan:
+        one_filter: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+        small: dict[tuple[torch.device, torch.dtype], list[list[int]]] = defaultdict(lambda: [[]])
+        room: dict[tuple[torch.device, torch.dtype], int] = defaultdict(lambda: noise.CPU_TILE)
+        many_filters, large, fused, storages = [], [], [], set()
+        for index, target in enumerate(targets):
+            weight, block = target.weight, target.block
+            memory, kind = block.memory, (block.memory.device, block.memory.dtype)
+            storage = memory.untyped_storage().data_ptr()
+            if _fuses(weight, block) and storage not in storages:  # of one storage one: they may overlap
+                storages.add(storage)
+                fused.append(index)
+                continue
+            if len(memory) == 1:
+                one_filter[kind].append(index)
+            else:
+                many_filters.append(index)
+            size = memory.numel()
+            whole = memory.ndim == 2 and size == block.filters * block.length <= noise.CPU_TILE
+            if whole and memory.device.type == "cpu" and memory.dtype in (torch.float32, torch.float64):
+                if size > room[kind]:
+                    small[kind].append([])
+                    room[kind] = noise.CPU_TILE
+                room[kind] -= size
+                small[kind][-1].append(index)
+            else:
+                large.append(index)
+        kernels = _loaded_kernels().plan([targets[index].block for index in fused]) if fused else None
+        batches = []
+        for batch in (batch for batches in small.values() for batch in batches):
+            memories = [targets[index].block.memory for index in batch]
+            scratch = self._source(memories[0]).scratch
+            places = scratch[: sum(map(Tensor.numel, memories))].split([memory.numel() for memory in memories])
+            batches.append((batch, [place.view(m.shape) for place, m in zip(places, memories, strict=True)]))
+        return _Plan(targets, list(one_filter.values()), many_filters, batches, large, fused, kernels)
 
     def _norms(self, plan: _Plan) -> list[Tensor]:
         blocks = [target.block for target in plan.targets]
@@ -102,13 +138,13 @@ class Draws:
         blocks = [target.block for target in plan.targets]
         if plan.fused:
             _loaded_kernels().add_noise_(plan.kernels, [stds[i] for i in plan.fused], [seeds[i] for i in plan.fused])
-        for indices in plan.small:
+        for indices, normals in plan.small:
             memories = [blocks[index].memory for index in indices]
-            source, begin, normals = self._source(memories[0]), 0, []
-            for memory, seed in zip(memories, noise.hashes([seeds[index] for index in indices], 0), strict=True):
-                normals.append(source.normal(seed, memory.numel(), begin).view(memory.shape))
-                begin += memory.numel()
-            torch._foreach_addcmul_(memories, normals, [stds[index].view(-1, 1) for index in indices])
+            source = self._source(memories[0])
+            for normal, seed in zip(normals, noise.hashes([seeds[index] for index in indices], 0), strict=True):
+                source.fill_(normal, seed)
+            own = [stds[index] for index in indices]
+            torch._foreach_addcmul_(memories, normals, [std.view(-1, 1) if std.ndim else std for std in own])
         for index in plan.large:
             noise.add_noise_(blocks[index], stds[index], seeds[index], self._source(blocks[index].memory))
 
@@ -117,38 +153,6 @@ class Draws:
         if key not in self._sources:
             self._sources[key] = noise.Source(memory)
         return self._sources[key]
-
-
-def _plan(targets: Sequence[Target]) -> _Plan:
-    one_filter: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
-    small: dict[tuple[torch.device, torch.dtype], list[list[int]]] = defaultdict(lambda: [[]])
-    room: dict[tuple[torch.device, torch.dtype], int] = defaultdict(lambda: noise.CPU_TILE)
-    many_filters, large, fused, storages = [], [], [], set()
-    for index, target in enumerate(targets):
-        weight, block = target.weight, target.block
-        memory, kind = block.memory, (block.memory.device, block.memory.dtype)
-        storage = memory.untyped_storage().data_ptr()
-        if _fuses(weight, block) and storage not in storages:  # of one storage one: they may overlap
-            storages.add(storage)
-            fused.append(index)
-            continue
-        if len(memory) == 1:
-            one_filter[kind].append(index)
-        else:
-            many_filters.append(index)
-        size = memory.numel()
-        whole = memory.ndim == 2 and size == block.filters * block.length <= noise.CPU_TILE
-        if whole and memory.device.type == "cpu" and memory.dtype in (torch.float32, torch.float64):
-            if size > room[kind]:
-                small[kind].append([])
-                room[kind] = noise.CPU_TILE
-            room[kind] -= size
-            small[kind][-1].append(index)
-        else:
-            large.append(index)
-    kernels = _loaded_kernels().plan([targets[index].block for index in fused]) if fused else None
-    batches = [batch for batches in small.values() for batch in batches]
-    return _Plan(targets, list(one_filter.values()), many_filters, batches, large, fused, kernels)
 
 
 def _fuses(weight: Tensor, block: Block) -> bool:

@@ -10,7 +10,7 @@ master copies), by the name that it had when the group came.
 import logging
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -114,8 +114,10 @@ class Groups:
             if old != new:
                 logger.warning("the checkpoint's %s, %s, takes the place of %s, given at construction", name, new, old)
 
-    def targets(self, noise_1d: bool, frozen: bool) -> tuple[Sequence[Target], list[float]]:
-        """The weights that noise goes on and the gamma of each, looked up afresh: frameworks swap parameters and groups.
+    def targets(
+        self, named: Iterable[tuple[str, nn.Parameter]], noise_1d: bool, frozen: bool
+    ) -> tuple[Sequence[Target], list[float]]:
+        """The weights that noise goes on, of all `named`, and the gamma of each. Frameworks swap parameters and groups.
 
         The list is the same object as before where it holds the same.
         """
@@ -123,7 +125,7 @@ class Groups:
         numbers = {id(p): number for number, group in enumerate(self._base.param_groups) for p in group["params"]}
         known = {id(target.weight): target for target in self._targets}
         targets, of_target = [], []
-        for position, (name, weight) in enumerate(self._model.named_parameters()):
+        for position, (name, weight) in enumerate(named):
             number = numbers.get(id(weight))
             if number is None:
                 home = self._homes.get(_plain(name))

@@ -83,9 +83,13 @@ class Source:
         self.scratch = torch.empty(self.tile, dtype=dtype, device=memory.device)
         self._generator = torch.Generator(memory.device)
 
-    def normal(self, seed: int, count: int, begin: int = 0) -> Tensor:
-        """`count` numbers of the tile with this seed (a CPU uses its low 32 bits), in `scratch` from `begin` on."""
-        return self.scratch[begin : begin + count].normal_(generator=self._generator.manual_seed(seed))
+    def normal(self, seed: int, count: int) -> Tensor:
+        """`count` numbers of the tile with this seed, at the beginning of `scratch`."""
+        return self.fill_(self.scratch[:count], seed)
+
+    def fill_(self, numbers: Tensor, seed: int) -> Tensor:
+        """Fill a part of `scratch` with the numbers of the tile with this seed, of which a CPU uses the low 32 bits."""
+        return numbers.normal_(generator=self._generator.manual_seed(seed))
 
 
 def add_noise_(block: Block, std: Tensor, seed: int, source: Source) -> None:

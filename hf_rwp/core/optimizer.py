@@ -133,7 +133,7 @@ class RWP(OptimizerWrapper):
         super().__init__(optimizer)
         self.model = innermost(model)
         refuse_lone_processes()
-        refuse_unsupported(self.model)
+        refuse_unsupported(self.model.parameters())
         if frozen:
             _refuse_quantized(self.model)
         registry.refuse_overlap(self.model)
@@ -149,7 +149,7 @@ class RWP(OptimizerWrapper):
         self._windows = Windows(self.model, *parts)
         self._passes = Passes(self.model, self._windows, perturbation)
         # A wrapper that goes while a micro-step is open leaves its model as it was.
-        weakref.finalize(self, self._passes.close).atexit = False
+        weakref.finalize(self, self._passes.remove).atexit = False
         registry.claim(self._passes, self.model)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -173,7 +173,7 @@ class RWP(OptimizerWrapper):
 
         A checkpoint of the base optimizer alone loads as well. ValueError: it is of a later format than this one.
         """
-        refuse_unsupported(self.model)  # accelerator.prepare comes by here
+        refuse_unsupported(self.model.parameters())  # accelerator.prepare comes by here
         own = state_dict.get("rwp")
         if own is not None and own.get("version", 1) > _FORMAT:
             raise ValueError(

@@ -33,8 +33,10 @@ class Perturbation:
 
     def __init__(self) -> None:
         self.noise = Noise.ABSENT
-        self._clean: dict[Tensor, Tensor] = {}  # weight or buffer -> copy of its clean values; the memory is kept
-        self._noisy: list[Tensor] = []  # the noisy values, in the same order, while suspended
+        self._targets: Sequence[Target] = ()
+        self._tensors: list[Tensor] = []  # the targets' weights, then the guarded buffers
+        self._clean: list[Tensor] = []  # copies of their clean values; the memory is kept
+        self._noisy: list[Tensor] = []  # their noisy values, while suspended
         self._guarded: Sequence[Guarded] = ()
         self._draws, self._writes, self._copies = Draws(), Writes(), Copies()
 
@@ -49,9 +51,15 @@ class Perturbation:
     ) -> None:
         """Add noise to weights, see `Draws.add_`. guarded: the buffers that `restore` also puts back."""
         self.restore()
-        tensors = [target.weight for target in targets] + [unexpanded(buffer) for *_, buffer in guarded]
-        self._clean = {tensor: self._copy_of(tensor) for tensor in tensors}
-        _copy_all(self._clean.values(), self._clean)
+        if targets is not self._targets:
+            weights = [target.weight for target in targets]
+            self._clean = _room(weights, self._tensors, self._clean)
+            self._tensors, self._targets = weights, targets
+        buffers = [unexpanded(buffer) for *_, buffer in guarded]
+        count = len(targets)
+        self._clean[count:] = _room(buffers, self._tensors[count:], self._clean[count:])
+        self._tensors[count:] = buffers
+        _copy_all(self._clean, self._tensors)
         self._guarded, self.noise = guarded, Noise.SHOWN
         try:
             stds = self._draws.add_(targets, factors, seeds, dampings)
@@ -69,8 +77,8 @@ class Perturbation:
             return False
         self._copies.release()
         self._writes.look(self._clean, self._draws)
-        noisy = [tensor.clone() for tensor in self._clean]
-        _copy_all(self._clean, self._clean.values(), unseen=True)
+        noisy = [tensor.clone() for tensor in self._tensors]
+        _copy_all(*self._alike(self._tensors, self._clean), unseen=True)
         put_back(self._guarded)
         self._noisy, self.noise = noisy, Noise.SUSPENDED
         torch.clear_autocast_cache()
@@ -81,10 +89,10 @@ class Perturbation:
         """Undo `suspend`: the weights hold the same noise again, bit for bit."""
         self._copies.release()
         if self.noise is Noise.SUSPENDED:
-            _copy_all(self._clean.values(), self._clean)  # what was written to the weights meanwhile is kept
+            _copy_all(*self._alike(self._clean, self._tensors))  # what was written to the weights meanwhile is kept
             self._writes.resumed()
             noisy, self.noise = self._noisy, Noise.SHOWN
-            _copy_all(self._clean, noisy, unseen=True)
+            _copy_all(*self._alike(self._tensors, noisy), unseen=True)
             self._noisy = []
             torch.clear_autocast_cache()
 
@@ -114,34 +122,46 @@ class Perturbation:
     def guard_copies(self) -> None:
         """Until the noise is suspended, resumed or restored, whoever copies or pickles a noisy tensor suspends it."""
         if self.noise is Noise.SHOWN:
-            self._copies.guard(self._clean, self.suspend)
+            self._copies.guard(self._tensors, self.suspend)
 
     def clean(self, weight: Tensor) -> Tensor:
         """The clean values of a perturbed weight."""
-        return self._clean[weight]
+        return next(clean for tensor, clean in zip(self._tensors, self._clean, strict=True) if tensor is weight)
+
+    @staticmethod
+    def _alike(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Without buffers that a pass gave another shape."""
+        pairs = [pair for pair in zip(targets, sources, strict=True) if pair[0].shape == pair[1].shape]
+        return [target for target, _ in pairs], [source for _, source in pairs]
 
     def _copy_back(self) -> list[Exception]:
-        same = {tensor: copy for tensor, copy in self._clean.items() if tensor.shape == copy.shape}
+        pairs = list(zip(self._tensors, self._clean, strict=True))
         failures: list[Exception] = [
-            RuntimeError(f"a parameter of shape {tuple(copy.shape)} has shape {tuple(tensor.shape)} now")
-            for tensor, copy in self._clean.items()
-            if tensor not in same and tensor.requires_grad
+            RuntimeError(f"a parameter of shape {tuple(clean.shape)} has shape {tuple(tensor.shape)} now")
+            for tensor, clean in pairs[: len(self._targets)]
+            if tensor.shape != clean.shape
         ]
+        pairs = [(tensor, clean) for tensor, clean in pairs if tensor.shape == clean.shape]
         try:
-            _copy_all(same, same.values())
+            _copy_all(*zip(*pairs, strict=True)) if pairs else None
         except Exception:
-            for tensor, copy in same.items():
+            for tensor, clean in pairs:
                 try:
-                    tensor.copy_(copy)
+                    tensor.copy_(clean)
                 except Exception as failure:
                     failures.append(failure)
         return failures
 
-    def _copy_of(self, tensor: Tensor) -> Tensor:
-        copy = self._clean.get(tensor)
-        if copy is not None and (copy.shape, copy.dtype, copy.device) == (tensor.shape, tensor.dtype, tensor.device):
-            return copy
-        return torch.empty_like(tensor, requires_grad=False)
+
+def _room(tensors: Sequence[Tensor], earlier: Sequence[Tensor], copies: Sequence[Tensor]) -> list[Tensor]:
+    """Memory for a copy of each tensor: that of an earlier one, where it fits."""
+    known = {id(tensor): copy for tensor, copy in zip(earlier, copies, strict=False)}  # an interrupt may have cut one
+    room = []
+    for tensor in tensors:
+        copy = known.get(id(tensor))
+        fits = copy is not None and (copy.shape, copy.dtype, copy.device) == (tensor.shape, tensor.dtype, tensor.device)
+        room.append(copy if fits and copy is not None else torch.empty_like(tensor, requires_grad=False))
+    return room
 
 
 def _copy_all(targets: Iterable[Tensor], sources: Iterable[Tensor], unseen: bool = False) -> None:

@@ -132,7 +132,7 @@ def refuse_data_parallel() -> None:
     )
 
 
-def refuse_unsupported(model: nn.Module) -> None:
+def refuse_unsupported(parameters: Iterable[Tensor]) -> None:
     """Raise NotImplementedError where replicas do not hold whole weights of their own, or RWP cannot reach them."""
     what = None
     if is_initialized():
@@ -142,9 +142,11 @@ def refuse_unsupported(model: nn.Module) -> None:
             what = state.distributed_type.value
         elif parallelism is not None and parallelism.non_data_parallel_size * parallelism.dp_shard_size > 1:
             what = "sharded, tensor, context or sequence parallelism"
-    for parameter in model.parameters():
+    for parameter in parameters:
         if what is not None:
             break
+        if not (parameter.__dict__ or parameter.is_xla or type(parameter) is not nn.Parameter):
+            continue  # most are ordinary ones
         if hasattr(parameter, "device_mesh"):
             what = "FSDP2 or tensor parallelism"
         elif getattr(parameter, "_fsdp_flattened", False):

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class Writes:
     def __init__(self) -> None:
         self.found: list[str] = []  # names of weights
         self._comparisons, self._compares = COMPARISONS, False  # left, and whether this is one
+        self._open = False  # whether writes may have gone unnoticed
         self._drawn: tuple[Sequence[Target], Sequence[Tensor], Sequence[int]] = [], [], []
         self._versions: list[int | None] = []  # with their noise; None: not to be looked at
 
@@ -33,24 +34,33 @@ class Writes:
         self.found, self._drawn = [], (targets, stds, seeds)
         self._versions = [target.weight._version for target in targets]
         self._compares, self._comparisons = self._comparisons > 0, self._comparisons - 1
+        self._open = True
 
-    def look(self, clean: Mapping[Tensor, Tensor], draws: Draws) -> None:
-        """Look for writes so far, while the noise is in the weights. clean: their clean values."""
-        for target, std, seed, version in zip(*self._drawn, self._versions, strict=True):
+    def look(self, clean: Sequence[Tensor], draws: Draws) -> None:
+        """Look for writes so far, with the noise in the weights, and no more until it is `resumed`.
+
+        clean: the weights' clean values, in the same order, and perhaps more.
+        """
+        for target, std, seed, version, own in zip(*self._drawn, self._versions, clean, strict=False):
+            if not self._open:
+                break
             weight = target.weight
             if version is None or (weight._version == version and not self._compares):
                 continue
-            twin = clean[weight].clone()
-            if twin.shape == weight.shape and twin.stride() == weight.stride():  # else sums are rounded in other ways
-                draws.repeat_(target._replace(weight=twin, block=block_of(twin)), std, seed)
-                if not torch.equal(_bits(twin), _bits(weight)):
-                    self.found.append(target.name)
+            if own.shape != weight.shape:
+                continue  # another failure, which is told by name
+            twin = own.new_empty_strided(weight.shape, weight.stride())  # in other strides sums may be rounded otherwise
+            twin.copy_(own)
+            draws.repeat_(target._replace(weight=twin, block=block_of(twin)), std, seed)
+            if not torch.equal(_bits(twin), _bits(weight)) and target.name not in self.found:
+                self.found.append(target.name)
+        self._open = False
 
     def resumed(self) -> None:
         """The noise was suspended, when weights may be written to, and is there again."""
         now = [target.weight._version for target in self._drawn[0]]
         self._versions = [old if old == new else None for old, new in zip(self._versions, now, strict=True)]
-        self._compares = False
+        self._compares, self._open = False, True
 
     def end(self) -> list[str]:
         """The names of the weights that were written to."""
