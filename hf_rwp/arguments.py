@@ -62,8 +62,8 @@ class RWPArguments:
     rwp_antithetic: bool = field(
         default=False,
         metadata={
-            "help": "Whether the perturbed gradients of a step, where it has two or more, take a noise and its opposite "
-            "in pairs."
+            "help": "Whether the perturbed gradients of a step, where it has two or more, take a noise and its "
+            "opposite in pairs."
         },
     )
     rwp_eta: float = field(

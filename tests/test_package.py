@@ -49,7 +49,7 @@ def room_of(module: str) -> str:
 
 
 def imports(module: str) -> set[str]:
-    """The dotted names that a module imports, in functions too: `torch.nn`, and what it takes of it, `torch.nn.Tanh`."""
+    """The dotted names that a module imports, also in functions: `torch.nn`, and what of it, `torch.nn.GELU`."""
     names = set()
     for node in ast.walk(SOURCES[module]):
         if isinstance(node, ast.Import):

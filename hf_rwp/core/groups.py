@@ -148,10 +148,11 @@ class Groups:
         replaced = [name for name, (weight, _) in self._homes.items() if id(weight()) not in ours]
         if replaced:
             return (
-                f"nothing to perturb: {len(replaced)} of the model's parameters ({', '.join(replaced[:3])}) are others than "
-                "the optimizer's by now. load_state_dict(assign=True), an assignment to a parameter or a layer, and "
-                "torch.func.functional_call put others in their place, and the optimizer would not train them: load "
-                "without assign, build the optimizer and RWP after the parameters are replaced, and call the model itself"
+                f"nothing to perturb: {len(replaced)} of the model's parameters ({', '.join(replaced[:3])}) are others "
+                "than the optimizer's by now. load_state_dict(assign=True), an assignment to a parameter or a layer, "
+                "and torch.func.functional_call put others in their place, and the optimizer would not train them: "
+                "load without assign, build the optimizer and RWP after the parameters are replaced, and call the "
+                "model itself"
             )
         return (
             "nothing to perturb: no trainable parameter has an rwp_gamma above 0. Set one in a param group, unfreeze a "

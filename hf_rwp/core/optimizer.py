@@ -78,20 +78,21 @@ class RWP(OptimizerWrapper):
     gradients. On one, the micro-steps of a window alternate, so a step needs two or more of them.
 
     `eval()` disarms it and leaves clean weights, also after an interrupt or an error in a backward pass; `train()` arms
-    it; a new one is armed. Wrapping a model again retires the earlier wrapper. One on a model that shares parameters with
-    this one is refused: for two optimizers over one model wrap one of them, with the other's parameters in it as a group
-    of lr=0, and step the other one after it. A loss with weights of its own outside the model (proxies, a memory bank)
-    gets the mix for the model's weights, and an ordinary gradient for its own.
+    it; a new one is armed. Wrapping a model again retires the earlier wrapper. One on a model that shares parameters
+    with
+    this one is refused: for two optimizers over one model wrap one of them, with the other's parameters in it as a
+    group of lr=0, and step the other one after it. A loss with weights of its own outside the model (proxies, a memory
+    bank) gets the mix for the model's weights, and an ordinary gradient for its own.
 
     `step` takes a closure that runs one forward and one backward pass, as Lightning's and Composer's do. A forward pass
     inside a backward pass (cached contrastive losses such as GradCache; checkpointing of the whole model) is refused:
     take the plain loss, or checkpoint the layers.
 
-    Raises ValueError for a value out of range, for optimizer parameters that the model does not have and for a model that
-    shares some with another wrapper's; NotImplementedError under FSDP, DeepSpeed, DataParallel, tensor parallelism and
-    XLA. In a loop, RuntimeError: where a step holds one gradient and nothing can be mixed; for a second backward pass in
-    one micro-step; where something writes into a weight while noise is in it; at `step`, for gradients that no forward
-    pass of the model began, or that were never averaged.
+    Raises ValueError for a value out of range, for optimizer parameters that the model does not have and for a model
+    that shares some with another wrapper's; NotImplementedError under FSDP, DeepSpeed, DataParallel, tensor parallelism
+    and XLA. In a loop, RuntimeError: where a step holds one gradient and nothing can be mixed; for a second backward
+    pass in one micro-step; where something writes into a weight while noise is in it; at `step`, for gradients that no
+    forward pass of the model began, or that were never averaged.
     """
 
     def __init__(

@@ -3,8 +3,8 @@
     wrapper     ARMED <--eval/train--> DISARMED ----remove, newer wrapper----> REMOVED
     micro-step  PENDING --an output's hook--> BACKWARD --end of the backward pass--> OVER
 
-1. A forward pass in training mode with gradients enabled begins a micro-step, or joins the one that is pending. Any other
-   sees clean weights.
+1. A forward pass in training mode with gradients enabled begins a micro-step, or joins the one that is pending. Any
+   other sees clean weights.
 2. Between the two passes whoever looks (`state_dict`, copies, evaluation, `zero_grad`) finds clean weights.
 3. The gradient's weight goes on as a hook of every parameter, ahead of DDP's reduction.
 """
@@ -182,13 +182,14 @@ class Passes:
 
 _INSIDE = (
     "a forward pass of the whole model inside a backward pass: the noise would differ between the two. Activation "
-    "checkpointing of the whole model makes one. Checkpoint its layers instead. So do cached contrastive losses (GradCache, "
-    "CachedMultipleNegativesRankingLoss): take the plain loss, with fewer pairs to a batch or checkpointed layers for memory"
+    "checkpointing of the whole model makes one. Checkpoint its layers instead. So do cached contrastive losses "
+    "(GradCache, CachedMultipleNegativesRankingLoss): take the plain loss, with fewer pairs to a batch or "
+    "checkpointed layers for memory"
 )
 _WRITTEN = (
-    "something wrote into %s while noise was in it (weights in all: %d). What it wrote is lost, since it belongs to the "
-    "noisy weight, and replicas would drift apart. Neither a forward nor a backward pass may change a perturbed weight: "
-    "constrain weights after optimizer.step(), or by torch.nn.utils.parametrize (this replaces clamp_, a norm or a mask in "
-    "forward, and Embedding(max_norm=)); use an optimizer that steps after the backward pass (not layerwise GaLore or "
-    "LOMO); or exclude the weight, with rwp_gamma=0 for its param group"
+    "something wrote into %s while noise was in it (weights in all: %d). What it wrote is lost, since it belongs to "
+    "the noisy weight, and replicas would drift apart. Neither a forward nor a backward pass may change a perturbed "
+    "weight: constrain weights after optimizer.step(), or by torch.nn.utils.parametrize (this replaces clamp_, a norm "
+    "or a mask in forward, and Embedding(max_norm=)); use an optimizer that steps after the backward pass (not "
+    "layerwise GaLore or LOMO); or exclude the weight, with rwp_gamma=0 for its param group"
 )

@@ -3,10 +3,10 @@
     absent --add--> shown <--suspend/resume--> suspended --restore--> absent
 
 1. `add` copies the weights (and buffers) aside and adds the noise in place.
-2. `suspend` makes the weights clean for a while, `resume` ends that: between a forward pass and its backward pass anybody
-   may look at the weights. Autograd then finds what its forward pass saw: no in-place change is counted.
-3. `restore` copies the clean values back, which is exact in every dtype; subtracting the noise is not. What somebody else
-   wrote into a noisy weight is lost by that, and `restore` says so.
+2. `suspend` makes the weights clean for a while, `resume` ends that: between a forward pass and its backward pass
+   anybody may look at the weights. Autograd then finds what its forward pass saw: no in-place change is counted.
+3. `restore` copies the clean values back, which is exact in every dtype; subtracting the noise is not. What somebody
+   else wrote into a noisy weight is lost by that, and `restore` says so.
 """
 
 from collections import defaultdict
@@ -100,8 +100,8 @@ class Perturbation:
     def restore(self) -> list[str]:
         """End the perturbation: the weights and guarded buffers are what they were before it, bit for bit.
 
-        Returns the names of the weights that somebody else wrote to while noise was in them, which is lost. A buffer that
-        has another shape by now keeps that, and its values. RuntimeError: a weight could not be restored; the
+        Returns the names of the weights that somebody else wrote to while noise was in them, which is lost. A buffer
+        that has another shape by now keeps that, and its values. RuntimeError: a weight could not be restored; the
         perturbation is over all the same.
         """
         if self.noise is Noise.ABSENT:
@@ -141,11 +141,11 @@ class Perturbation:
             for tensor, clean in pairs[: len(self._targets)]
             if tensor.shape != clean.shape
         ]
-        pairs = [(tensor, clean) for tensor, clean in pairs if tensor.shape == clean.shape]
+        alike = self._alike(self._tensors, self._clean)
         try:
-            _copy_all(*zip(*pairs, strict=True)) if pairs else None
+            _copy_all(*alike)
         except Exception:
-            for tensor, clean in pairs:
+            for tensor, clean in zip(*alike, strict=True):
                 try:
                     tensor.copy_(clean)
                 except Exception as failure:

@@ -64,8 +64,8 @@ def shares_of(items: list[float]) -> tuple[float, float]:
 def antithetic(replica: int, micro_step: int, replicas: int, micro_steps: int, alpha: float) -> tuple[int, int, int]:
     """Whose noise a perturbed slot takes, and its sign: (replica, micro_step, 1 or -1).
 
-    The perturbed slots of a step are taken in pairs, replica by replica: the second has the opposite of the first's. Where
-    their number is odd, the last is alone.
+    The perturbed slots of a step are taken in pairs, replica by replica: the second has the opposite of the first's.
+    Where their number is odd, the last is alone.
     """
     if alpha == 1:
         order, slot = replica * micro_steps + micro_step, lambda n: (n // micro_steps, n % micro_steps)

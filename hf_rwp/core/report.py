@@ -64,8 +64,8 @@ def _warn(target: Target, size: float) -> None:
         )
     elif target.weight.dtype in (torch.bfloat16, torch.float16) and 0 < size < 0.005:
         logger.warning(
-            "the noise in %s is %.2g of its weights, which are %s: below 0.005 it is mostly the rounding of the sum, and "
-            "no longer gamma's. Take a larger gamma, or keep the weights in float32",
+            "the noise in %s is %.2g of its weights, which are %s: below 0.005 it is mostly the rounding of the sum, "
+            "and no longer gamma's. Take a larger gamma, or keep the weights in float32",
             target.name,
             size,
             str(target.weight.dtype).removeprefix("torch."),

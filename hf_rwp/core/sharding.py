@@ -105,9 +105,9 @@ def synchronizes() -> bool:
         return True
     if ddp._join_config.enable:
         raise NotImplementedError(
-            "RWP does not work inside DistributedDataParallel.join() or accelerator.join_uneven_inputs(): once a replica "
-            "is out of data, its clean or perturbed gradient is missing from the mix. Give all replicas the same number "
-            "of batches (drop_last=True, or Accelerate's even_batches), or set alpha=1"
+            "RWP does not work inside DistributedDataParallel.join() or accelerator.join_uneven_inputs(): once a "
+            "replica is out of data, its clean or perturbed gradient is missing from the mix. Give all replicas the "
+            "same number of batches (drop_last=True, or Accelerate's even_batches), or set alpha=1"
         )
     return bool(ddp.require_backward_grad_sync)
 
@@ -145,7 +145,7 @@ def refuse_unsupported(parameters: Iterable[Tensor]) -> None:
     for parameter in parameters:
         if what is not None:
             break
-        if not (parameter.__dict__ or parameter.is_xla or type(parameter) is not nn.Parameter):
+        if not (parameter.__dict__ or parameter.device.type == "xla" or type(parameter) is not nn.Parameter):
             continue  # most are ordinary ones
         if hasattr(parameter, "device_mesh"):
             what = "FSDP2 or tensor parallelism"

@@ -49,7 +49,9 @@ class Writes:
                 continue
             if own.shape != weight.shape:
                 continue  # another failure, which is told by name
-            twin = own.new_empty_strided(weight.shape, weight.stride())  # in other strides sums may be rounded otherwise
+            twin = own.new_empty_strided(
+                weight.shape, weight.stride()
+            )  # in other strides sums may be rounded otherwise
             twin.copy_(own)
             draws.repeat_(target._replace(weight=twin, block=block_of(twin)), std, seed)
             if not torch.equal(_bits(twin), _bits(weight)) and target.name not in self.found:

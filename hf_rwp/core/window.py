@@ -1,10 +1,10 @@
 """The window: the micro-steps of one optimizer step.
 
-1. `Windows.begin` is called ahead of a forward pass. The first one opens a window, which says once for all its micro-steps
-   how many there are, which weights get noise, and which replica this is.
+1. `Windows.begin` is called ahead of a forward pass. The first one opens a window, which says once for all its
+   micro-steps how many there are, which weights get noise, and which replica this is.
 2. Each micro-step has a role (`placement.role`); a perturbed one has its noise added here.
-3. `step`, `zero_grad`, `begin_window`, loading and `disarm` end the window. It counts only then, so that a state saved in
-   the middle, between backward and step, resumes with the same noise.
+3. `step`, `zero_grad`, `begin_window`, loading and `disarm` end the window. It counts only then, so that a state saved
+   in the middle, between backward and step, resumes with the same noise.
 """
 
 import logging
@@ -94,7 +94,7 @@ class Windows:
         return self.options.alpha > 0 and any(gamma > 0 for gamma in self.groups.gammas())
 
     def begin(self, module: nn.Module) -> Role | None:
-        """Begin a micro-step, its noise in the weights; None: it is the base optimizer's own. module: that is called."""
+        """Begin a micro-step, its noise in the weights; None: an ordinary one. module: that is called."""
         self.accumulation.advance()
         window, alpha = self.current, self.options.alpha
         if window is None or not 0 < window.completed < window.length:
@@ -159,8 +159,8 @@ class Windows:
         elif alpha < 1 and not window.synchronized:
             raise RuntimeError(
                 "step() found gradients that were never averaged over the replicas: every backward pass was inside "
-                "no_sync(), as LocalSGD has it, so that clean and perturbed ones are not mixed. Take the last one outside "
-                "of it; or, where processes train by themselves, make each a replica of its own: "
+                "no_sync(), as LocalSGD has it, so that clean and perturbed ones are not mixed. Take the last one "
+                "outside of it; or, where processes train by themselves, make each a replica of its own: "
                 "RWP(process_group=torch.distributed.new_subgroups(1)[0], accumulation_steps=2)"
             )
         self.damping.note(window.targets)
@@ -182,9 +182,10 @@ class Windows:
         steps = announced[0] if announced else given or self.accumulation.steps
         if steps == 1 and options.alpha < 1 and replicas.count == 1:
             raise RuntimeError(
-                f"one process and one gradient to a step: nothing to mix, which alpha={options.alpha} asks for. Take two "
-                "or more gradients to a step (Accelerator(gradient_accumulation_steps=2), or RWP(accumulation_steps=2) "
-                "where the loop counts them itself), or two or more processes, or alpha=1 to perturb every gradient"
+                f"one process and one gradient to a step: nothing to mix, which alpha={options.alpha} asks for. Take "
+                "two or more gradients to a step (Accelerator(gradient_accumulation_steps=2), or "
+                "RWP(accumulation_steps=2) where the loop counts them itself), or two or more processes, or alpha=1 "
+                "to perturb every gradient"
             )
         length, shares = announced or (given or self.accumulation.length, None)
         factors = [std_factor(target.block, gamma, options.mode) for target, gamma in zip(targets, gammas, strict=True)]
@@ -217,8 +218,8 @@ class Windows:
         found = f"a step after {window.completed} gradients where {window.length} were due"
         if self.early == 2:
             raise RuntimeError(
-                f"{found}, and so was the last: no gradient is perturbed. With Accelerate wrap the loop's body in `with "
-                "accelerator.accumulate(model):`; elsewhere give RWP the accumulation_steps that the loop has"
+                f"{found}, and so was the last: no gradient is perturbed. With Accelerate wrap the loop's body in "
+                "`with accelerator.accumulate(model):`; elsewhere give RWP the accumulation_steps that the loop has"
             )
         if self.groups.windows == 0 and window.completed == 1 and self.options.accumulation_steps:
             remedy = (

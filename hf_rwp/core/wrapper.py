@@ -68,20 +68,25 @@ class OptimizerWrapper(torch.optim.Optimizer):
         self.base.zero_grad(set_to_none)
 
     def _step_once(self, closure: Callable[[], Any], then: Callable[[], None]) -> Any:
-        """Step with a closure and call `then` after it, ahead of the step itself. ValueError: it is called again."""
+        """Step with a closure and call `then` after it, ahead of the step itself.
+
+        ValueError: the base calls it again, or after it has changed the weights.
+        """
         calls = 0
-        again = (
-            f"{type(self.base).__name__} calls its closure more than once in a step, at other weights each time, and RWP "
-            "has one gradient to a step: take a base optimizer that needs no closure"
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        versions = [parameter._version for parameter in parameters]
+        several = (
+            f"{type(self.base).__name__} calls its closure more than once in a step, or at weights that it changed, "
+            "and RWP has one gradient to a step: take a base optimizer that needs no closure"
         )
         if isinstance(self.base, torch.optim.LBFGS):
-            raise ValueError(again)
+            raise ValueError(several)
 
         def once() -> Any:
             nonlocal calls
             calls += 1
-            if calls > 1:
-                raise ValueError(again)
+            if calls > 1 or [parameter._version for parameter in parameters] != versions:
+                raise ValueError(several)
             with torch.enable_grad():
                 loss = closure()
             then()
