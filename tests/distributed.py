@@ -12,6 +12,7 @@ import pickle
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -21,6 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "torch.utils.checkpoint", "transformers.trainer"])
@@ -101,3 +105,16 @@ def _leave_group() -> None:
         dist.destroy_process_group()
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the operations of torch.distributed, DDP's own included, by name and shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d":
+            self.counts[f"{function} {[tuple(t.shape) for t in tree_leaves(args) if isinstance(t, Tensor)]}"] += 1
+        return function(*args, **(kwargs or {}))

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import distributed
 import pytest
 import torch
-from distributed import run
-from test_distributed import Collectives
+from distributed import Collectives, run
 from trainer_runs import (
     LOUD,
     Classifier,

@@ -1,10 +1,13 @@
 """ARWP's damping (arXiv 2404.00357): less noise where gradients are large."""
 
+import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
 
+from hf_rwp.core.checks import check
 from hf_rwp.core.draws import Target
 from hf_rwp.core.noise import filter_norms
 from hf_rwp.core.sharding import block_of
@@ -17,6 +20,8 @@ class Damping:
     """
 
     def __init__(self, eta: float, beta: float) -> None:
+        check("eta", eta, Real, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
+        check("beta", beta, Real, lambda value: 0 <= value < 1, "a number in [0, 1)")
         self.eta, self.beta = eta, beta
         self.fisher: dict[str, Tensor] = {}
         self._next: dict[str, Tensor] = {}

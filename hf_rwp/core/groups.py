@@ -11,12 +11,13 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_rwp.core.checks import check
 from hf_rwp.core.draws import Target
 from hf_rwp.core.hooks import Hook
 from hf_rwp.core.sharding import block_of
@@ -33,6 +34,8 @@ class Groups:
     """
 
     def __init__(self, base: torch.optim.Optimizer, model: nn.Module, gamma: float, seed: int, windows: int) -> None:
+        check("gamma", gamma, Real, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
+        check("seed", seed, Integral, lambda value: -(2**63) <= value < 2**63, "an integer of 64 bits")
         self._base, self._model = base, model
         self._homes: dict[str, tuple[weakref.ref[Tensor], int]] = {}  # by name: the weight, and its group's number
         self._targets: list[Target] = []
@@ -94,25 +97,24 @@ class Groups:
         self._kept = [{key: group[key] for key in _KEYS if key in group} for group in self._base.param_groups]
 
     def fill(self, *_: Any) -> None:
-        """After loading: what the checkpoint does not say stays as it was."""
-        for group, kept in zip(self._base.param_groups, self._kept, strict=False):
-            group.update({**kept, **group})
+        """After loading: what the checkpoint does not say stays as it was, and what it says otherwise is told."""
+        kept, self._kept = self._kept, []
+        for group, before in zip(self._base.param_groups, kept, strict=False):
+            group.update({**before, **group})
+        if kept:
+            gammas = [group.get("initial_rwp_gamma") for group in kept]
+            _tell("rwp_gamma", gammas, [group.get("initial_rwp_gamma") for group in self._base.param_groups])
+            _tell("rwp_seed", kept[0].get("rwp_seed"), self.seed)
 
     def load(self, load: Callable[[], None], own: dict[str, Any] | None) -> None:
         """Call `load`, which loads the base; own: the seed and windows of a checkpoint that has them apart, or None."""
-        before = self.gammas(initial=True), self.seed
         self.keep()
-        kept = self._kept
         load()
-        self._kept = kept
-        self.fill()
-        for group in self._base.param_groups if own else ():
-            group.update(rwp_seed=own["seed"], rwp_windows=own["windows"])  # type: ignore[index]
-        for name, old, new in zip(
-            ("rwp_gamma", "rwp_seed"), before, (self.gammas(initial=True), self.seed), strict=True
-        ):
-            if old != new:
-                logger.warning("the checkpoint's %s, %s, takes the place of %s, given at construction", name, new, old)
+        self.fill()  # for a base without hooks
+        if own is not None:
+            _tell("rwp_seed", self.seed, own["seed"])
+            for group in self._base.param_groups:
+                group.update(rwp_seed=own["seed"], rwp_windows=own["windows"])
 
     def targets(
         self, named: Iterable[tuple[str, nn.Parameter]], noise_1d: bool, frozen: bool
@@ -165,11 +167,10 @@ def layout_of(weight: Tensor) -> tuple[Any, ...]:
     return weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
 
 
-def check(name: str, value: Any, kind: type, valid: Callable[[Any], bool], valid_range: str) -> None:
-    """Raise ValueError by name where a value is of another kind or out of range."""
-    if not (isinstance(value, kind) and valid(value)):
-        raise ValueError(f"{name}={value!r} is out of range: it has to be {valid_range}")
-
-
 def _plain(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def _tell(name: str, before: Any, now: Any) -> None:
+    if before != now:
+        logger.warning("the checkpoint's %s, %s, takes the place of %s, given at construction", name, now, before)

@@ -21,12 +21,13 @@ import torch.distributed as dist
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
-from hf_rwp.core import noise as _noise
 from hf_rwp.core import registry
 from hf_rwp.core.buffers import unexpanded
+from hf_rwp.core.checks import check
 from hf_rwp.core.damping import Damping
-from hf_rwp.core.groups import Groups, check
+from hf_rwp.core.groups import Groups
 from hf_rwp.core.hooks import in_backward
+from hf_rwp.core.noise import DEFAULT_GAMMA
 from hf_rwp.core.passes import Passes, State
 from hf_rwp.core.perturbation import Perturbation
 from hf_rwp.core.placement import Role
@@ -36,6 +37,7 @@ from hf_rwp.core.sharding import (
     broadcast,
     innermost,
     refuse_lone_processes,
+    refuse_quantized,
     refuse_unsupported,
     replicas_of,
 )
@@ -79,10 +81,9 @@ class RWP(OptimizerWrapper):
 
     `eval()` disarms it and leaves clean weights, also after an interrupt or an error in a backward pass; `train()` arms
     it; a new one is armed. Wrapping a model again retires the earlier wrapper. One on a model that shares parameters
-    with
-    this one is refused: for two optimizers over one model wrap one of them, with the other's parameters in it as a
-    group of lr=0, and step the other one after it. A loss with weights of its own outside the model (proxies, a memory
-    bank) gets the mix for the model's weights, and an ordinary gradient for its own.
+    with this one is refused: for two optimizers over one model wrap one of them, with the other's parameters in it as
+    a group of lr=0, and step the other one after it. A loss with weights of its own outside the model (proxies, a
+    memory bank) gets the mix for the model's weights, and an ordinary gradient for its own.
 
     `step` takes a closure that runs one forward and one backward pass, as Lightning's and Composer's do. A forward pass
     inside a backward pass (cached contrastive losses such as GradCache; checkpointing of the whole model) is refused:
@@ -121,34 +122,23 @@ class RWP(OptimizerWrapper):
             raise TypeError(
                 f"RWP needs the module that it is to perturb and got {type(model).__name__}: RWP(base, model)"
             )
-        if noise not in _noise.MODES:
-            raise ValueError(f"noise={noise!r} is no mode of noise: choose one of {', '.join(_noise.MODES)}")
-        gamma = _noise.DEFAULT_GAMMA[noise] if gamma is None else gamma
-        check("gamma", gamma, Real, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
-        check("alpha", alpha, Real, lambda value: 0 <= value <= 1, "a number in [0, 1]")
-        check("seed", seed, Integral, lambda value: -(2**63) <= value < 2**63, "an integer of 64 bits")
-        if accumulation_steps is not None:
-            check("accumulation_steps", accumulation_steps, Integral, lambda value: value >= 1, "an integer from 1 on")
-        check("eta", eta, Real, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
-        check("beta", beta, Real, lambda value: 0 <= value < 1, "a number in [0, 1)")
         super().__init__(optimizer)
         self.model = innermost(model)
         refuse_lone_processes()
         refuse_unsupported(self.model.parameters())
         if frozen:
-            _refuse_quantized(self.model)
+            refuse_quantized(self.model)
         registry.refuse_overlap(self.model)
         # All that changes later is in objects that are never replaced: Lightning Fabric copies this __dict__.
         self._options = Options(alpha, noise, noise_1d, frozen, antithetic, accumulation_steps, process_group)
+        self._damping, perturbation = Damping(eta, beta), Perturbation()
+        gamma = DEFAULT_GAMMA[noise] if gamma is None else gamma
         self._groups = Groups(optimizer, self.model, gamma, seed, registry.windows_of(self.model))
-        self._damping, self._report, perturbation = (
-            Damping(eta, beta),
-            Report(before=self._groups.windows),
-            Perturbation(),
-        )
+        self._report = Report(before=self._groups.windows)
         parts = self._options, self._groups, self._damping, self._report, perturbation
         self._windows = Windows(self.model, *parts)
         self._passes = Passes(self.model, self._windows, perturbation)
+        self._tell_of_steps(self._windows.stepped)
         # A wrapper that goes while a micro-step is open leaves its model as it was.
         weakref.finalize(self, self._passes.remove).atexit = False
         registry.claim(self._passes, self.model)
@@ -215,8 +205,7 @@ class RWP(OptimizerWrapper):
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._raise_if_removed()
         suspended = self._passes.suspend()
-        if self._passes.micro_step is None:
-            self._windows.end()  # after an overflow GradScaler skips `step`, and the window is over all the same
+        self._windows.zeroed(self._passes.pending)
         super().zero_grad(set_to_none)
         if suspended:
             self._passes.resume()  # many loops zero between the forward and the backward pass
@@ -233,10 +222,10 @@ class RWP(OptimizerWrapper):
             self._settle()
             result = self.base.step()
         else:
+            if not self.active:
+                self._passes.settle()
             result = self._step_once(closure, self._settle) if self.active else self.base.step(closure)
-        self._damping.commit()
-        self._windows.plain = False
-        self._windows.end()
+        self._windows.stepped()
         return result
 
     def begin_window(self, micro_steps: int, shares: tuple[float, float] | None = None) -> None:
@@ -327,13 +316,4 @@ class RWP(OptimizerWrapper):
             raise RuntimeError(
                 "this RWP wrapper is no longer on its model: a newer RWP took over, or remove() was called. Use the "
                 "newer one, or wrap the model again"
-            )
-
-
-def _refuse_quantized(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if not (parameter.requires_grad or parameter.is_floating_point()):
-            raise NotImplementedError(
-                f"frozen=True is to perturb {name}, which is of {parameter.dtype}: Gaussian noise needs floating-point "
-                "weights. Load the base weights unquantized (bfloat16), or leave frozen=False to perturb the others"
             )

@@ -63,6 +63,11 @@ class Passes:
             self._handles.append(module.register_state_dict_pre_hook(Hook(self.suspend)))
             self._handles.append(module.register_load_state_dict_pre_hook(Hook(self.close)))
 
+    @property
+    def pending(self) -> bool:
+        """Whether a backward pass is to come."""
+        return self.micro_step is not None and self.micro_step.stage is Stage.PENDING
+
     def suspend(self, *_: Any) -> bool:
         """Make the weights clean until the backward pass, or `resume`; whether there was noise in them."""
         if self.micro_step is not None and self.micro_step.stage is Stage.BACKWARD and not in_backward():
@@ -97,7 +102,7 @@ class Passes:
         if not self._trains(module):
             if self.suspend():
                 self._entries[-1] = _Entry.SUSPENDED
-        elif self.micro_step is not None and self.micro_step.stage is Stage.PENDING and not in_backward():
+        elif self.pending and not in_backward() and not self._windows.stale:
             self._entries[-1] = _Entry.JOINED
             self._perturbation.resume()
         else:

@@ -10,6 +10,8 @@
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -17,10 +19,11 @@ from torch import Tensor, nn
 from hf_rwp.core import registry
 from hf_rwp.core.accumulation import Accumulation
 from hf_rwp.core.buffers import guarded_buffers
+from hf_rwp.core.checks import check
 from hf_rwp.core.damping import Damping
 from hf_rwp.core.draws import Target
 from hf_rwp.core.groups import Groups
-from hf_rwp.core.noise import noise_seeds, std_factor
+from hf_rwp.core.noise import MODES, noise_seeds, std_factor
 from hf_rwp.core.perturbation import Perturbation
 from hf_rwp.core.placement import Role, antithetic, role
 from hf_rwp.core.report import Report
@@ -50,6 +53,14 @@ class Options:
     accumulation_steps: int | None
     process_group: dist.ProcessGroup | None
 
+    def __post_init__(self) -> None:
+        check("alpha", self.alpha, Real, lambda value: 0 <= value <= 1, "a number in [0, 1]")
+        if self.mode not in MODES:
+            raise ValueError(f"noise={self.mode!r} is no mode of noise: choose one of {', '.join(MODES)}")
+        steps = self.accumulation_steps
+        if steps is not None:
+            check("accumulation_steps", steps, Integral, lambda value: value >= 1, "an integer from 1 on")
+
 
 @dataclass
 class Window:
@@ -71,7 +82,9 @@ class Windows:
     """The window that is open, and what is known of the next one.
 
     announced: its length and shares, once. replicas: of the latest window. plain: whether a forward pass since the last
-    step was the base optimizer's own. early: windows in a row that ended after one gradient where more were due.
+    step was the base optimizer's own. stale: whether the window's gradients were zeroed with a backward pass still to
+    come; if a forward pass comes instead, a new window begins. early: windows in a row that ended after one gradient
+    where more were due.
     """
 
     model: nn.Module
@@ -84,6 +97,7 @@ class Windows:
     announced: tuple[int, Shares | None] | None = None
     replicas: Replicas | None = None
     plain: bool = False
+    stale: bool = False
     early: int = 0
     accumulation: Accumulation = field(default_factory=Accumulation)
     warned: set[str] = field(default_factory=set)
@@ -96,6 +110,8 @@ class Windows:
     def begin(self, module: nn.Module) -> Role | None:
         """Begin a micro-step, its noise in the weights; None: an ordinary one. module: that is called."""
         self.accumulation.advance()
+        if self.stale:
+            self.end()
         window, alpha = self.current, self.options.alpha
         if window is None or not 0 < window.completed < window.length:
             if window is not None and window.completed and alpha < 1 and window.replicas.count == 1:
@@ -128,13 +144,27 @@ class Windows:
         self.report.slots["perturbed" if this.perturbed else "clean"] += 1
         if self.current is not None:
             self.current.completed += 1
+        self.stale = False
 
     def end(self) -> None:
         """End the open window, if there is one; it counts if it had a gradient."""
-        window, self.current = self.current, None
+        window, self.current, self.stale = self.current, None, False
         if window is not None and window.completed:
             self.groups.windows = window.number
             registry.count_windows(self.model, window.number)
+
+    def stepped(self, *_: Any) -> None:
+        """The base has stepped: called ahead of users' hooks on it, who may save. As often as you like."""
+        self.damping.commit()
+        self.plain = False
+        self.end()
+
+    def zeroed(self, pending: bool) -> None:
+        """Gradients were zeroed. pending: between a forward and its backward pass, if that is still to come."""
+        if pending:
+            self.stale = self.current is not None and self.current.completed > 0
+        else:
+            self.end()  # after an overflow GradScaler skips `step`, and the window is over all the same
 
     def discard(self) -> None:
         """End the open window, which does not count: other counters were loaded."""

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from hf_rwp.core.hooks import Hook
+
 
 class OptimizerWrapper(torch.optim.Optimizer):
     """Passes everything on to `base`; a subclass changes what it has to."""
@@ -66,6 +68,13 @@ class OptimizerWrapper(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.base.zero_grad(set_to_none)
+
+    def _tell_of_steps(self, method: Callable[..., None]) -> None:
+        """Call `method`, held weakly, when the base has stepped, ahead of all other hooks on it."""
+        hooks = getattr(self.base, "_optimizer_step_post_hooks", None)
+        if hooks is not None:  # not where a base never called Optimizer.__init__
+            handle = self.base.register_step_post_hook(Hook(method))
+            hooks.move_to_end(handle.id, last=False)
 
     def _step_once(self, closure: Callable[[], Any], then: Callable[[], None]) -> Any:
         """Step with a closure and call `then` after it, ahead of the step itself.

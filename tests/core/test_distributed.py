@@ -21,12 +21,10 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from distributed import run
+from distributed import Collectives, run
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -584,7 +582,8 @@ def test_clean_passes_alone_update_batch_norm_where_they_reach_all_replicas(wiri
             seen, (x, _) = window.seen[0], window.batches[0]
             features = x @ seen["first.weight"].T + seen["first.bias"]
             learned = running_statistics(buffers, features)
-            of_rank[rank] = learned if updates else buffers | {"norm.num_batches_tracked": learned["norm.num_batches_tracked"]}
+            counter = "norm.num_batches_tracked"
+            of_rank[rank] = learned if updates else buffers | {counter: learned[counter]}
             torch.testing.assert_close(window.buffers, of_rank[rank], rtol=1e-12, atol=1e-14)
 
 
@@ -640,19 +639,6 @@ def test_sync_buffers_makes_batch_norm_equal_after_training(broadcast, order):
 
 
 # Guarantee 9: no collective more than the base run's.
-
-
-class Collectives(TorchDispatchMode):
-    """Counts the operations of torch.distributed, DDP's own included, by name and shapes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.namespace == "c10d":
-            self.counts[f"{function} {[tuple(t.shape) for t in tree_leaves(args) if isinstance(t, Tensor)]}"] += 1
-        return function(*args, **(kwargs or {}))
 
 
 def collectives(case: Case, wrapped: bool) -> Counter[str]:

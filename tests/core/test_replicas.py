@@ -1,7 +1,7 @@
 """What a replica is: whoever holds a whole copy of the weights and has its gradients averaged with the others'.
 
-Not the rank of the world: DDP over a part of the ranks, processes that train by themselves, launchers that start processes
-that do not know of each other; and buffers that others combine.
+Not the rank of the world: DDP over a part of the ranks, processes that train by themselves, launchers that start
+processes that do not know of each other; and buffers that others combine.
 """
 
 import contextlib
@@ -139,11 +139,11 @@ def never_synchronized(how: str) -> None:
     clean = reference.snapshot(net)
     if how == "LocalSGD":
         accelerator = Accelerator(cpu=True)
-        optimizer = wrap(net)
-        model, prepared = accelerator.prepare(net, optimizer)
-        with LocalSGD(accelerator=accelerator, model=model, local_sgd_steps=4), pytest.raises(RuntimeError) as raised:
+        model, prepared = accelerator.prepare(net, wrap(net))
+        with LocalSGD(accelerator=accelerator, model=model, local_sgd_steps=4):
             mse_loss(model(batch(0)[0]), batch(0)[1]).backward()
-            prepared.step()
+            with pytest.raises(RuntimeError) as raised:
+                prepared.step()
     else:
         optimizer = wrap(net, accumulation_steps=2)
         model = DistributedDataParallel(net)
@@ -190,8 +190,8 @@ def launched(monkeypatch):
 @pytest.mark.usefixtures("launched")
 def test_processes_that_would_train_alone_are_refused():
     net = network()
+    optimizer = wrap(net, alpha=1.0)  # Accelerate has not looked yet: a process group might still come
     with pytest.raises(RuntimeError, match=r"2 processes were launched.*ACCELERATE_USE_CPU=true"):
-        optimizer = wrap(net, alpha=1.0)  # Accelerate has not looked yet: no process group might still come
         net(torch.ones(1, 6).double())
     optimizer.remove()
     PartialState._shared_state["num_processes"] = 1
