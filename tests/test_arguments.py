@@ -28,7 +28,7 @@ def test_options_are_those_of_the_wrapper_with_its_defaults():
     for name, value in RWPArguments().rwp_options.items():
         assert parameters[name].default == value, name
     keywords = {name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
-    assert keywords - set(RWPArguments().rwp_options) == {"accumulation_steps"}
+    assert keywords - set(RWPArguments().rwp_options) == {"accumulation_steps", "process_group"}
 
 
 def test_gamma_factor_is_the_schedule_of_the_flags():

@@ -67,7 +67,7 @@ def test_the_terms_are_equal(compare, tmp_path, capsys):
         assert record["history"][-1]["epoch"] == pytest.approx(record["steps"] * record["images_per_step"] / 100)
         assert record["history"][-1]["top1"] == record["top1"]
         if "rwp" in name:
-            steps = record["steps"]
+            steps = record["steps"] * (2 if name == "rwp_antithetic" else 1)  # two perturbed gradients for a pair
             slots = {"clean": 0, "perturbed": steps} if name == "rwp_1x" else {"clean": steps, "perturbed": steps}
             assert record["rwp"]["slots"] == slots
             assert record["rwp"]["relative_noise"]["largest"]["size"] > 0

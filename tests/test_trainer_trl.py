@@ -109,7 +109,9 @@ def test_lora_perturbs_the_adapters_and_on_demand_the_base_which_is_bit_equal_af
         assert_gradient(step, expected, rtol=1e-3, atol=1e-6)
     for name, weight in snapshot(trainer.model).items():
         if is_adapter(name):
-            assert not torch.equal(weight, steps[0].clean[name])
+            assert steps[-1].gradient[name].any()
+            if "lora_B" in name:  # a first step of lora_A may be too small to show
+                assert not torch.equal(weight, steps[0].clean[name])
         else:
             assert torch.equal(weight, base[name.replace("base_model.model.", "", 1).replace("base_layer.", "")])
     saved = load_file(tmp_path / "checkpoint-1/adapter_model.safetensors")
