@@ -56,7 +56,7 @@ def test_the_terms_are_equal(compare, tmp_path, capsys):
     assert len(found) == len(records) == 2 * len(compare.METHODS)
     for (protocol, name), record in found.items():
         passes = {"sam": 2, "asam": 2, "sam10": 1.1}.get(name, 1)
-        halves = name in ("rwp", "arwp", "rwp_normalized")
+        halves = name in ("rwp", "arwp", "rwp_antithetic", "rwp_normalized")
         assert record["images_per_step"] == (40 if protocol == "gradients" and halves else 20)
         if protocol == "images":
             assert record["steps"] == STEPS

@@ -224,7 +224,7 @@ def test_sigterm_in_the_last_step_of_an_epoch_saves_before_evaluation(recipe, mo
     original = recipe.RWP.step
 
     def step(self, *arguments):
-        if self.state_dict()["rwp"]["windows"] in (3, 6):
+        if self.report()["windows"] in (3, 6):
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *arguments)
 
