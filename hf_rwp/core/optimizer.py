@@ -80,14 +80,12 @@ class RWP(OptimizerWrapper):
     gradients. On one, the micro-steps of a window alternate, so a step needs two or more of them.
 
     `eval()` disarms it and leaves clean weights, also after an interrupt or an error in a backward pass; `train()` arms
-    it; a new one is armed. Wrapping a model again retires the earlier wrapper. One on a model that shares parameters
-    with this one is refused: for two optimizers over one model wrap one of them, with the other's parameters in it as
-    a group of lr=0, and step the other one after it. A loss with weights of its own outside the model (proxies, a
-    memory bank) gets the mix for the model's weights, and an ordinary gradient for its own.
+    it; a new one is armed. Wrapping a model again retires the earlier wrapper; wrapping one that shares parameters with
+    it is refused. For two optimizers over one model wrap one of them, with the other's parameters in it as a group of
+    lr=0, and step the other one after it. A loss's own weights outside the model (proxies) get an ordinary gradient.
 
-    `step` takes a closure that runs one forward and one backward pass, as Lightning's and Composer's do. A forward pass
-    inside a backward pass (cached contrastive losses such as GradCache; checkpointing of the whole model) is refused:
-    take the plain loss, or checkpoint the layers.
+    `step` takes a closure that runs one forward and one backward pass, as Lightning's does. A forward pass inside a
+    backward pass (GradCache; checkpointing of the whole model) is refused: take the plain loss, or checkpoint layers.
 
     Raises ValueError for a value out of range, for optimizer parameters that the model does not have and for a model
     that shares some with another wrapper's; NotImplementedError under FSDP, DeepSpeed, DataParallel, tensor parallelism
@@ -119,9 +117,7 @@ class RWP(OptimizerWrapper):
                 "once, before accelerator.prepare"
             )
         if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"RWP needs the module that it is to perturb and got {type(model).__name__}: RWP(base, model)"
-            )
+            raise TypeError(f"RWP needs the module to perturb and got {type(model).__name__}: RWP(base, model)")
         super().__init__(optimizer)
         self.model = innermost(model)
         refuse_lone_processes()
@@ -135,8 +131,8 @@ class RWP(OptimizerWrapper):
         gamma = DEFAULT_GAMMA[noise] if gamma is None else gamma
         self._groups = Groups(optimizer, self.model, gamma, seed, registry.windows_of(self.model))
         self._report = Report(before=self._groups.windows)
-        parts = self._options, self._groups, self._damping, self._report, perturbation
-        self._windows = Windows(self.model, *parts)
+        parts = self.model, self._options, self._groups, self._damping, self._report
+        self._windows = Windows(*parts, perturbation)
         self._passes = Passes(self.model, self._windows, perturbation)
         self._tell_of_steps(self._windows.stepped)
         # A wrapper that goes while a micro-step is open leaves its model as it was.
@@ -194,10 +190,8 @@ class RWP(OptimizerWrapper):
         super().eval()
 
     def disarm(self) -> None:
-        """End it all, after training or whatever cut it off: clean weights, no micro-step left open, until `train`.
-
-        Unlike `eval()` it gives up a backward pass that is to come, and leaves alone a base that speaks that protocol.
-        """
+        """End it all, after training or whatever cut it off. Unlike `eval()` it gives up a backward pass that is to come,
+        and leaves alone a base that speaks that protocol."""
         self._passes.close()
         self._windows.end()
         self._disarm()
