@@ -190,8 +190,8 @@ class RWP(OptimizerWrapper):
         super().eval()
 
     def disarm(self) -> None:
-        """End it all, after training or whatever cut it off. Unlike `eval()` it gives up a backward pass that is to come and
-        and leaves alone a base that speaks that protocol."""
+        """End it all, after training or whatever cut it off. Unlike `eval()` it gives up a backward pass that is to
+        come, and leaves alone a base that speaks that protocol."""
         self._passes.close()
         self._windows.end()
         self._disarm()
