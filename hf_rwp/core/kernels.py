@@ -72,7 +72,7 @@ def supports(block: Block) -> bool:
     """Whether the kernels can take `block`: on a GPU, in float32, bfloat16 or float16, not empty, no subclass.
 
     In memory its filters, or its part of them, are dense and follow one another: contiguous, or channels_last with
-    whole filters. It has less than 2^31 - 2^16 elements, and the whole weight at most 2^34. (Where Triton interprets,
+    whole filters. It has at most 2^31 - 2^16 elements, and the whole weight 2^34. (Where Triton interprets,
     TRITON_INTERPRET=1, it is on a CPU instead.)
     """
     memory = block.memory
@@ -126,11 +126,11 @@ def filter_norms(plan: Plan) -> list[Tensor]:
 def add_noise_(plan: Plan, stds: Sequence[Tensor], seeds: Sequence[int]) -> None:
     """Add Gaussian noise to every block in place: the sum is rounded once, to the weight's dtype.
 
-    stds: of the filters in each block, (rows,), best in float32. seeds: of each weight, in [0, 2^64). Raises ValueError
-    where their number is not the plan's.
+    stds: of the filters in each block, (rows,); float32 saves a copy. seeds: of each weight, in [0, 2^64). Raises
+    ValueError where their counts are not the plan's.
     """
     if not len(plan.memories) == len(stds) == len(seeds):
-        raise ValueError(f"{len(plan.memories)} blocks, {len(stds)} stds and {len(seeds)} seeds: must be one of each")
+        raise ValueError(f"{len(plan.memories)} blocks, {len(stds)} stds and {len(seeds)} seeds: counts must match")
     for group in plan.groups:
         members, device = group.members, group.device
         dense = [_dense(stds[member], rows, device) for member, rows in zip(members, group.norms, strict=False)]
@@ -171,8 +171,7 @@ def _norms_kernel(addresses, geometry, programs, norms, DTYPE: constexpr, ALIGNM
     member = tl.load(programs + 2 * tl.program_id(0))
     piece = tl.load(programs + 2 * tl.program_id(0) + 1)
     memory = tl.multiple_of(tl.load(addresses + member).to(tl.pointer_type(DTYPE)), ALIGNMENT)
-    numel = tl.load(geometry + 8 * member).to(tl.int32)
-    length = tl.load(geometry + 8 * member + 1).to(tl.int32)
+    numel, length = tl.load(geometry + 8 * member).to(tl.int32), tl.load(geometry + 8 * member + 1).to(tl.int32)
     norms += tl.load(geometry + 8 * member + 2) + piece
     if length <= _SHORT:
         _write_norms(memory + piece * length, numel // length - piece, length, norms, _ROWS, _SHORT)
@@ -208,10 +207,8 @@ def _noise_kernel(addresses, call, geometry, programs, DTYPE: constexpr, ALIGNME
     std = tl.load(call + 2 * member).to(tl.pointer_type(tl.float32))
     seed = tl.load(call + 2 * member + 1)
     geometry += 8 * member
-    numel = tl.load(geometry).to(tl.int32)
-    start = tl.load(geometry + 3)
     if LAYOUT == "cut":
-        _add_to_cut(memory, std, seed, block * (4 * _GROUP), numel, start, geometry)
+        _add_to_cut(memory, std, seed, block * (4 * _GROUP), geometry)
     else:
         within = tl.arange(0, _GROUP)
         if LAYOUT == "channels_last":
@@ -219,7 +216,8 @@ def _noise_kernel(addresses, call, geometry, programs, DTYPE: constexpr, ALIGNME
             positions, run = tl.load(geometry + 6).to(tl.int32), tl.load(geometry + 7).to(tl.int32)
             within = (within * positions + within // run) & (_GROUP - 1)  # a permutation
         normals = tl.randn4x(seed, block.to(tl.uint32) * _GROUP + within)
-        begin = (block.to(tl.int64) * (4 * _GROUP) - start).to(tl.int32)  # below 0 where it is ahead of the memory
+        numel = tl.load(geometry).to(tl.int32)  # not sooner: the draw leaves few registers
+        begin = (block.to(tl.int64) * (4 * _GROUP) - tl.load(geometry + 3)).to(tl.int32)  # below 0: ahead of the memory
         if (numel | begin) % 8 == 0:  # Triton sees multiples of 8, and loads and stores vectors
             _add_normals(memory, std, normals, begin // 8 * 8 + within, numel // 8 * 8, geometry, LAYOUT)
         else:
@@ -245,10 +243,10 @@ def _add_normals(memory, std, normals, index, numel, geometry, LAYOUT: constexpr
 
 
 @triton.jit
-def _add_to_cut(memory, std, seed, begin, numel, start, geometry):
+def _add_to_cut(memory, std, seed, begin, geometry):
     """Add std * normal to 4 * GROUP elements from `begin` on, each with a counter of its own."""
-    columns = tl.load(geometry + 1).to(tl.uint32)
-    length = tl.load(geometry + 4)
+    numel, columns = tl.load(geometry).to(tl.int32), tl.load(geometry + 1).to(tl.uint32)
+    start, length = tl.load(geometry + 3), tl.load(geometry + 4)
     for first in range(begin, tl.minimum(begin + 4 * _GROUP, numel), _GROUP):
         index = first + tl.arange(0, _GROUP)
         which = index.to(tl.uint32) // columns
@@ -292,12 +290,8 @@ def _group(device: torch.device, dtype: torch.dtype, layout: str, members: list[
         noise_programs.append(np.arange(begin // tile, -(-end // tile)))
     addresses = [block.memory.data_ptr() for block in blocks]
     alignment = dtype.itemsize if functools.reduce(operator.or_, addresses) % 16 else 16
-    tables = (
-        np.array(addresses, np.uint64),
-        np.array(geometry, np.int64),
-        _programs(norm_programs),
-        _programs(noise_programs),
-    )
+    programs = _programs(norm_programs), _programs(noise_programs)
+    tables = np.array(addresses, np.uint64), np.array(geometry, np.int64), *programs
     sent = [torch.from_numpy(table).to(device) for table in tables]
     return _Group(device, dtype, layout, members, alignment, norms, long, *sent)
 

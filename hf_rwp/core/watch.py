@@ -27,11 +27,12 @@ class Writes:
         self._comparisons, self._compares = COMPARISONS, False  # left, and whether this is one
         self._open = False  # whether writes may have gone unnoticed
         self._drawn: tuple[Sequence[Target], Sequence[Tensor], Sequence[int]] = [], [], []
-        self._versions: list[int | None] = []  # with their noise; None: not to be looked at
+        self._versions: list[int] = []  # of the targets' weights, with their noise
+        self._others: set[int] = set()  # indices of weights whose clean values are others than the noise was added to
 
     def begin(self, targets: Sequence[Target], stds: Sequence[Tensor], seeds: Sequence[int]) -> None:
         """Noise is in the targets' weights now, and nothing else has happened."""
-        self.found, self._drawn = [], (targets, stds, seeds)
+        self.found, self._drawn, self._others = [], (targets, stds, seeds), set()
         self._versions = [target.weight._version for target in targets]
         self._compares, self._comparisons = self._comparisons > 0, self._comparisons - 1
         self._open = True
@@ -41,11 +42,13 @@ class Writes:
 
         clean: the weights' clean values, in the same order, and perhaps more.
         """
-        for target, std, seed, version, own in zip(*self._drawn, self._versions, clean, strict=False):
-            if not self._open:
-                break
+        drawn = zip(*self._drawn, self._versions, clean, strict=False) if self._open else ()
+        for index, (target, std, seed, version, own) in enumerate(drawn):
             weight = target.weight
-            if version is None or (weight._version == version and not self._compares):
+            if weight._version == version and not self._compares:
+                continue
+            if index in self._others:  # nothing to compare with
+                self.found.append(target.name)
                 continue
             if own.shape != weight.shape:
                 continue  # another failure, which is told by name
@@ -61,7 +64,8 @@ class Writes:
     def resumed(self) -> None:
         """The noise was suspended, when weights may be written to, and is there again."""
         now = [target.weight._version for target in self._drawn[0]]
-        self._versions = [old if old == new else None for old, new in zip(self._versions, now, strict=True)]
+        self._others |= {index for index, version in enumerate(now) if version != self._versions[index]}
+        self._versions = now
         self._compares, self._open = False, True
 
     def end(self) -> list[str]:

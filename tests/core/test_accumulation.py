@@ -45,6 +45,11 @@ class SizedStream(Stream):
         return self.count
 
 
+def no_accelerate():
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
 @dataclass
 class Window:
     """said: the length that `Accumulation` gave. epoch, batch: where it began. micro_steps: that it had in the end."""
@@ -59,8 +64,7 @@ class Loop:
     """A training loop that writes down its windows."""
 
     def __init__(self, steps, kind="map", **options):
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+        no_accelerate()
         data = DataLoaderConfiguration(
             dispatch_batches=kind == "dispatched", use_stateful_dataloader=kind == "stateful"
         )
@@ -230,16 +234,22 @@ def test_epochs_left_early_are_exact_but_for_windows_that_would_have_reached_the
 
 
 @pytest.mark.parametrize("used", range(1, 8))
-def test_an_iterator_that_is_kept_half_used_does_not_count(used):
+@pytest.mark.parametrize("before", [True, False])
+def test_an_iterator_that_is_kept_half_used_does_not_count_from_the_first_window_on(used, before):
     loop = Loop(3)
     loader = loop.loader(8)
-    sample = iter(loader)
-    for _ in range(used):
-        next(sample)
-    gc.collect()  # the two are in one generation now, in no order
-    passes = [iter(loader) for _ in range(3)]
-    for skip, a_pass in zip([(), (0, 1), ()], passes, strict=True):
-        loop.train(a_pass, 1, skip)
+    iterators = [iter(loader) for _ in range(2)]
+    sample, first = iterators if before else reversed(iterators)
+    loop.epoch = 0
+    for index, _ in enumerate(first):
+        if index == 0:
+            for _ in range(used):
+                next(sample)
+            gc.collect()  # the two are in one generation now
+        loop.micro_step(index)
+        gc.collect()
+    for skip in [(0, 1), ()]:
+        loop.train(loader, 1, skip)
         gc.collect()
     assert not loop.wrong(lambda window: (window.epoch, window.batch) != (0, 0))
 
@@ -433,6 +443,7 @@ def test_two_ranks_are_exact(kind, loader):
 
 
 def test_without_accelerate_every_window_is_one_micro_step():
+    no_accelerate()
     accumulation = Accumulation()
     accumulation.advance()
     assert (accumulation.steps, accumulation.length) == (1, 1)

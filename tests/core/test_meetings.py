@@ -170,6 +170,22 @@ def test_a_write_that_an_evaluation_in_between_would_hide_is_said_all_the_same()
     optimizer.remove()
 
 
+def test_a_write_after_one_between_the_passes_is_said_too_and_that_one_is_kept():
+    model = network()
+    optimizer = wrap(model)
+    for _ in range(3):  # beyond the passes in which every weight is compared
+        train(model, optimizer)
+    loss = model(inputs()[0]).sum()
+    optimizer.eval()
+    nn.init.constant_(model[0].weight, 2.0)  # as a framework that swaps weights for an evaluation
+    optimizer.train()
+    model[0].weight.register_post_accumulate_grad_hook(clamp)
+    with pytest.raises(RuntimeError, match=r"0\.weight"):
+        loss.backward()
+    assert (model[0].weight == 2).all()
+    optimizer.remove()
+
+
 def test_a_write_in_a_pass_that_is_given_up_is_warned_of(caplog):
     model = Writing(clamp)
     optimizer = wrap(model)
@@ -281,6 +297,29 @@ def test_a_new_wrapper_on_a_model_draws_other_noise_and_a_run_repeats_itself():
     for number, eps in enumerate(drawn):
         assert all(not torch.equal(eps["0.weight"], other["0.weight"]) for other in drawn[:number])
     assert all(map(same, drawn, rounds(network())))
+
+
+def test_a_window_without_a_gradient_does_not_count():
+    model = network()
+    optimizer = wrap(model)
+    for give_up in (optimizer.disarm, lambda: optimizer.begin_window(1), optimizer.step):
+        optimizer.train()
+        model(inputs()[0])
+        give_up()
+        assert optimizer.state_dict()["rwp"]["windows"] == 0
+
+
+def test_a_wrapper_that_only_a_cycle_holds_is_no_overlap():
+    encoder = network()
+    gc.disable()
+    try:
+        held = wrap(Coder(encoder))
+        held.itself = held
+        del held
+        other = Coder(encoder)
+        train(other, wrap(other))
+    finally:
+        gc.enable()
 
 
 # Copies between a forward and its backward pass.
