@@ -48,7 +48,7 @@ class Writes:
             if weight._version == version and not self._compares:
                 continue
             if index in self._others:  # nothing to compare with
-                self.found.append(target.name)
+                self.found += [target.name] if target.name not in self.found else []
                 continue
             if own.shape != weight.shape:
                 continue  # another failure, which is told by name
