@@ -52,13 +52,13 @@ class Writes:
                 continue
             if own.shape != weight.shape:
                 continue  # another failure, which is told by name
-            twin = own.new_empty_strided(
-                weight.shape, weight.stride()
-            )  # in other strides sums may be rounded otherwise
-            twin.copy_(own)
+            # Of the same strides: in others sums may be rounded otherwise.
+            twin = own.new_empty_strided(weight.shape, weight.stride()).copy_(own)
             draws.repeat_(target._replace(weight=twin, block=block_of(twin)), std, seed)
             if not torch.equal(_bits(twin), _bits(weight)) and target.name not in self.found:
                 self.found.append(target.name)
+        if self._open:  # writes so far are judged: only those between `look` and `resumed` replace the clean values
+            self._versions = [target.weight._version for target in self._drawn[0]]
         self._open = False
 
     def resumed(self) -> None:

@@ -233,10 +233,11 @@ def test_epochs_left_early_are_exact_but_for_windows_that_would_have_reached_the
             assert window.said == window.micro_steps or broken_off, (steps, batches, stop)
 
 
-@pytest.mark.parametrize("used", range(1, 8))
+@pytest.mark.parametrize("used", [1, 2, 6, 7])
 @pytest.mark.parametrize("before", [True, False])
-def test_an_iterator_that_is_kept_half_used_does_not_count_from_the_first_window_on(used, before):
-    loop = Loop(3)
+@pytest.mark.parametrize("split", [1, 2])
+def test_an_iterator_that_is_kept_half_used_does_not_count_from_the_second_batch_on(used, before, split):
+    loop = Loop(5)
     loader = loop.loader(8)
     iterators = [iter(loader) for _ in range(2)]
     sample, first = iterators if before else reversed(iterators)
@@ -246,12 +247,25 @@ def test_an_iterator_that_is_kept_half_used_does_not_count_from_the_first_window
             for _ in range(used):
                 next(sample)
             gc.collect()  # the two are in one generation now
-        loop.micro_step(index)
-        gc.collect()
+        if index == 2 and used < 7:
+            next(sample)
+        for _ in range(split):
+            loop.micro_step(index)
+    gc.collect()
     for skip in [(0, 1), ()]:
-        loop.train(loader, 1, skip)
-        gc.collect()
+        loop.train(loader, split, skip)
     assert not loop.wrong(lambda window: (window.epoch, window.batch) != (0, 0))
+
+
+def test_an_iterator_that_did_not_begin_does_not_count():
+    loop = Loop(4)
+    loader = loop.loader(7)
+    for _ in loader:
+        gc.collect()
+        newer = iter(loader)
+        loop.micro_step()
+    assert not loop.wrong()
+    assert newer.gi_frame
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
@@ -352,7 +366,7 @@ def test_evaluation_in_the_middle_of_an_epoch_is_exact():
 @pytest.mark.parametrize("stop", range(3))
 def test_after_an_evaluation_left_by_break_windows_are_as_accelerates(stop):
     """It stays the active loader: left at its last batch (2) every micro-step ends a window, else no epoch ends one."""
-    for steps, batches, at in itertools.product([2, 3], [4, 5], range(3)):
+    for steps, batches, at in itertools.product([2, 5], [5, 9], range(2)):
         loop = evaluate_inside(steps, batches, at, stop)
         assert not [window for window in loop.wrong() if window.batch > at], (steps, batches, at)
 
@@ -360,13 +374,28 @@ def test_after_an_evaluation_left_by_break_windows_are_as_accelerates(stop):
 def test_a_pass_that_begins_where_an_evaluation_left_off_is_seen():
     """Broken off, evaluated in full and begun again: as many loaders are active as before."""
     loop = Loop(3)
-    loader, evaluation = loop.loader(7), loop.loader(2)
+    loader, evaluation = loop.loader(8), loop.loader(2)
     for _ in evaluation:
         break
     for stop in [3, None, 4, None]:
         loop.train(loader, 1, (), stop)
         list(evaluation)
     assert not loop.wrong(lambda window: window.epoch in (1, 3))
+
+
+def test_a_pass_that_begins_where_a_broken_off_evaluation_was_active_is_seen():
+    loop = Loop(3)
+    loader, evaluation = loop.loader(7), loop.loader(2)
+    for index, _ in enumerate(loader):
+        loop.micro_step(index)
+        if index == 1:
+            next(iter(evaluation))
+        if index == 3:
+            break
+    list(evaluation)
+    loop.epoch = 0
+    loop.train(loader)
+    assert not loop.wrong()
 
 
 def test_passes_over_another_loader_inside_an_epoch_are_exact_but_for_windows_they_come_in_between():
@@ -504,10 +533,13 @@ def test_the_garbage_collector_is_asked_once_a_pass(monkeypatch):
     assert asked.count(0) == 1
 
 
-def test_one_gradient_to_a_step_asks_nothing(monkeypatch):
+def test_the_garbage_collector_is_not_asked_where_one_gradient_makes_a_step_or_accelerate_has_no_loader(monkeypatch):
     monkeypatch.setattr(gc, "get_objects", None)
     loop = Loop(1)
     loop.train(loop.loader(3))
+    loop = Loop(3)
+    loop.train(DataLoader(range(6)))
+    loop.train(skip_first_batches(DataLoader(SizedStream(7)), 1))
     assert not loop.wrong()
 
 

@@ -392,6 +392,32 @@ def test_a_write_ahead_of_a_suspension_is_said_once_at_the_end():
         assert same(clones(weights), clean)
 
 
+def test_a_weight_that_is_written_to_twice_is_named_once():
+    weights, noisy = three("small"), Perturbation()
+    clean = clones(weights)
+    add(noisy, weights)
+    weights["b"].data.zero_()
+    noisy.suspend()
+    noisy.resume()
+    with torch.no_grad():
+        weights["b"].add_(1)
+    assert noisy.restore() == ["b"]
+    assert same(clones(weights), clean)
+
+
+def test_a_write_that_changes_nothing_is_none_on_either_side_of_a_suspension():
+    """As where a forward pass clamps, and checkpointing runs it again."""
+    weights, noisy = three("small"), Perturbation()
+    for seed in range(watch.COMPARISONS + 2):
+        add(noisy, weights, seed)
+        for method in (noisy.suspend, noisy.resume, noisy.restore):
+            with torch.no_grad():
+                if method != noisy.resume:
+                    weights["b"].clamp_(-1e9, 1e9)
+            found = method()
+        assert found == []
+
+
 def test_a_write_after_a_suspension_is_noticed():
     weights, noisy = three("small"), Perturbation()
     clean = clones(weights)
