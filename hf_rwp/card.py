@@ -19,17 +19,8 @@ PICTURES = {  # files that a card shows if its repository has them
 _METHODS = {"rwp": "Random Weight Perturbation", "sam": "sharpness-aware minimization (SAM)", "base": "plain training"}
 _METRICS = {"top1": "Top-1 accuracy", "top5": "Top-5 accuracy", "accuracy": "Accuracy"}
 _HYPER_PARAMETERS = (
-    *(
-        "rwp_noise",
-        "rwp_noise_1d",
-        "rwp_antithetic",
-        "rwp_schedule",
-        "rwp_growth",
-        "rwp_start",
-        "rwp_eta",
-        "rwp_beta",
-        "rwp_seed",
-    ),
+    *("rwp_noise", "rwp_noise_1d", "rwp_antithetic", "rwp_schedule", "rwp_growth", "rwp_start"),
+    *("rwp_eta", "rwp_beta", "rwp_seed"),
     *("sam_rho", "epochs", "num_train_epochs", "max_steps", "batch_size", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "aug_repeats", "opt", "optim", "lr", "learning_rate", "weight_decay", "momentum"),
     *("layer_decay", "clip_grad", "max_grad_norm", "sched", "lr_scheduler_type", "warmup_epochs", "warmup_steps"),

@@ -188,9 +188,11 @@ class Arguments(ImageArguments, RWPArguments):
         for name in ("methods", "protocols", "seeds", "lrs", "weight_decays", "strengths"):
             if len(set(getattr(self, name))) < max(1, len(getattr(self, name))):
                 raise ValueError(f"{name}={getattr(self, name)} has to hold one value or more, each once")
+        pairs = self.rwp_antithetic or "rwp_antithetic" in self.methods
         for name, valid, valid_range in (
             ("epochs", self.epochs >= 1, "at least 1"),
             ("batch_size", self.batch_size % 2 == 0 < self.batch_size, "even, for RWP to halve it, and above 0"),
+            ("batch_size", not pairs or self.batch_size % 4 == 0, "a multiple of 4, for antithetic pairs of halves"),
             ("rwp_start", self.rwp_start < 1, "below 1: without noise it is the method base"),
             ("test_images", self.test_images is None or self.test_images >= 1, "at least 1"),
             ("model_kwargs", isinstance(yaml.safe_load(self.model_kwargs), dict), "a mapping, {name: value}"),
@@ -379,6 +381,13 @@ def mixes(options: Mapping[str, Any]) -> bool:
     return bool(options) and options["alpha"] < 1
 
 
+def micro_steps(options: Mapping[str, Any], replicas: int) -> int:
+    """Gradients of a step on each replica: a clean and a perturbed one somewhere, and two of the latter for a pair."""
+    perturbed = max(1, replicas // 2) if mixes(options) else replicas
+    pairs = 2 if options.get("antithetic") and perturbed < 2 else 1
+    return pairs * (2 if mixes(options) and replicas == 1 else 1)
+
+
 def default_strength(args: Arguments, name: str) -> float | None:
     if METHODS[name].rwp == {}:
         return DEFAULT_GAMMA[args.rwp_noise] if args.rwp_gamma is None else args.rwp_gamma
@@ -463,8 +472,7 @@ class Training:
             filter_bias_and_bn=not args.weight_decay_1d,
         )
         self.rwp = self.sam = None
-        parts = (2 if mixes(self.options) else 1) * (2 if self.options.get("antithetic") else 1)
-        self.micro_steps = parts if accelerator.num_processes == 1 else 1
+        self.micro_steps = micro_steps(self.options, accelerator.num_processes)
         if self.options:
             own = {key: value for key, value in self.options.items() if key not in ("schedule", "growth", "start")}
             own |= {"gamma": settings["strength"], "accumulation_steps": self.micro_steps}

@@ -49,6 +49,22 @@ def weights(training):
     return torch.cat([value.detach().flatten().float() for value in training.module.state_dict().values()])
 
 
+@pytest.mark.parametrize(
+    ("alpha", "antithetic", "expected"),
+    [
+        (0.5, False, [2, 1, 1, 1, 1]),
+        (0.5, True, [4, 2, 2, 1, 1]),
+        (1.0, False, [1, 1, 1, 1, 1]),
+        (1.0, True, [2, 1, 1, 1, 1]),
+    ],
+)
+def test_a_step_has_the_gradients_that_its_mix_and_its_pairs_need(compare, alpha, antithetic, expected):
+    """Of 1 to 5 replicas, of which the odd ones are perturbed: with pairs at least two such gradients in all."""
+    options = {"alpha": alpha, "antithetic": antithetic}
+    assert [compare.micro_steps(options, replicas) for replicas in range(1, 6)] == expected
+    assert compare.micro_steps({}, 1) == 1
+
+
 def test_the_terms_are_equal(compare, tmp_path, capsys):
     """Steps, images and gradients of each method under two protocols, and what RWP really did."""
     records = start(compare, tmp_path, "--protocols", "images", "gradients", "--evaluations=1")

@@ -9,7 +9,6 @@ import functools
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -58,7 +57,7 @@ class Draws:
         seeds: Sequence[int],
         dampings: Sequence[Tensor | None] | None = None,
     ) -> list[Tensor]:
-        """Add noise to every target's weight in place; its standard deviation by filter, (rows,) for each.
+        """Add noise to every target's weight in place; the standard deviations by filter: (rows,) for each, or 0-dim.
 
         factors: what filters' norms are multiplied by, `noise.std_factor`; less than 0 for the opposite noise. seeds:
         `noise.noise_seeds`. dampings: `noise.arwp_damping`, (rows,) each.
@@ -109,7 +108,7 @@ class Draws:
                 small[kind][-1].append(index)
             else:
                 large.append(index)
-        kernels = _loaded_kernels().plan([targets[index].block for index in fused]) if fused else None
+        kernels = _kernels().plan([targets[index].block for index in fused]) if fused else None
         batches = []
         for batch in (batch for batches in small.values() for batch in batches):
             memories = [targets[index].block.memory for index in batch]
@@ -120,24 +119,19 @@ class Draws:
 
     def _norms(self, plan: _Plan) -> list[Tensor]:
         blocks = [target.block for target in plan.targets]
-        norms: list[Tensor] = [torch.empty(0)] * len(blocks)
+        norms: dict[int, Tensor] = {index: noise.filter_norms(blocks[index]) for index in plan.many_filters}
         if plan.fused:
-            for index, norm in zip(plan.fused, _loaded_kernels().filter_norms(plan.kernels), strict=True):
-                norms[index] = norm
+            norms |= zip(plan.fused, _kernels().filter_norms(plan.kernels), strict=True)
         for indices in plan.one_filter:
-            dtype = torch.promote_types(blocks[indices[0]].memory.dtype, torch.float32)
-            for index, norm in zip(
-                indices, torch._foreach_norm([blocks[i].memory for i in indices], 2, dtype), strict=True
-            ):
-                norms[index] = norm
-        for index in plan.many_filters:
-            norms[index] = noise.filter_norms(blocks[index])
-        return norms
+            memories = [blocks[index].memory for index in indices]
+            dtype = torch.promote_types(memories[0].dtype, torch.float32)
+            norms |= zip(indices, torch._foreach_norm(memories, 2, dtype), strict=True)
+        return [norms[index] for index in range(len(blocks))]
 
     def _add_(self, plan: _Plan, stds: Sequence[Tensor], seeds: Sequence[int]) -> None:
         blocks = [target.block for target in plan.targets]
         if plan.fused:
-            _loaded_kernels().add_noise_(plan.kernels, [stds[i] for i in plan.fused], [seeds[i] for i in plan.fused])
+            _kernels().add_noise_(plan.kernels, [stds[i] for i in plan.fused], [seeds[i] for i in plan.fused])
         for indices, normals in plan.small:
             memories = [blocks[index].memory for index in indices]
             source = self._source(memories[0])
@@ -158,27 +152,24 @@ class Draws:
 def _fuses(weight: Tensor, block: Block) -> bool:
     if weight.device.type != "cuda" or type(weight) not in (Tensor, nn.Parameter) or _kernels() is None:
         return False
-    return bool(_loaded_kernels().supports(block)) and _passes(weight.device, weight.dtype)
+    return bool(_kernels().supports(block)) and _passes(weight.device, weight.dtype)
 
 
 @functools.cache
-def _kernels() -> ModuleType | None:
+def _kernels() -> Any:
+    """The module, or None for a torch without Triton."""
     try:
         from hf_rwp.core import kernels
-    except ImportError:  # a torch without Triton
+    except ImportError:
         return None
     return kernels
-
-
-def _loaded_kernels() -> Any:
-    return _kernels()
 
 
 @functools.cache
 def _passes(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the fused kernels run on a device, and give what they have to."""
     try:
-        _loaded_kernels().check(device, dtype)
+        _kernels().check(device, dtype)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no C compiler, a GPU that Triton does not know: training goes on all the same

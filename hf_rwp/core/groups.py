@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from hf_rwp.core.checks import check
 from hf_rwp.core.draws import Target
-from hf_rwp.core.hooks import Hook
 from hf_rwp.core.sharding import block_of
 
 logger = logging.getLogger(__name__)
@@ -50,9 +49,6 @@ class Groups:
         for group in base.param_groups:
             group.update(rwp_seed=seed, rwp_windows=windows)
             self.take(group)
-        if hasattr(base, "_optimizer_load_state_dict_pre_hooks"):  # not where a base never called Optimizer.__init__
-            base.register_load_state_dict_pre_hook(Hook(self.keep))
-            base.register_load_state_dict_post_hook(Hook(self.fill))
 
     def take(self, group: dict[str, Any]) -> None:
         """Take up a group. ValueError: its parameters are not the model's, or its gamma is out of range."""

@@ -32,6 +32,12 @@ DEFAULT_GAMMA = {"filter": 0.01, "filter_normalized": 0.2}
 SCHEDULES = ("constant", "linear", "cosine")
 
 
+def check_mode(mode: str) -> None:
+    """Raise ValueError for a mode of noise that is none of `MODES`."""
+    if mode not in MODES:
+        raise ValueError(f"unknown noise mode {mode!r}; choose from {', '.join(MODES)}")
+
+
 def filter_norms(block: Block) -> Tensor:
     """The L2 norm of every filter of a block, (rows,), in float32 or better."""
     dtype = torch.promote_types(block.memory.dtype, torch.float32)
@@ -46,8 +52,7 @@ def std_factor(block: Block, gamma: float, mode: str = "filter") -> float:
         `filter_normalized` relative to the root mean square of the filter's weights: std = gamma * ||filter|| /
         sqrt(fan_in), so that ||noise|| is about gamma * ||weight|| however wide the layer.
     """
-    if mode not in MODES:
-        raise ValueError(f"unknown noise mode {mode!r}; choose from {', '.join(MODES)}")
+    check_mode(mode)
     return gamma / math.sqrt(max(1, block.length) if mode == "filter_normalized" else block.reals)
 
 

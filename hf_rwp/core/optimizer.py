@@ -134,7 +134,7 @@ class RWP(OptimizerWrapper):
         parts = self.model, self._options, self._groups, self._damping, self._report
         self._windows = Windows(*parts, perturbation)
         self._passes = Passes(self.model, self._windows, perturbation)
-        self._tell_of_steps(self._windows.stepped)
+        self._passes.handles += self._hook_base(self._groups.keep, self._groups.fill, self._windows.stepped)
         # A wrapper that goes while a micro-step is open leaves its model as it was.
         weakref.finalize(self, self._passes.remove).atexit = False
         registry.claim(self._passes, self.model)
@@ -199,7 +199,7 @@ class RWP(OptimizerWrapper):
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._raise_if_removed()
         suspended = self._passes.suspend()
-        self._windows.zeroed(self._passes.pending)
+        self._windows.zeroed(self._passes.micro_step is not None)
         super().zero_grad(set_to_none)
         if suspended:
             self._passes.resume()  # many loops zero between the forward and the backward pass
@@ -212,13 +212,11 @@ class RWP(OptimizerWrapper):
         self._raise_if_removed()
         if in_backward():
             raise RuntimeError("step() inside a backward pass: RWP's weights are noisy until it ends. Step after it")
-        if closure is None:
-            self._settle()
-            result = self.base.step()
+        if closure is not None and self.active:
+            result = self._step_once(closure, self._settle)
         else:
-            if not self.active:
-                self._passes.settle()
-            result = self._step_once(closure, self._settle) if self.active else self.base.step(closure)
+            self._settle()
+            result = self.base.step() if closure is None else self.base.step(closure)
         self._windows.stepped()
         return result
 

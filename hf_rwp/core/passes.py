@@ -55,13 +55,14 @@ class Passes:
         for hook in list(model._forward_pre_hooks.values()):
             if isinstance(hook, Hook) and isinstance(hook.owner, Passes):
                 hook.owner.remove()
-        self._handles = [  # ahead of hooks that compute weights from others, as weight_norm's
+        self.handles: list[Any] = [  # of all hooks of the wrapper, those on its base too
+            # Ahead of hooks that compute weights from others, as weight_norm's.
             model.register_forward_pre_hook(Hook(self._before_forward), prepend=True),
             model.register_forward_hook(Hook(self._after_forward), always_call=True),
         ]
         for module in model.modules():
-            self._handles.append(module.register_state_dict_pre_hook(Hook(self.suspend)))
-            self._handles.append(module.register_load_state_dict_pre_hook(Hook(self.close)))
+            self.handles.append(module.register_state_dict_pre_hook(Hook(self.suspend)))
+            self.handles.append(module.register_load_state_dict_pre_hook(Hook(self.close)))
 
     @property
     def pending(self) -> bool:
@@ -92,9 +93,9 @@ class Passes:
         """Clean weights, no hooks left."""
         self.state = State.REMOVED
         registry.release(self)
-        for handle in self._handles:
+        for handle in self.handles:
             handle.remove()
-        self._handles = []
+        self.handles = []
         self.close()
 
     def _before_forward(self, module: nn.Module, *_: Any) -> None:

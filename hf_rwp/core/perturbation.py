@@ -144,11 +144,11 @@ class Perturbation:
         alike = self._alike(self._tensors, self._clean)
         try:
             _copy_all(*alike)
-        except Exception:
+        except Exception:  # whatever one tensor's is: it must not leave noise in the others
             for tensor, clean in zip(*alike, strict=True):
                 try:
                     tensor.copy_(clean)
-                except Exception as failure:
+                except Exception as failure:  # which `restore` raises once the perturbation is over
                     failures.append(failure)
         return failures
 
@@ -158,9 +158,10 @@ def _room(tensors: Sequence[Tensor], earlier: Sequence[Tensor], copies: Sequence
     known = {id(tensor): copy for tensor, copy in zip(earlier, copies, strict=False)}  # an interrupt may have cut one
     room = []
     for tensor in tensors:
-        copy = known.get(id(tensor))
-        fits = copy is not None and (copy.shape, copy.dtype, copy.device) == (tensor.shape, tensor.dtype, tensor.device)
-        room.append(copy if fits and copy is not None else torch.empty_like(tensor, requires_grad=False))
+        copy, kind = known.get(id(tensor)), (tensor.shape, tensor.dtype, tensor.device)
+        if copy is None or (copy.shape, copy.dtype, copy.device) != kind:
+            copy = torch.empty_like(tensor, requires_grad=False)
+        room.append(copy)
     return room
 
 

@@ -167,7 +167,7 @@ def refuse_quantized(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not (parameter.requires_grad or parameter.is_floating_point()):
             raise NotImplementedError(
-                f"frozen=True is to perturb {name}, which is of {parameter.dtype}: Gaussian noise needs floating-point "
+                f"frozen=True would perturb {name}, which is of {parameter.dtype}: Gaussian noise needs floating-point "
                 "weights. Load the base weights unquantized (bfloat16), or leave frozen=False to perturb the others"
             )
 

@@ -42,23 +42,15 @@ class Writes:
 
         clean: the weights' clean values, in the same order, and perhaps more.
         """
-        drawn = zip(*self._drawn, self._versions, clean, strict=False) if self._open else ()
-        for index, (target, std, seed, version, own) in enumerate(drawn):
-            weight = target.weight
-            if weight._version == version and not self._compares:
-                continue
-            if index in self._others:  # nothing to compare with
-                self.found += [target.name] if target.name not in self.found else []
-                continue
-            if own.shape != weight.shape:
-                continue  # another failure, which is told by name
-            # Of the same strides: in others sums may be rounded otherwise.
-            twin = own.new_empty_strided(weight.shape, weight.stride()).copy_(own)
-            draws.repeat_(target._replace(weight=twin, block=block_of(twin)), std, seed)
-            if not torch.equal(_bits(twin), _bits(weight)) and target.name not in self.found:
+        if not self._open:
+            return
+        for index, drawn in enumerate(zip(*self._drawn, clean, strict=False)):
+            target = drawn[0]
+            suspect = self._compares or target.weight._version != self._versions[index]
+            if suspect and target.name not in self.found and (index in self._others or _is_other(*drawn, draws)):
                 self.found.append(target.name)
-        if self._open:  # writes so far are judged: only those between `look` and `resumed` replace the clean values
-            self._versions = [target.weight._version for target in self._drawn[0]]
+        # Writes so far are judged: only those between `look` and `resumed` replace the clean values.
+        self._versions = [target.weight._version for target in self._drawn[0]]
         self._open = False
 
     def resumed(self) -> None:
@@ -81,7 +73,7 @@ class Copies:
         self._tensors: list[Tensor] = []
 
     def guard(self, tensors: Iterable[Tensor], clean: Callable[[], Any]) -> None:
-        """Until `release`, call `clean` ahead of a copy of one of the tensors; it has to release them."""
+        """Until `release`, call `clean` ahead of a copy of one of the tensors; it must release them."""
         self._tensors = list(tensors)
         for tensor in self._tensors:  # Python asks an object itself before its class
             tensor.__dict__["__deepcopy__"] = functools.partial(_deepcopied, tensor, clean)
@@ -102,6 +94,17 @@ def _deepcopied(tensor: Tensor, clean: Callable[[], Any], memo: Any) -> Any:
 def _reduced(tensor: Tensor, clean: Callable[[], Any], protocol: Any) -> Any:
     clean()
     return tensor.__reduce_ex__(protocol)
+
+
+def _is_other(target: Target, std: Tensor, seed: int, clean: Tensor, draws: Draws) -> bool:
+    """Whether a weight is not its clean values plus its noise, bit for bit."""
+    weight = target.weight
+    if clean.shape != weight.shape:
+        return False  # another failure, which is told by name
+    # Of the same strides: in others sums may be rounded otherwise.
+    twin = clean.new_empty_strided(weight.shape, weight.stride()).copy_(clean)
+    draws.repeat_(target._replace(weight=twin, block=block_of(twin)), std, seed)
+    return not torch.equal(_bits(twin), _bits(weight))
 
 
 def _bits(tensor: Tensor) -> Tensor:

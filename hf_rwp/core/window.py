@@ -23,7 +23,7 @@ from hf_rwp.core.checks import check
 from hf_rwp.core.damping import Damping
 from hf_rwp.core.draws import Target
 from hf_rwp.core.groups import Groups
-from hf_rwp.core.noise import MODES, noise_seeds, std_factor
+from hf_rwp.core.noise import check_mode, noise_seeds, std_factor
 from hf_rwp.core.perturbation import Perturbation
 from hf_rwp.core.placement import Role, antithetic, role
 from hf_rwp.core.report import Report
@@ -55,8 +55,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check("alpha", self.alpha, Real, lambda value: 0 <= value <= 1, "a number in [0, 1]")
-        if self.mode not in MODES:
-            raise ValueError(f"noise={self.mode!r} is no mode of noise: choose one of {', '.join(MODES)}")
+        check_mode(self.mode)
         steps = self.accumulation_steps
         if steps is not None:
             check("accumulation_steps", steps, Integral, lambda value: value >= 1, "an integer from 1 on")
@@ -159,16 +158,16 @@ class Windows:
         self.plain = False
         self.end()
 
-    def zeroed(self, pending: bool) -> None:
-        """Gradients were zeroed. pending: between a forward and its backward pass, if that is still to come."""
-        if pending:
+    def zeroed(self, in_micro_step: bool) -> None:
+        """Gradients were zeroed. in_micro_step: after a forward pass, and before the end of its backward pass."""
+        if in_micro_step:
             self.stale = self.current is not None and self.current.completed > 0
         else:
             self.end()  # after an overflow GradScaler skips `step`, and the window is over all the same
 
     def discard(self) -> None:
         """End the open window, which does not count: other counters were loaded."""
-        self.current = None
+        self.current, self.stale = None, False
 
     def check(self, armed: bool, parameters: Iterable[Tensor]) -> None:
         """Ahead of a step: RuntimeError, or a warning, where the gradients of `parameters` are not a mix."""
@@ -212,10 +211,10 @@ class Windows:
         steps = announced[0] if announced else given or self.accumulation.steps
         if steps == 1 and options.alpha < 1 and replicas.count == 1:
             raise RuntimeError(
-                f"one process and one gradient to a step: nothing to mix, which alpha={options.alpha} asks for. Take "
-                "two or more gradients to a step (Accelerator(gradient_accumulation_steps=2), or "
-                "RWP(accumulation_steps=2) where the loop counts them itself), or two or more processes, or alpha=1 "
-                "to perturb every gradient"
+                f"nothing to mix: alpha={options.alpha} mixes a clean and a perturbed gradient, but on one process "
+                "this step has only one. Use two or more gradients per step "
+                "(Accelerator(gradient_accumulation_steps=2), or RWP(accumulation_steps=2) where the loop counts them "
+                "itself), two or more processes, or alpha=1 to perturb every gradient"
             )
         length, shares = announced or (given or self.accumulation.length, None)
         factors = [std_factor(target.block, gamma, options.mode) for target, gamma in zip(targets, gammas, strict=True)]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from hf_rwp.core.hooks import Hook
 
@@ -69,12 +70,17 @@ class OptimizerWrapper(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.base.zero_grad(set_to_none)
 
-    def _tell_of_steps(self, method: Callable[..., None]) -> None:
-        """Call `method`, held weakly, when the base has stepped, ahead of all other hooks on it."""
+    def _hook_base(
+        self, before_load: Callable[..., None], after_load: Callable[..., None], stepped: Callable[..., None]
+    ) -> list[RemovableHandle]:
+        """Call the methods, held weakly, around loading of the base, and first of all when it has stepped."""
         hooks = getattr(self.base, "_optimizer_step_post_hooks", None)
-        if hooks is not None:  # not where a base never called Optimizer.__init__
-            handle = self.base.register_step_post_hook(Hook(method))
-            hooks.move_to_end(handle.id, last=False)
+        if hooks is None:  # a base that never called Optimizer.__init__
+            return []
+        step = self.base.register_step_post_hook(Hook(stepped))
+        hooks.move_to_end(step.id, last=False)
+        before = self.base.register_load_state_dict_pre_hook(Hook(before_load))
+        return [step, before, self.base.register_load_state_dict_post_hook(Hook(after_load))]
 
     def _step_once(self, closure: Callable[[], Any], then: Callable[[], None]) -> Any:
         """Step with a closure and call `then` after it, ahead of the step itself.

@@ -322,6 +322,38 @@ def test_a_wrapper_that_only_a_cycle_holds_is_no_overlap():
         gc.enable()
 
 
+def test_zeroing_inside_the_backward_pass_does_not_end_the_window(caplog):
+    model = network()
+    optimizer = wrap(model, alpha=0.5, accumulation_steps=2)
+    roles = []
+    for x in inputs(4):
+        output = model(x)
+        roles.append(optimizer.role.perturbed)
+        output.register_hook(lambda _: optimizer.zero_grad() if len(roles) % 2 else None)  # ahead of all gradients
+        output.square().sum().backward()
+        if len(roles) % 2 == 0:
+            optimizer.step()
+    assert roles == [False, True] * 2
+    assert not caplog.records
+
+
+def test_a_retired_wrapper_leaves_no_hooks_on_its_base(caplog):
+    model = network()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def hooks():
+        names = ("step_post", "load_state_dict_pre", "load_state_dict_post")
+        return [len(getattr(base, f"_optimizer_{name}_hooks")) for name in names]
+
+    saved = wrap(network(), gamma=0.7).state_dict()
+    wrappers = [wrap(model, base) for _ in range(3)]
+    assert hooks() == [1, 1, 1]
+    base.load_state_dict(saved)
+    assert caplog.text.count("takes the place of") == 1
+    wrappers[-1].remove()
+    assert hooks() == [0, 0, 0]
+
+
 # Copies between a forward and its backward pass.
 
 
