@@ -15,19 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from hf_rwp.core import noise
-from hf_rwp.core.sharding import Block
+from hf_rwp.core.sharding import Block, block_of
 
 logger = logging.getLogger(__name__)
 
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # in which a NaN is equal to itself
+
 
 class Target(NamedTuple):
-    """A weight that noise goes on. position, name: in `named_parameters()`. layout: what the block rests on."""
+    """A weight that noise goes on. position, name: in `named_parameters()`."""
 
     position: int
     name: str
     weight: Tensor
     block: Block
-    layout: tuple[Any, ...] = ()
 
 
 class _Plan(NamedTuple):
@@ -63,8 +64,7 @@ class Draws:
         `noise.noise_seeds`. dampings: `noise.arwp_damping`, (rows,) each.
         """
         plan = self._plan_of(targets)
-        stds = self._norms(plan)
-        torch._foreach_mul_(stds, factors[0] if len(set(factors)) == 1 else list(factors))
+        stds = self._stds(plan, factors)
         for std, damping in zip(stds, dampings or (), strict=bool(dampings)):
             if damping is not None:
                 std.mul_(damping.view_as(std))
@@ -72,16 +72,31 @@ class Draws:
         return stds
 
     @torch.no_grad()
-    def repeat_(self, target: Target, std: Tensor, seed: int) -> None:
-        """Add to one weight the noise that `add_` drew for such a one, bit for bit."""
-        self._add_(self._made([target]), [std], [seed])
+    def holds(self, target: Target, std: Tensor, seed: int, clean: Tensor) -> bool:
+        """Whether a weight is its clean values plus the noise that the last `add_` drew for it, bit for bit.
+
+        A tile's rows at a time, which is all the memory that this takes.
+        """
+        block, own = block_of(target.weight), block_of(clean).memory
+        height, _ = noise.tile_of(block, self._source(own))
+        plan = self._plan
+        fuse = plan is not None and any(plan.targets[index].weight is target.weight for index in plan.fused)
+        for row, (noisy, values) in enumerate(zip(block.memory.split(height), own.split(height), strict=True)):
+            # Of the same strides: in others sums may be rounded otherwise.
+            part = torch.empty_like(noisy).copy_(values)
+            part_block = block._replace(memory=part, row=row * height)
+            stds = std[row * height :][: len(part)] if std.ndim else std
+            self._add_(self._made([target._replace(weight=part, block=part_block)], fuse), [stds], [seed])
+            if not torch.equal(part.view(_BITS[part.dtype.itemsize]), noisy.view(_BITS[part.dtype.itemsize])):
+                return False
+        return True
 
     def _plan_of(self, targets: Sequence[Target]) -> _Plan:
         if self._plan is None or self._plan.targets is not targets:
             self._plan = self._made(targets)
         return self._plan
 
-    def _made(self, targets: Sequence[Target]) -> _Plan:
+    def _made(self, targets: Sequence[Target], fuse: bool = True) -> _Plan:
         one_filter: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
         small: dict[tuple[torch.device, torch.dtype], list[list[int]]] = defaultdict(lambda: [[]])
         room: dict[tuple[torch.device, torch.dtype], int] = defaultdict(lambda: noise.CPU_TILE)
@@ -90,7 +105,7 @@ class Draws:
             weight, block = target.weight, target.block
             memory, kind = block.memory, (block.memory.device, block.memory.dtype)
             storage = memory.untyped_storage().data_ptr()
-            if _fuses(weight, block) and storage not in storages:  # of one storage one: they may overlap
+            if fuse and _fuses(weight, block) and storage not in storages:  # of one storage one: they may overlap
                 storages.add(storage)
                 fused.append(index)
                 continue
@@ -117,16 +132,23 @@ class Draws:
             batches.append((batch, [place.view(m.shape) for place, m in zip(places, memories, strict=True)]))
         return _Plan(targets, list(one_filter.values()), many_filters, batches, large, fused, kernels)
 
-    def _norms(self, plan: _Plan) -> list[Tensor]:
+    def _stds(self, plan: _Plan, factors: Sequence[float]) -> list[Tensor]:
         blocks = [target.block for target in plan.targets]
-        norms: dict[int, Tensor] = {index: noise.filter_norms(blocks[index]) for index in plan.many_filters}
+        stds: dict[int, Tensor] = {}
         if plan.fused:
-            norms |= zip(plan.fused, _kernels().filter_norms(plan.kernels), strict=True)
+            own = [factors[index] for index in plan.fused]
+            stds |= zip(plan.fused, _kernels().filter_norms(plan.kernels, own), strict=True)
         for indices in plan.one_filter:
             memories = [blocks[index].memory for index in indices]
             dtype = torch.promote_types(memories[0].dtype, torch.float32)
-            norms |= zip(indices, torch._foreach_norm(memories, 2, dtype), strict=True)
-        return [norms[index] for index in range(len(blocks))]
+            norms = torch.stack(torch._foreach_norm(memories, 2, dtype))
+            norms.mul_(norms.new_tensor([factors[index] for index in indices]))
+            stds |= zip(indices, norms.unbind(), strict=True)
+        if plan.many_filters:
+            many = [noise.filter_norms(blocks[index]) for index in plan.many_filters]
+            torch._foreach_mul_(many, [factors[index] for index in plan.many_filters])
+            stds |= zip(plan.many_filters, many, strict=True)
+        return [stds[index] for index in range(len(blocks))]
 
     def _add_(self, plan: _Plan, stds: Sequence[Tensor], seeds: Sequence[int]) -> None:
         blocks = [target.block for target in plan.targets]

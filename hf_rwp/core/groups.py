@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hf_rwp.core.checks import check
 from hf_rwp.core.draws import Target
-from hf_rwp.core.sharding import block_of
+from hf_rwp.core.sharding import block_of, refuse_unsupported
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,9 @@ class Groups:
         check("seed", seed, Integral, lambda value: -(2**63) <= value < 2**63, "an integer of 64 bits")
         self._base, self._model = base, model
         self._homes: dict[str, tuple[weakref.ref[Tensor], int]] = {}  # by name: the weight, and its group's number
+        self._seen: Any = None  # what the targets below rest on
         self._targets: list[Target] = []
+        self._numbers: list[int] = []  # of the targets' groups
         self._kept: list[dict[str, Any]] = []
         earlier_default, base.defaults["rwp_gamma"] = base.defaults.get("rwp_gamma"), gamma
         for group in base.param_groups:
@@ -117,28 +119,30 @@ class Groups:
     ) -> tuple[Sequence[Target], list[float]]:
         """The weights that noise goes on, of all `named`, and the gamma of each. Frameworks swap parameters and groups.
 
-        The list is the same object as before where it holds the same.
+        The list is the same object as before where it holds the same. NotImplementedError: see `refuse_unsupported`.
         """
-        gammas = self.gammas()
+        gammas, named = self.gammas(), list(named)
         numbers = {id(p): number for number, group in enumerate(self._base.param_groups) for p in group["params"]}
-        known = {id(target.weight): target for target in self._targets}
-        targets, of_target = [], []
-        for position, (name, weight) in enumerate(named):
-            number = numbers.get(id(weight))
-            if number is None:
-                home = self._homes.get(_plain(name))
-                number = home[1] if home and home[0]() is weight else None
-            gamma = (0.0 if number is None else gammas[number]) if weight.requires_grad else gammas[0] * frozen
-            if not (gamma > 0 and (noise_1d or weight.ndim > 1)):
-                continue
-            target = known.get(id(weight))
-            if target is None or target.position != position or target.layout != layout_of(weight):
-                target = Target(position, name, weight, block_of(weight), layout_of(weight))
-            targets.append(target)
-            of_target.append(gamma)
-        if len(targets) != len(self._targets) or any(a is not b for a, b in zip(targets, self._targets, strict=True)):
-            self._targets = targets
-        return self._targets, of_target
+        layouts = [
+            (name, id(p), p.requires_grad, p.data_ptr(), p.dtype, p.shape, p.stride())  # all that a `Block` rests on
+            for name, p in named
+            if p.requires_grad or frozen
+        ]
+        seen = layouts, numbers, [gamma > 0 for gamma in gammas], noise_1d, frozen
+        if seen != self._seen:
+            refuse_unsupported(parameter for _, parameter in named)
+            self._seen, self._targets, self._numbers = seen, [], []
+            for position, (name, weight) in enumerate(named):
+                number = self._number(name, weight, numbers) if weight.requires_grad else 0 if frozen else None
+                if number is not None and gammas[number] > 0 and (noise_1d or weight.ndim > 1):
+                    self._targets.append(Target(position, name, weight, block_of(weight)))
+                    self._numbers.append(number)
+        return self._targets, [gammas[number] for number in self._numbers]
+
+    def _number(self, name: str, weight: Tensor, numbers: dict[int, int]) -> int | None:
+        """The number of a weight's group: by what the groups hold now, else by its name."""
+        home = self._homes.get(_plain(name))
+        return numbers.get(id(weight), home[1] if home and home[0]() is weight else None)
 
     def why_no_target(self) -> str:
         """Why `targets` finds none: what was seen, and what to do."""
@@ -156,11 +160,6 @@ class Groups:
             "nothing to perturb: no trainable parameter has an rwp_gamma above 0. Set one in a param group, unfreeze a "
             "weight of the optimizer's, or set noise_1d=True if all are biases or norm weights"
         )
-
-
-def layout_of(weight: Tensor) -> tuple[Any, ...]:
-    """What a `Block` of a weight rests on."""
-    return weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
 
 
 def _plain(name: str) -> str:

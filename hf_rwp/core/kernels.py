@@ -105,8 +105,11 @@ def plan(blocks: Sequence[Block]) -> Plan:
 
 
 @torch.no_grad()
-def filter_norms(plan: Plan) -> list[Tensor]:
-    """`noise.filter_norms` of every block, (rows,), float32; those of a device, dtype and layout in one tensor."""
+def filter_norms(plan: Plan, factors: Sequence[float] | None = None) -> list[Tensor]:
+    """`noise.filter_norms` of every block, (rows,), float32; those of a device, dtype and layout in one tensor.
+
+    factors: what the norms of each block are multiplied by.
+    """
     norms: list[Tensor] = plan.memories.copy()
     for group in plan.groups:
         with _current(group.device):
@@ -117,6 +120,12 @@ def filter_norms(plan: Plan) -> list[Tensor]:
         parts = written.split_with_sizes(group.norms)
         for (place, count), pieces in zip(group.long, parts[len(group.members) :], strict=True):
             torch.linalg.vector_norm(pieces.view(-1, count), dim=1, out=parts[place])
+        if factors:
+            own = [factors[member] for member in group.members]
+            if len(set(own)) == 1:
+                written.mul_(own[0])
+            else:
+                torch._foreach_mul_(parts[: len(own)], own)
         for member, part in zip(group.members, parts, strict=False):
             norms[member] = part
     return norms
@@ -162,6 +171,12 @@ def check(device: torch.device, dtype: torch.dtype) -> None:
         memory.fill_(2)
     for memory, norms in zip(blocks.memories, filter_norms(blocks), strict=True):
         right = right and close(norms, torch.full_like(norms, 2 * math.sqrt(_columns(memory))))
+    for memory in (flat, last):  # a part gets the same bits, by which writes to weights are told from noise
+        whole, part, length = torch.ones_like(memory), torch.ones_like(memory[1:]), _columns(memory)
+        ones = torch.ones_like(std)
+        blocks = plan([Block(whole, 2, length), Block(part, 2, length, 1)])
+        add_noise_(blocks, [ones, ones[1:]], [_KNOWN_SEED] * 2)
+        right = right and torch.equal(part, whole[1:])
     if not right:
         raise RuntimeError("the kernels give wrong norms or wrong noise")
 

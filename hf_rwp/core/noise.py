@@ -97,6 +97,12 @@ class Source:
         return numbers.normal_(generator=self._generator.manual_seed(seed))
 
 
+def tile_of(block: Block, source: Source) -> tuple[int, int]:
+    """Rows and columns of the tiles that the whole weight of a block is drawn in."""
+    width = max(1, min(block.length, source.tile))
+    return source.tile // width, width
+
+
 def add_noise_(block: Block, std: Tensor, seed: int, source: Source) -> None:
     """Add Gaussian noise to a block in place, a tile at a time. The sum is rounded once, to the weight's dtype.
 
@@ -106,8 +112,8 @@ def add_noise_(block: Block, std: Tensor, seed: int, source: Source) -> None:
     memory, (_, filters, length, row, column, _) = block.memory, block
     std = std.view(-1, *[1] * (memory.ndim - 1))
     bottom, right = row + len(memory), column + math.prod(memory.shape[1:])
-    width = max(1, min(length, source.tile))
-    height, across = source.tile // width, -(-length // width)
+    height, width = tile_of(block, source)
+    across = -(-length // width)
     seeds = hashes(seed, range(-(-filters // height) * across))
     for top in range(row // height * height, bottom, height):
         rows = slice(max(top, row) - row, min(top + height, bottom) - row)

@@ -78,9 +78,14 @@ class Perturbation:
         self._copies.release()
         self._writes.look(self._clean, self._draws)
         noisy = [tensor.clone() for tensor in self._tensors]
-        _copy_all(*self._alike(self._tensors, self._clean), unseen=True)
-        put_back(self._guarded)
-        self._noisy, self.noise = noisy, Noise.SUSPENDED
+        try:
+            _copy_all(*self._alike(self._tensors, self._clean), unseen=True)
+            put_back(self._guarded)
+            self._noisy, self.noise = noisy, Noise.SUSPENDED
+        except BaseException:  # an interrupt too: a backward pass may follow, which must not find half the noise
+            if self.noise is Noise.SHOWN:
+                _copy_all(*self._alike(self._tensors, noisy), unseen=True)
+            raise
         torch.clear_autocast_cache()
         return True
 
@@ -135,13 +140,14 @@ class Perturbation:
         return [target for target, _ in pairs], [source for _, source in pairs]
 
     def _copy_back(self) -> list[Exception]:
-        pairs = list(zip(self._tensors, self._clean, strict=True))
-        failures: list[Exception] = [
-            RuntimeError(f"a parameter of shape {tuple(clean.shape)} has shape {tuple(tensor.shape)} now")
-            for tensor, clean in pairs[: len(self._targets)]
-            if tensor.shape != clean.shape
-        ]
+        failures: list[Exception] = []
         alike = self._alike(self._tensors, self._clean)
+        if len(alike[0]) < len(self._tensors):
+            failures += [
+                RuntimeError(f"a parameter of shape {tuple(clean.shape)} has shape {tuple(target.weight.shape)} now")
+                for target, clean in zip(self._targets, self._clean, strict=False)
+                if target.weight.shape != clean.shape
+            ]
         try:
             _copy_all(*alike)
         except Exception:  # whatever one tensor's is: it must not leave noise in the others

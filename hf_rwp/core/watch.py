@@ -5,14 +5,11 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hf_rwp.core.draws import Draws, Target
-from hf_rwp.core.sharding import block_of
 
 COMPARISONS = 2  # perturbations in which every weight is compared with what it must be
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Writes:
@@ -44,10 +41,11 @@ class Writes:
         """
         if not self._open:
             return
-        for index, drawn in enumerate(zip(*self._drawn, clean, strict=False)):
-            target = drawn[0]
+        for index, (target, std, seed, own) in enumerate(zip(*self._drawn, clean, strict=False)):
             suspect = self._compares or target.weight._version != self._versions[index]
-            if suspect and target.name not in self.found and (index in self._others or _is_other(*drawn, draws)):
+            if not suspect or target.name in self.found or own.shape != target.weight.shape:
+                continue  # another shape is another failure, which is told by name
+            if index in self._others or not draws.holds(target, std, seed, own):
                 self.found.append(target.name)
         # Writes so far are judged: only those between `look` and `resumed` replace the clean values.
         self._versions = [target.weight._version for target in self._drawn[0]]
@@ -94,20 +92,3 @@ def _deepcopied(tensor: Tensor, clean: Callable[[], Any], memo: Any) -> Any:
 def _reduced(tensor: Tensor, clean: Callable[[], Any], protocol: Any) -> Any:
     clean()
     return tensor.__reduce_ex__(protocol)
-
-
-def _is_other(target: Target, std: Tensor, seed: int, clean: Tensor, draws: Draws) -> bool:
-    """Whether a weight is not its clean values plus its noise, bit for bit."""
-    weight = target.weight
-    if clean.shape != weight.shape:
-        return False  # another failure, which is told by name
-    # Of the same strides: in others sums may be rounded otherwise.
-    twin = clean.new_empty_strided(weight.shape, weight.stride()).copy_(clean)
-    draws.repeat_(target._replace(weight=twin, block=block_of(twin)), std, seed)
-    return not torch.equal(_bits(twin), _bits(weight))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return tensor.view(_BITS[tensor.element_size()])  # in which a NaN is equal to itself

@@ -31,7 +31,6 @@ from hf_rwp.core.sharding import (
     Replicas,
     refuse_data_parallel,
     refuse_lone_processes,
-    refuse_unsupported,
     replicas_of,
     synchronizes,
 )
@@ -197,12 +196,10 @@ class Windows:
     def _open(self, module: nn.Module) -> Window:
         if module is not self.model:
             refuse_data_parallel()
-        named = list(self.model.named_parameters())
-        refuse_unsupported(parameter for _, parameter in named)
         refuse_lone_processes(decided=True)
         registry.refuse_overlap(self.model)
         options = self.options
-        targets, gammas = self.groups.targets(named, options.noise_1d, options.frozen)
+        targets, gammas = self.groups.targets(self.model.named_parameters(), options.noise_1d, options.frozen)
         if not targets:
             raise RuntimeError(self.groups.why_no_target())
         self.replicas = replicas = replicas_of(options.process_group)

@@ -4,6 +4,7 @@ What the kernels do is tested in test_kernels.py; here a stub stands in for them
 Triton interprets them.
 """
 
+import itertools
 import logging
 import math
 import multiprocessing
@@ -136,13 +137,28 @@ def test_opposite_factors_give_opposite_noise():
         torch.testing.assert_close(one, -other, rtol=1e-5, atol=1e-5)
 
 
-def test_noise_repeats_to_the_bit():
-    weights = mixed_weights()
+def test_a_weight_holds_its_noise_to_the_bit():
+    weights = [*mixed_weights(), torch.ones(3, 70_000), torch.ones(90, 400, 2, 2).to(memory_format=torch.channels_last)]
+    weights += [torch.ones(300, 200).t(), torch.ones(2, 40_000, dtype=torch.complex64)]
     clean, targets, seeds, adder = clones(weights), targets_of(weights), seeds_of(weights), Draws()
     stds = adder.add_(targets, [0.5] * len(weights), seeds)
-    for target, twin, std, seed in zip(targets, clean, stds, seeds, strict=True):
-        adder.repeat_(target._replace(weight=twin, block=block_of(twin)), std, seed)
-    assert same(clean, weights)
+    for drawn in zip(targets, stds, seeds, clean, strict=True):
+        assert adder.holds(*drawn)
+        weight = drawn[0].weight
+        if weight.numel():
+            last = tuple(size - 1 for size in weight.shape)
+            weight.detach()[last] += 1
+            assert not adder.holds(*drawn)
+
+
+def test_it_takes_a_tile_of_memory_to_tell_whether_a_weight_holds_its_noise():
+    weight = torch.ones(4000, 500)
+    clean, (target,), adder = weight.clone(), targets_of([weight]), Draws()
+    (std,) = adder.add_([target], [0.5], [1])
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        assert adder.holds(target, std, 1, clean)
+    held = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert max(itertools.accumulate(held)) <= 2 * 4 * noise.CPU_TILE
 
 
 def test_the_draws_of_one_call_leave_nothing_behind_for_the_next():
@@ -157,9 +173,9 @@ def test_the_draws_of_one_call_leave_nothing_behind_for_the_next():
 def test_a_plan_is_used_again_for_the_very_same_list_alone(monkeypatch):
     planned = []
 
-    def plan(adder, targets, plan=Draws._made):
+    def plan(adder, targets, *args, plan=Draws._made):
         planned.append(targets)
-        return plan(adder, targets)
+        return plan(adder, targets, *args)
 
     monkeypatch.setattr(Draws, "_made", plan)
     targets, adder = targets_of([torch.ones(3, 2), torch.ones(4)]), Draws()
@@ -167,9 +183,9 @@ def test_a_plan_is_used_again_for_the_very_same_list_alone(monkeypatch):
         adder.add_(given, [1.0, 1.0], [1, 2])
     assert len(planned) == 3
     std = adder.add_(targets, [1.0, 1.0], [1, 2])[0]
-    adder.repeat_(targets[0], std, 1)
+    adder.holds(targets[0], std, 1, torch.ones(3, 2))
     adder.add_(targets, [1.0, 1.0], [1, 2])
-    assert len(planned) == 4  # a repetition has one of its own, and leaves the list's
+    assert len(planned) == 4  # a comparison has one of its own, and leaves the list's
 
 
 def test_the_global_generator_is_neither_read_nor_moved():
@@ -201,8 +217,8 @@ class Kernels:
         self.planned.append([block.memory for block in blocks])
         return self.planned[-1]
 
-    def filter_norms(self, plan: list[Tensor]) -> list[Tensor]:
-        return [torch.full((len(memory),), 2.0) for memory in plan]
+    def filter_norms(self, plan: list[Tensor], factors: Sequence[float]) -> list[Tensor]:
+        return [torch.full((len(memory),), 2.0 * factor) for memory, factor in zip(plan, factors, strict=True)]
 
     def add_noise_(self, plan: list[Tensor], stds: Sequence[Tensor], seeds: Sequence[int]) -> None:
         self.seeds += seeds
@@ -245,13 +261,15 @@ def test_the_kernels_get_one_weight_of_a_storage(kernels):
     assert first.numel() == 60
 
 
-def test_the_noise_of_a_fused_weight_repeats(kernels):
-    (weight,), adder = [torch.zeros(3, 2)], Draws()
-    (target,) = targets_of([weight])
-    (std,) = adder.add_([target], [0.5], [7])
-    noisy = weight.clone()
-    adder.repeat_(target._replace(weight=weight.zero_()), std, 7)
-    assert torch.equal(weight, noisy)
+def test_fused_weights_and_others_of_their_storage_hold_their_noise(kernels):
+    """As the weights of an LSTM on a GPU, which are one block of memory."""
+    flat = torch.zeros(60)
+    weights = [flat[:20].view(4, 5), flat[20:25], flat[30:].view(5, 6)]
+    clean, targets, adder = clones(weights), targets_of(weights), Draws()
+    stds = adder.add_(targets, [0.5] * 3, [7, 8, 9])
+    assert kernels.seeds == [7]
+    for drawn in zip(targets, stds, [7, 8, 9], clean, strict=True):
+        assert adder.holds(*drawn)
     assert kernels.seeds == [7, 7]
 
 

@@ -168,6 +168,17 @@ def test_norms_are_those_of_noise(device, dtype):
 
 
 @on_devices
+@pytest.mark.parametrize("factors", [[0.5] * 3, [0.5, -2.0, 3.0]])
+def test_norms_are_multiplied_by_the_factors_of_their_blocks(device, factors):
+    weights = [random(shape, 1).to(device) for shape in ((4, 100), (20_000,), (3, 20_000))]  # the others in pieces
+    plan = planned(weights)
+    for norms, plain, factor in zip(
+        kernels.filter_norms(plan, factors), kernels.filter_norms(plan), factors, strict=True
+    ):
+        assert torch.equal(norms, plain * factor)
+
+
+@on_devices
 def test_norms_of_weights_that_are_not_finite_are_those_of_noise(device):
     weights = [random((4, 100), 1).to(device), random((20_000,), 2).to(device), torch.full((3, 5), 1e30, device=device)]
     weights[0][1, 7], weights[0][2, 99], weights[1][3] = math.inf, math.nan, -math.inf
@@ -202,13 +213,15 @@ def test_the_check_passes_and_notices_other_noise_and_other_norms(device, dtype)
             kernels.check(torch.device(device), dtype)
     finally:
         torch.set_default_dtype(torch.float32)
-    for name, member in itertools.product(("add_noise_", "filter_norms"), (1, 2)):
+    cases = [*itertools.product(("add_noise_", "filter_norms"), (3,), (1, 2)), ("add_noise_", 2, 1)]
+    for name, count, member in cases:  # the plans of two are a weight and a part of its rows
         with pytest.MonkeyPatch.context() as patch:
             right = getattr(kernels, name)
 
-            def wrong(plan, *args, right=right, member=member):
+            def wrong(plan, *args, right=right, count=count, member=member):
                 found = right(plan, *args)
-                (plan.memories if found is None else found)[member].mul_(1.1)
+                if len(plan.memories) == count:
+                    (plan.memories if found is None else found)[member].mul_(1.1)
                 return found
 
             patch.setattr(kernels, name, wrong)

@@ -676,11 +676,11 @@ def allocated(action: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_is_one_copy_allocated_once(dtype):
-    """But for one weight at a time while weights are compared, in the first perturbations."""
+    """But for a few rows at a time while weights are compared, in the first perturbations."""
     model = nn.Sequential(nn.Linear(900, 900), nn.BatchNorm1d(900)).to(dtype)  # larger than the scratch
     parameters = list(model.parameters())
     everything, weights = (sum(t.nbytes for t in tensors) for tensors in ([*parameters, *model.buffers()], parameters))
-    scratch, stds = 2**15 * 4, (900 + 3) * 4  # float32
+    scratch, stds = 2**15 * 4, (900 + 3 + 3) * 4  # float32; those of weights that are one filter are stacked
     assert parameters[0].nbytes * 4 // parameters[0].element_size() > 3 * scratch
 
     assert allocated(Perturbation) == 0
@@ -809,9 +809,11 @@ def test_an_interrupt_anywhere_leaves_something_to_restore(monkeypatch, before, 
         if with_ == "writes":
             nn.init.constant_(model.weight, 3.0)
             clean[0].fill_(3.0)
+        noisy_weights = [parameter.detach().clone() for parameter in model.parameters()]
         finished = finishes(calls[interrupted], after)
-        if interrupted == "copy":
+        if interrupted in ("copy", "suspend"):
             calls["resume"]()  # as a backward pass does
+            assert all(map(torch.equal, model.parameters(), noisy_weights)), f"interrupted after {after} bytecodes"
         assert calls["restore"]() == [], f"interrupted after {after} bytecodes"
         assert same(clones(model), clean), f"interrupted after {after} bytecodes"
         assert not any(vars(parameter) for parameter in model.parameters())
