@@ -8,11 +8,11 @@ __version__ = "0.1.0"
 _HOME = {
     "RWP": "core.optimizer",
     "LossTracker": "core.losses",
-    "RWPArguments": "arguments",
-    "RWPTrainingArguments": "arguments",
-    "RWPTrainer": "trainer",
-    "RWPTrainerMixin": "trainer",
-    "push_to_hub": "hub",
+    "RWPArguments": "trainer.arguments",
+    "RWPTrainingArguments": "trainer.arguments",
+    "RWPTrainer": "trainer.trainer",
+    "RWPTrainerMixin": "trainer.trainer",
+    "push_to_hub": "hub.push",
 }
 
 __all__ = [

@@ -66,11 +66,11 @@ from torch.profiler import profile
 from tqdm import tqdm
 
 from hf_rwp import RWP
-from hf_rwp.arguments import parse_arguments
 from hf_rwp.core import draws
 from hf_rwp.core.noise import Source
-from hf_rwp.data import load_images
-from hf_rwp.records import append_record, command_of, environment, without_places
+from hf_rwp.images.data import load_images
+from hf_rwp.runs.parsing import parse_arguments
+from hf_rwp.runs.records import append_record, command_of, environment, without_places
 
 GAMMA = 0.01  # the paper's
 PASSES = 5  # over the weights' bytes: read and write them, write and read the snapshot, write them back; a copy has 2
@@ -186,7 +186,7 @@ def main(args: Arguments) -> None:
 
 def start(function: Callable[[int, int, Arguments, str], None], ranks: int, args: Arguments) -> list[Any]:
     """Run `function` in as many processes; what each of them found."""
-    multiprocessing.set_forkserver_preload(["timm.data", "datasets", "hf_rwp.arguments"])  # imported once for all
+    multiprocessing.set_forkserver_preload(["timm.data", "datasets", "hf_rwp.runs.parsing"])  # imported once for all
     with tempfile.TemporaryDirectory() as folder:
         start_processes(function, (ranks, args, folder), nprocs=ranks, start_method="forkserver")
         return [json.loads(Path(folder, str(rank)).read_text()) for rank in range(ranks)]

@@ -57,16 +57,17 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from hf_rwp import RWP, LossTracker, RWPArguments
-from hf_rwp.arguments import ImageArguments, parse_arguments
-from hf_rwp.checkpoints import load_checkpoint, newest, read_state, remove_checkpoints, save_checkpoint
+from hf_rwp.analysis.plots import comparison
 from hf_rwp.core.noise import DEFAULT_GAMMA, gamma_factor
 from hf_rwp.core.sharding import refuse_lone_processes
-from hf_rwp.data import load_images
-from hf_rwp.loading import ImageDataset
-from hf_rwp.metrics import label_rank
-from hf_rwp.plots import comparison
-from hf_rwp.records import append_record, command_of, environment, read_records, without_nan, without_places
-from hf_rwp.transforms import BatchTransform, augmented, cut_out_, image_transforms
+from hf_rwp.images.arguments import ImageArguments
+from hf_rwp.images.data import load_images
+from hf_rwp.images.loaders import ImageDataset
+from hf_rwp.images.metrics import label_rank
+from hf_rwp.images.transforms import BatchTransform, augmented, cut_out_, image_transforms
+from hf_rwp.runs.checkpoints import load_checkpoint, newest, read_state, remove_checkpoints, save_checkpoint
+from hf_rwp.runs.parsing import parse_arguments
+from hf_rwp.runs.records import append_record, command_of, environment, read_records, without_nan, without_places
 
 RECIPES = Path(__file__).parent
 PROTOCOLS = {

@@ -84,8 +84,18 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from hf_rwp import RWP, LossTracker, RWPArguments
-from hf_rwp.arguments import HubArguments, ImageArguments, parse_arguments
-from hf_rwp.checkpoints import (
+from hf_rwp.analysis.plots import training_curves
+from hf_rwp.core.placement import role
+from hf_rwp.core.sharding import refuse_lone_processes
+from hf_rwp.hub.arguments import HubArguments
+from hf_rwp.hub.export import save_model
+from hf_rwp.hub.push import BackgroundPush, PushError, add_card, hf_upload, push, reserve
+from hf_rwp.images.arguments import ImageArguments
+from hf_rwp.images.data import load_images
+from hf_rwp.images.loaders import ImageLoader, build_loader
+from hf_rwp.images.metrics import Top1, Top5, label_rank
+from hf_rwp.images.transforms import BatchTransform, erasings, image_transforms
+from hf_rwp.runs.checkpoints import (
     checkpoints_in,
     load_checkpoint,
     newest,
@@ -93,16 +103,8 @@ from hf_rwp.checkpoints import (
     remove_checkpoints,
     save_checkpoint,
 )
-from hf_rwp.core.placement import role
-from hf_rwp.core.sharding import refuse_lone_processes
-from hf_rwp.data import load_images
-from hf_rwp.folder import save_model
-from hf_rwp.hub import BackgroundPush, PushError, add_card, hf_upload, push, reserve
-from hf_rwp.loading import ImageLoader, build_loader
-from hf_rwp.metrics import Top1, Top5, label_rank
-from hf_rwp.plots import training_curves
-from hf_rwp.records import command_of, environment, hub_id, weights_digest, without_places
-from hf_rwp.transforms import BatchTransform, erasings, image_transforms
+from hf_rwp.runs.parsing import parse_arguments
+from hf_rwp.runs.records import command_of, environment, hub_id, weights_digest, without_places
 
 # Flags that may change on resuming; and those whose old values come back with the optimizer's state.
 HARMLESS = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "logging_steps"}
@@ -322,7 +324,7 @@ def main(args: Arguments) -> None:
     replicas, replica, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     use_fast_kernels(args.deterministic)
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("hf_rwp.loading").setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
+    logging.getLogger("hf_rwp.images").setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
 
     # The gradients of one step on one replica. RWP mixes two, so a replica that is alone halves its batch.
     accumulation = args.gradient_accumulation_steps

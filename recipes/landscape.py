@@ -43,14 +43,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
-from hf_rwp.arguments import ImageArguments, parse_arguments
-from hf_rwp.card import with_picture
-from hf_rwp.core.noise import DEFAULT_GAMMA, MODES
-from hf_rwp.data import load_images
-from hf_rwp.loading import build_loader
-from hf_rwp.plots import landscape, sharpness_curves
-from hf_rwp.records import command_of, environment, without_nan, without_places
-from hf_rwp.sharpness import (
+from hf_rwp.analysis.plots import landscape, sharpness_curves
+from hf_rwp.analysis.sharpness import (
     Batches,
     largest_eigenvalue,
     loss_slice,
@@ -60,6 +54,13 @@ from hf_rwp.sharpness import (
     random_directions,
     worst_case,
 )
+from hf_rwp.core.noise import DEFAULT_GAMMA, MODES
+from hf_rwp.hub.card import with_picture
+from hf_rwp.images.arguments import ImageArguments
+from hf_rwp.images.data import load_images
+from hf_rwp.images.loaders import build_loader
+from hf_rwp.runs.parsing import parse_arguments
+from hf_rwp.runs.records import command_of, environment, without_nan, without_places
 
 BITS = (8, 4)
 # The flags of images that mean something here; the others are those of training, or each model's own affair.

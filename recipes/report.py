@@ -16,9 +16,9 @@ from typing import Any
 
 from compare import METHODS, PROTOCOLS, as_table, by_method, curves_of, spread, table
 
-from hf_rwp.plots import comparison, landscape, sharpness_curves
-from hf_rwp.records import read_records
-from hf_rwp.sharpness import Estimate, estimate
+from hf_rwp.analysis.plots import comparison, landscape, sharpness_curves
+from hf_rwp.analysis.sharpness import Estimate, estimate
+from hf_rwp.runs.records import read_records
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"

@@ -82,16 +82,17 @@ from transformers import (
 )
 
 from hf_rwp import RWPTrainer, RWPTrainingArguments
-from hf_rwp.arguments import ImageArguments, parse_arguments
+from hf_rwp.analysis.plots import training_curves
 from hf_rwp.core.sharding import refuse_lone_processes
-from hf_rwp.data import load_images
-from hf_rwp.folder import save_model
-from hf_rwp.hub import PushError, add_card, push
-from hf_rwp.loading import BatchPlan, ImageDataset
-from hf_rwp.metrics import Top1, Top5, label_rank
-from hf_rwp.plots import training_curves
-from hf_rwp.records import base_of, environment, weights_digest, without_places
-from hf_rwp.transforms import image_transforms
+from hf_rwp.hub.export import save_model
+from hf_rwp.hub.push import PushError, add_card, push
+from hf_rwp.images.arguments import ImageArguments
+from hf_rwp.images.data import load_images
+from hf_rwp.images.loaders import BatchPlan, ImageDataset
+from hf_rwp.images.metrics import Top1, Top5, label_rank
+from hf_rwp.images.transforms import image_transforms
+from hf_rwp.runs.parsing import parse_arguments
+from hf_rwp.runs.records import base_of, environment, weights_digest, without_places
 
 # Flags whose old values come back with a checkpoint's optimizer and schedule, or change what was trained.
 KEPT_BY_CHECKPOINTS = ("rwp", "rwp_gamma", "rwp_seed", "learning_rate", "lr_scheduler_type", "optim", "weight_decay")

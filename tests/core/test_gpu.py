@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_rwp import RWP
-from hf_rwp.records import weights_digest
+from hf_rwp.runs.records import weights_digest
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ALPHA = 0.3

@@ -1,0 +1,1 @@
+"""How flat a trained network is, and pictures."""

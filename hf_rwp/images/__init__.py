@@ -1,0 +1,1 @@
+"""Images: where they come from, how they are loaded and changed, and how often a model is right about them."""

@@ -1,0 +1,1 @@
+"""RWP for `transformers.Trainer`."""

@@ -1,0 +1,401 @@
+"""RWP for `transformers.Trainer`: the optimizer wrapper, and what Trainer alone knows.
+
+1. `create_optimizer` wraps the optimizer that Trainer made. The wrapper begins and ends micro-steps by itself.
+2. `get_batch_samples` fetches the batches of one optimizer step, the window: gamma moves along its schedule, and the
+   wrapper is told how many gradients there are, and how Trainer's loss weighs them where it is a mean over tokens.
+3. `training_step` takes one gradient. A batch that is a window by itself, on one process, is split in halves: the clean
+   gradient comes from the first, the perturbed one from the second.
+4. Buffers are made equal before evaluation and saving, and the weights are clean however training ends.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
+from transformers.training_args import ParallelMode
+from transformers.utils.hub import PushInProgress
+
+from hf_rwp.core.losses import LossTracker
+from hf_rwp.core.optimizer import RWP
+from hf_rwp.core.placement import shares_of
+from hf_rwp.core.sharding import refuse_data_parallel, refuse_lone_processes, refuse_unsupported
+from hf_rwp.runs.records import base_of, environment, without_places
+from hf_rwp.trainer.arguments import RWPArguments
+from hf_rwp.trainer.halves import in_halves, rows
+
+logger = logging.getLogger(__name__)
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+if TYPE_CHECKING:  # what `super()` finds depends on the Trainer it is put in front of
+    _AnyTrainer = Trainer
+else:
+    _AnyTrainer = object
+
+
+class RWPTrainerMixin(_AnyTrainer):
+    """RWP for any subclass of `Trainer`: put it in front, and `RWPArguments` in front of the arguments.
+
+        class RWPSFTTrainer(RWPTrainerMixin, SFTTrainer): ...
+
+        @dataclass
+        class RWPSFTConfig(RWPArguments, SFTConfig): ...
+
+    Without `rwp=True` in its arguments it is that Trainer, bit for bit. With it, several processes share the clean and
+    the perturbed gradients between them; one process takes them in turn from the batches that a step accumulates, or
+    from the halves of a single one. Each log of the training loss, which stays the plain one, also has `loss_clean`,
+    `loss_perturbed` and `loss_gap`, a free measure of sharpness.
+
+    `rwp`: the optimizer wrapper, whose `report()` says what really happened; None before training and without RWP.
+
+    Raises TypeError for arguments without RWP's flags; NotImplementedError under FSDP, DeepSpeed, DataParallel, TPUs
+    and sharding of any kind; ValueError for `auto_find_batch_size` on several processes, for an optimizer that is
+    wrapped already and, in training, for a batch that cannot be split.
+    """
+
+    args: Any  # RWPArguments and TrainingArguments in one
+    model: Any
+    optimizer: Any
+    push_in_progress: Any
+    rwp: RWP | None = None
+    _report: Mapping[str, Any] | None = None  # of the wrapper, after training
+    _best_step: int | None = None  # whose weights these are, where training ended with the best ones
+    _items: list[float] | None = None  # tokens by replica, or by micro-step on one; None where Trainer adds none up
+    _parts: Sequence[float] = ()  # how much of this replica's loss each coming micro-step is
+    _splits = False  # whether the window's one batch is to be split
+    _warned = False
+    _rows_are_samples = True  # as far as seen: pairs for DPO or a reward model lie one after the other
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if any(isinstance(given, RWPArguments) and given.rwp for given in (*args, *kwargs.values())):
+            refuse_lone_processes()  # ahead of Trainer, which makes a folder
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, RWPArguments):
+            raise TypeError(
+                f"{type(self.args).__name__} has no flags of RWP: use RWPTrainingArguments, or a dataclass that "
+                f"inherits from (RWPArguments, {type(self.args).__name__})"
+            )
+        if self.args.rwp:
+            _check_supported(self.args, self.model)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's optimizer, or the one given as `optimizers`, wrapped in RWP."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if not self.args.rwp:
+            if self.rwp is not None:  # it was on in an earlier train()
+                self.rwp.remove()
+                optimizer = self.optimizer = self.rwp.base
+                self.rwp = None
+            return optimizer
+        if isinstance(optimizer, AcceleratedOptimizer):  # from an earlier train()
+            optimizer = optimizer.optimizer
+        if isinstance(optimizer, RWP) and optimizer is not self.rwp:
+            raise ValueError(
+                "optimizers holds an RWP, and rwp=True would wrap it again: give the base optimizer, or leave rwp to "
+                "False and its options to the wrapper"
+            )
+        if optimizer is not self.rwp:
+            self.optimizer = self.rwp = RWP(optimizer, self.model, **self.args.rwp_options)
+        self._losses = LossTracker(self.rwp)
+        return self.optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        given = self._kept_by_checkpoints()
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for name, loaded in self._kept_by_checkpoints().items():
+            if loaded != given[name]:
+                raise ValueError(
+                    f"{checkpoint} was written with {name}={loaded!r}, which it keeps, and not with {given[name]!r}: "
+                    f"resume with the same {name}, or start anew from its weights"
+                )
+
+    def _kept_by_checkpoints(self) -> dict[str, Any]:
+        """What comes back with the wrapper's state, whatever the arguments say."""
+        if self.rwp is None:
+            return {}
+        gammas = sorted({group["initial_rwp_gamma"] for group in self.rwp.param_groups})
+        gamma = gammas[0] if len(gammas) == 1 else gammas
+        return {"rwp_gamma": gamma, "rwp_seed": self.rwp.state_dict()["rwp"]["seed"]}
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._report = self._best_step = None
+        try:
+            output = super().train(*args, **kwargs)
+            self._sync_buffers()
+            if self.rwp is not None:
+                self._report = self.rwp.report()  # while all replicas are here: the main one may push alone
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+                self._best_step = self.state.best_global_step
+            return output
+        finally:
+            if self.rwp is not None:
+                self.rwp.disarm()
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Trainer's batches of one optimizer step and their number of tokens; begins RWP's window."""
+        self._items, self._splits = None, False
+        if self.rwp is not None:
+            self.rwp.scale_gamma(self.args.rwp_gamma_factor(self.state.global_step / self.state.max_steps))
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.rwp is not None and batches:
+            self._rows_are_samples &= max(map(rows, batches)) <= self._train_batch_size
+            index, replicas = self.rwp.replicas.index, self.rwp.replicas.count
+            self._splits = self._mixes and replicas == len(batches) == 1
+            self._parts = [1 / len(batches)] * len(batches)
+            if self._items:
+                total = sum(self._items) or 1
+                mine = self._items[index] * replicas / total
+                self._parts = (
+                    [part * mine for part in self._parts] if replicas > 1 else [n / total for n in self._items]
+                )
+            if not self._splits:
+                self.rwp.begin_window(len(batches), shares_of(self._items) if self._items else None)
+        return batches, count
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Trainer's count, as it is; how it divides between the slots is remembered for the mix."""
+        count = super()._get_num_items_in_batch
+        if not self._mixes or not batch_samples:
+            return count(batch_samples, device)
+        if self.rwp is not None and self.rwp.replicas.count > 1:
+            with _gathered(self.accelerator) as items:
+                total = count(batch_samples, device)
+        else:
+            total = count(batch_samples, device)
+            items = [] if total is None else [count([batch], device) for batch in batch_samples]
+        self._items = [float(n or 0) for n in items] or None
+        return total
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """One gradient, or two where the batch is split; returns the plain loss as Trainer does."""
+        step = super().training_step
+        if self.rwp is None:
+            return step(model, inputs, num_items_in_batch)
+        if not self._splits:
+            if not self._parts:
+                raise RuntimeError(
+                    "training_step runs more often than get_batch_samples has fetched batches, so RWP cannot know how "
+                    "many gradients make a step: call both once a batch, as Trainer does"
+                )
+            loss = step(model, inputs, num_items_in_batch)
+            part, *self._parts = self._parts
+            if part:
+                self._losses.update(loss / part, part)
+            return loss
+        # Each half gets a mean over its own items, and Trainer adds the two up as they are: shares of 1 and 1.
+        if not self._rows_are_samples and self.args.gradient_accumulation_steps == 1:
+            raise ValueError(
+                f"a batch of at most {self._train_batch_size} samples has {rows(inputs)} rows: a half of its rows is "
+                "not one of its samples. Set gradient_accumulation_steps=2, with half the batch size for the same "
+                "step: then whole batches take turns"
+            )
+        whole = not self._rows_are_samples  # an epoch's last batch, alone in its step
+        halves, sizes = in_halves(inputs, smallest=rows(inputs) if whole else 2 if self._has_batch_norm() else 1)
+        if halves[0] is inputs and not self._warned:
+            self._warned = True
+            logger.warning(
+                "a batch of %d rows is too small to split: both gradients are taken on it, at twice the cost", sizes[0]
+            )
+        counts: list[Any] = [None, None]
+        if num_items_in_batch is not None:
+            count = super()._get_num_items_in_batch
+            counts = [torch.as_tensor(count([half], self.args.device)) for half in halves]
+            sizes = [int(items) for items in counts]
+            counts = [items.clamp(min=1) for items in counts]  # a half without any is no reason for a NaN
+        self.rwp.begin_window(2, (float(sizes[0] > 0), float(sizes[1] > 0)))
+        loss = torch.zeros((), device=self.args.device)
+        for half, items, size in zip(halves, counts, sizes, strict=True):
+            mean, part = step(model, half, items), size / (sum(sizes) or 1)
+            self._losses.update(mean, part)
+            loss = loss + mean * part
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.rwp is not None and {"loss", "learning_rate"} <= logs.keys():  # Trainer's own log of training
+            logs.update({name: loss for name, loss in self._losses.compute().items() if name != "loss"})
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._sync_buffers()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._sync_buffers()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        *,
+        tag: str | None = None,
+        results: Mapping[str, Any] | None = None,
+        pictures: Sequence[Any] = (),
+        **facts: Any,
+    ) -> Any:
+        """Trainer's, with the card of RWP: weights, configuration, preprocessing, card and figures in one commit.
+
+        Written to `hub` in the output folder first; neither Trainer's pickled arguments nor its logs go along, and in
+        pushes while training neither, unless `hub_strategy` asks for whole checkpoints, which hold pickles. The main
+        process does it all, so that it may call this, or `save_model` with `push_to_hub=True`, alone. results: what a
+        recipe's results.json holds; taken from Trainer's log if not given, what RWP did included once training is over.
+        pictures, facts: as `hf_rwp.push_to_hub` takes them; of those of Trainer, `model_name`, `finetuned_from`,
+        `tasks` and `dataset_tags`, too.
+
+        Returns the commit's address, or a Future of it where `blocking` is False; None but on the main process. Raises
+        `hf_rwp.hub.push.PushError`, with the command that finishes the job, when the push failed.
+        """
+        if not self.args.rwp:
+            names = {"tag": tag, "results": results, "pictures": pictures or None}
+            given = [name for name, value in names.items() if value is not None]
+            if given:
+                raise ValueError(f"{', '.join(given)}: Trainer's own push, which this is without rwp=True, has no such")
+            return super().push_to_hub(commit_message, blocking, token, revision, private, **facts)  # type: ignore[arg-type]
+        from hf_rwp.hub import push as hub  # huggingface_hub, for those who push alone
+        from hf_rwp.hub.export import save_any
+
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.rwp is not None:
+            self.rwp.eval()
+        if not self.is_world_process_zero():
+            return None
+        known = dict(results) if results is not None else self._results()
+        self._finish_current_push()
+        output = Path(self.args.output_dir)
+        repo_id = self.hub_model_id or self.args.hub_model_id or output.absolute().name
+        folder = output / "hub"
+        of_model = save_any(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        said = {**of_model, **_card_facts(facts)}
+        said["tags"] = [*said.get("tags", ()), *(getattr(self.model, "model_tags", None) or ())]
+        hub.add_card(folder, known, pictures=pictures, repo_id=repo_id, **said)
+        where: dict[str, Any] = {"revision": revision or self.args.hub_revision, "tag": tag}
+        where["private"] = self.args.hub_private_repo if private is None else private
+        where["token"] = self.args.hub_token if token is None else token
+        where["message"] = commit_message or "End of training"
+        return (hub.push if blocking else hub.push_later)(folder, repo_id, **where)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer's uploads all of its output folder, with pickled arguments and logs that name the machine.
+        strategy, busy = (
+            self.args.hub_strategy,
+            self.push_in_progress is not None and not self.push_in_progress.is_done(),
+        )
+        if not self.args.rwp or strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            super()._push_from_checkpoint(checkpoint_folder)
+        elif strategy != HubStrategy.END and self.is_world_process_zero() and (self.args.hub_always_push or not busy):
+            job = self.push_to_hub(f"Training in progress, step {self.state.global_step}", blocking=False)
+            self.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]
+
+    def _results(self) -> dict[str, Any]:
+        """What Trainer's log says of the run, as a recipe's results.json has it."""
+        best = self._best_step
+        step = self.state.global_step if best is None else best
+        rows: dict[float, dict[str, Any]] = {}
+        final: dict[str, Any] = {}
+        for line in self.state.log_history:
+            named = {_LOGGED.get(name, name.removeprefix("eval_")): value for name, value in line.items()}
+            rows[line["step"]] = rows.get(line["step"], {}) | named
+            evaluated = any(name.startswith("eval_") for name in line)  # which is true of the weights of its step alone
+            if line["step"] == step or (line["step"] < step and not evaluated):
+                final |= named
+        history = list(rows.values())
+        final["step"] = step
+        if self._report is not None and self.rwp is not None:
+            final["rwp"] = {**self._report, "gamma": self.rwp.defaults["rwp_gamma"]}
+        arguments = without_places(self.args.to_dict())
+        arguments = {name: value for name, value in arguments.items() if not name.endswith("_dir")}
+        return {
+            "final": final,
+            **({} if best is None else {"chosen": "best"}),
+            "seconds": next((row["train_runtime"] for row in history if "train_runtime" in row), None),
+            "arguments": arguments,
+            "base_model": base_of(self.model),
+            **environment(self.accelerator),
+            "history": [row for row in history if {"train_loss", "eval_loss", "top1", "accuracy"} & row.keys()],
+        }
+
+    @property
+    def _mixes(self) -> bool:
+        """Whether the coming window has clean and perturbed gradients."""
+        return self.rwp is not None and self.rwp.active and self.rwp.alpha < 1
+
+    def _has_batch_norm(self) -> bool:
+        return any(isinstance(module, _BATCH_NORMS) for module in self.model.modules())
+
+    def _sync_buffers(self) -> None:
+        if self.rwp is not None:
+            self.rwp.sync_buffers()
+
+
+# Trainer's names of what a recipe's history has, too; its own `train_loss` is the mean over all of training.
+_LOGGED = {"loss": "train_loss", "eval_loss": "eval_loss", "train_loss": "mean_loss", "total_flos": "total_flos"}
+
+
+def _card_facts(named: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a card among the names that Trainer's `push_to_hub` takes."""
+    ours = {"model_name": "name", "finetuned_from": "base_model", "tasks": "task"}
+    facts = {ours.get(name, name): value for name, value in named.items()}
+    if isinstance(facts.get("tags"), str):
+        facts["tags"] = [facts["tags"]]
+    datasets = facts.pop("dataset_tags", None)  # ids on the Hub, where `dataset` is a name
+    if datasets is not None:
+        facts["data"] = facts.pop("dataset", None)
+        facts["dataset"] = datasets if isinstance(datasets, str) else datasets[0]
+    return facts
+
+
+class RWPTrainer(RWPTrainerMixin, Trainer):
+    """`Trainer` with Random Weight Perturbation behind the flag `rwp` of `RWPTrainingArguments`."""
+
+
+def _check_supported(args: Any, model: nn.Module) -> None:
+    if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
+        refuse_data_parallel()
+    if args.parallel_mode not in (ParallelMode.NOT_PARALLEL, ParallelMode.DISTRIBUTED):
+        raise NotImplementedError(
+            f"RWP does not work with {args.parallel_mode.value}: it needs a whole copy of the weights on every "
+            "replica. What works is one process, or DistributedDataParallel (accelerate launch --multi_gpu)"
+        )
+    refuse_unsupported(model.parameters())
+    slots = args.world_size * args.gradient_accumulation_steps
+    if slots * args.per_device_train_batch_size == 1 and 0 < args.rwp_alpha < 1:
+        logger.warning(
+            "one process and one sample to a step: both gradients are taken on it, at twice the cost of plain "
+            "training. With gradient_accumulation_steps=2 they take turns, and cost nothing extra"
+        )
+    if args.auto_find_batch_size and args.world_size > 1:
+        raise ValueError(
+            f"auto_find_batch_size on {args.world_size} processes: a perturbed replica needs more memory than "
+            "a clean one, so it can run out alone, and the others would wait for it forever. Set "
+            "per_device_train_batch_size, and gradient_accumulation_steps to keep the images per step"
+        )
+
+
+@contextmanager
+def _gathered(accelerator: Any) -> Iterator[list[Any]]:
+    """What `accelerator.gather` returns meanwhile: asking the replicas again would cost a collective of our own."""
+    gather, values = accelerator.gather, []
+
+    def recording(tensor: Any) -> Any:
+        result = gather(tensor)
+        values.extend(result)
+        return result
+
+    accelerator.gather = recording
+    try:
+        yield values
+    finally:
+        accelerator.gather = gather

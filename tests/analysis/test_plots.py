@@ -1,0 +1,241 @@
+import math
+
+import matplotlib.figure
+import numpy as np
+import PIL.Image
+import pytest
+
+from hf_rwp.analysis import plots
+from hf_rwp.analysis.plots import comparison, landscape, sharpness_curves, training_curves
+
+
+@pytest.fixture
+def draw(tmp_path, monkeypatch):
+    """Draws a history; gives the figure's two panels and the pixels of the PNG."""
+    figures = []
+    monkeypatch.setattr(plots, "Figure", lambda **o: figures.append(matplotlib.figure.Figure(**o)) or figures[-1])
+
+    def panels(history):
+        training_curves(history, tmp_path / "curves.png")
+        with PIL.Image.open(tmp_path / "curves.png") as image:
+            assert image.format == "PNG"
+            return *figures[-1].axes, np.asarray(image.convert("RGB"))
+
+    return panels
+
+
+def epochs(count, **columns):
+    return [{"epoch": e + 1, **{key: values[e] for key, values in columns.items()}} for e in range(count)]
+
+
+def lines(axes):
+    return {line.get_label(): (line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.lines}
+
+
+RUN = epochs(
+    3,
+    train_loss=[1.1, 0.6, 0.35],
+    loss_clean=[1.0, 0.5, 0.3],
+    loss_perturbed=[1.2, 0.7, 0.4],
+    top1=[0.5, 0.8, 0.875],
+    learning_rate=[0.1, 0.1, 0.01],
+    seconds=[5.0, 5.0, 5.0],
+)
+
+
+def test_losses_are_on_the_left_and_percent_on_the_right(draw):
+    losses, accuracy, _ = draw(RUN)
+    found = lines(losses)
+    assert found["clean weights"] == ([1, 2, 3], [1.0, 0.5, 0.3])
+    assert found["perturbed weights"] == ([1, 2, 3], [1.2, 0.7, 0.4])
+    assert found["mean"] == ([1, 2, 3], [1.1, 0.6, 0.35])
+    assert [line.get_ydata().tolist() for line in accuracy.lines] == [[50.0, 80.0, 87.5]]
+    assert [text.get_text() for text in accuracy.texts] == ["87.50 %"]
+
+
+def test_clean_and_perturbed_are_apart_in_colour_and_in_grey(draw):
+    losses, _, pixels = draw(RUN)
+    clean, perturbed = (
+        next(line for line in losses.lines if line.get_label() == f"{n} weights") for n in ("clean", "perturbed")
+    )
+    assert clean.get_linestyle() != perturbed.get_linestyle()
+    assert clean.get_marker() != perturbed.get_marker()
+    for color in ([0x00, 0x72, 0xB2], [0xD5, 0x5E, 0x00]):
+        assert (pixels == color).all(-1).sum() > 500
+
+
+def test_the_base_method_has_one_loss(draw):
+    losses, _, _ = draw(epochs(2, train_loss=[1.0, 0.5], top1=[0.5, 0.6]))
+    assert list(lines(losses)) == ["mean"]
+    assert losses.get_legend() is None
+
+
+def test_what_an_epoch_lacks_is_left_out(draw):
+    losses, accuracy, _ = draw(
+        epochs(3, train_loss=[3.0, 2.0, 1.5], loss_clean=[None, 1.9, 1.4], top1=[None, 0.0, None])
+    )
+    assert lines(losses)["clean weights"] == ([2, 3], [1.9, 1.4])
+    assert [line.get_xdata().tolist() for line in accuracy.lines] == [[2]]
+
+
+@pytest.mark.parametrize(("last", "scale"), [(0.3, "linear"), (0.01, "log")])
+def test_a_wide_range_of_losses_gets_a_logarithmic_axis(draw, last, scale):
+    losses, _, _ = draw(epochs(2, train_loss=[2.0, last], top1=[0.1, 0.2]))
+    assert losses.get_yscale() == scale
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 0.0])
+def test_a_diverged_run_can_be_drawn(draw, loss):
+    draw(epochs(2, train_loss=[2.0, loss], top1=[0.1, 0.1]))
+    draw(epochs(1, train_loss=[loss], top1=[0.1]))
+
+
+def test_a_comparison_shows_means_over_seeds(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "Figure", lambda **o: figures.append(matplotlib.figure.Figure(**o)) or figures[-1])
+
+    def history(*top1, cost):
+        return [
+            {"epoch": i + 1, "seconds": 10 * cost * (i + 1), "gradients": cost * (i + 1), "top1": value}
+            for i, value in enumerate(top1)
+        ]
+
+    runs = {"plain": [history(0.5, 0.6, cost=1), history(0.7, 0.8, cost=1)], "SAM": [history(0.5, 0.9, cost=2)]}
+    comparison(runs, tmp_path / "comparison.png")
+    epochs, seconds, cost = figures[-1].axes
+    assert lines(epochs) == {"plain": ([1, 2], [60, 70]), "SAM": ([1, 2], [50, 90])}
+    assert lines(seconds)["SAM"] == ([20, 40], [50, 90])
+    points = [(bar.lines[0].get_xdata()[0], bar.lines[0].get_ydata()[0]) for bar in cost.containers]
+    assert points == [(pytest.approx(2, abs=0.1), 70), (pytest.approx(4, abs=0.1), 90)]
+    (whiskers,) = cost.containers[0].lines[2]
+    low, high = whiskers.get_segments()[0][:, 1]
+    assert (high - low) / 2 == pytest.approx(math.sqrt(200))
+    assert [text.get_text() for text in figures[-1].legends[0].get_texts()] == ["plain", "SAM"]
+    with PIL.Image.open(tmp_path / "comparison.png") as image:
+        assert image.format == "PNG"
+
+
+COORDINATES = [-1.0, -0.5, 0.0, 0.5, 1.0]
+
+
+def bowl(scale=1.0, least=0.01):
+    return [[least + scale * (a * a + b * b) for b in COORDINATES] for a in COORDINATES]
+
+
+def figures_of(scale, grid=None):
+    """What recipes/landscape.py writes of a model."""
+    levels = [
+        {
+            "gamma": gamma,
+            "loss_rise": {"mean": scale * gamma**2, "low": -0.001, "high": scale * gamma},
+            "accuracy": {"mean": 0.9 - gamma, "low": 0.8, "high": 1.0},
+        }
+        for gamma in (0.01, 0.02, 0.1)
+    ]
+    return {
+        "train": {
+            "under_noise": levels,
+            "coordinates": COORDINATES,
+            "line": [0.01 + scale * a * a for a in COORDINATES],
+            "largest_eigenvalue": {"value": scale},
+            "worst_case": {"rho": 0.05, "rise": scale / 10},
+        },
+        "held_out": {
+            "accuracy": 0.95,
+            "under_noise": levels,
+            "quantized": {"8": {"accuracy": 0.9}, "4": {"accuracy": 0.8}},
+        },
+    }
+
+
+@pytest.fixture
+def figure_of(tmp_path, monkeypatch):
+    """Draws with one of the plots' functions; gives the figure, and checks that a PNG was written."""
+    figures = []
+    monkeypatch.setattr(plots, "Figure", lambda **o: figures.append(matplotlib.figure.Figure(**o)) or figures[-1])
+
+    def drawn(plot, *arguments):
+        plot(*arguments, tmp_path / "picture.png")
+        with PIL.Image.open(tmp_path / "picture.png") as image:
+            assert image.format == "PNG"
+        return figures[-1]
+
+    return drawn
+
+
+def test_landscapes_of_several_models_have_the_same_axes_and_colours(figure_of):
+    *panels, bar = figure_of(landscape, {"flat": bowl(1.0), "sharp": bowl(50.0)}, COORDINATES).axes
+    assert [panel.get_title() for panel in panels] == ["flat", "", "sharp", ""]
+    (flat, raised), (flat_2, raised_2) = panels[:2], panels[2:]
+    for one, other in ((flat, flat_2), (raised, raised_2)):
+        assert one.get_xlim() == other.get_xlim()
+        assert one.get_ylim() == other.get_ylim()
+    assert raised.get_zlim() == raised_2.get_zlim()
+    one, other = (panel.collections[0] for panel in (flat, flat_2))
+    assert one.norm is other.norm
+    assert one.levels.tolist() == other.levels.tolist()
+    assert (one.norm.vmin, one.norm.vmax) == pytest.approx((0.01, 100.01))
+    assert bar.get_ylabel() == "loss"
+    assert bar.get_yscale() == "log"
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        bowl(-1.0, least=0.0),  # below 0: no logarithm
+        bowl(0.0),  # flat
+        [[1e30 if a == b else math.nan for b in COORDINATES] for a in COORDINATES],
+        [[math.inf] * 5 for _ in COORDINATES],
+    ],
+)
+def test_any_landscape_can_be_drawn(figure_of, grid):
+    figure_of(landscape, {"one": grid, "other": bowl()}, COORDINATES)
+    figure_of(landscape, {"one": grid}, COORDINATES)
+
+
+def test_the_first_direction_runs_along_x(figure_of):
+    ramp = [[1.0 + a for _ in COORDINATES] for a in COORDINATES]
+    flat, *_ = figure_of(landscape, {"ramp": ramp}, COORDINATES).axes
+    lines = flat.collections[1]
+    drawn = [(path.vertices[:, 0], level) for path, level in zip(lines.get_paths(), lines.levels, strict=True)]
+    assert any(0 < level < 2 for _, level in drawn)
+    assert all(x == pytest.approx(level - 1) for x, level in drawn)
+
+
+def test_sharpness_of_several_models_is_in_six_panels(figure_of):
+    figure = figure_of(sharpness_curves, {"base": figures_of(2.0), "rwp": figures_of(1.0)})
+    rise, accuracy, line, rounded, eigenvalue, step = figure.axes
+    assert [drawn.get_ydata().tolist() for drawn in rise.lines] == [
+        pytest.approx([2e-4, 8e-4, 2e-2]),
+        pytest.approx([1e-4, 4e-4, 1e-2]),
+    ]
+    assert rise.get_yscale() == "log"
+    assert accuracy.lines[0].get_xdata().tolist() == [0.0, 0.01, 0.02, 0.1]
+    assert accuracy.lines[0].get_ydata().tolist() == pytest.approx([95.0, 89.0, 88.0, 80.0])
+    assert line.lines[1].get_ydata().tolist() == figures_of(1.0)["train"]["line"]
+    assert [bar.get_height() for bar in rounded.patches] == pytest.approx([95, 90, 80] * 2)
+    assert [text.get_text() for text in rounded.get_xticklabels()] == ["as it is", "int8", "int4"]
+    assert [text.get_text() for text in eigenvalue.texts] == ["2", "1"]
+    assert [bar.get_height() for bar in step.patches] == [0.2, 0.1]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["base", "rwp"]
+
+
+def test_models_are_apart_in_colour_and_in_grey(figure_of):
+    names = [f"model {number}" for number in range(7)]
+    rise, *_, rounded, _, _ = figure_of(sharpness_curves, {name: figures_of(1.0) for name in names}).axes
+    for look in ("get_color", "get_linestyle", "get_marker"):
+        looks = {str(getattr(drawn, look)()) for drawn in rise.lines}
+        assert len(looks) == (7 if look != "get_linestyle" else len(looks))
+    assert len({bar.get_hatch() for bar in rounded.patches}) == 7
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None])
+def test_sharpness_of_a_diverged_model_can_be_drawn(figure_of, value):
+    figures = figures_of(1.0)
+    for level in figures["train"]["under_noise"]:
+        level["loss_rise"] = dict.fromkeys(("mean", "low", "high"), value)
+    figures["train"]["line"] = [value] * 5
+    figures["train"]["largest_eigenvalue"]["value"] = figures["train"]["worst_case"]["rise"] = value
+    figure_of(sharpness_curves, {"diverged": figures})
+    figure_of(sharpness_curves, {"base": figures_of(1.0), "diverged": figures})

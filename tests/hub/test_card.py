@@ -1,0 +1,289 @@
+"""The model card: what it says, whatever the names, and that the published ones are as their records say."""
+
+import json
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hub_server import _yaml_errors
+
+from hf_rwp.hub.__main__ import main
+from hf_rwp.hub.card import cell, facts_of, with_picture
+from hf_rwp.hub.push import add_card, card_of_record, render_card
+
+ROOT = Path(__file__).parents[2]
+RECORDS = sorted((ROOT / "recipes" / "results").glob("*.jsonl"))
+RESULTS = {
+    "final": {
+        "epoch": 2,
+        "step": 40,
+        "train_loss": 0.5,
+        "loss_clean": 0.4,
+        "loss_perturbed": 0.6,
+        "top1": 0.9,
+        "top5": 0.99,
+        "eval_loss": 0.3,
+        "images_per_second": 1234.5,
+        "rwp": {
+            "placement": "parallel",
+            "replicas": 2,
+            "alpha": 0.25,
+            "gamma": 0.01,
+            "slots": {"clean": 40, "perturbed": 41},
+            "relative_noise": {"largest": {"name": "conv.weight", "elements": 9, "size": 0.4}},
+        },
+    },
+    "seconds": 12.5,
+    "arguments": {
+        **{"method": "rwp", "model": "resnet18", "data_dir": None, "dataset": "ada/beasts", "epochs": 3, "lr": 0.1},
+        **{"rwp_gamma": None, "rwp_alpha": 0.5, "rwp_noise": "filter", "rwp_eta": 0.0, "rwp_beta": 0.99, "seed": 0},
+        **{"sam_rho": 0.05, "pretrained": "timm/resnet18.a1_in1k", "validation_split": None},
+    },
+    "data": {"train": {"images": 1000, "split": "train"}, "validation": {"images": 100, "split": "test"}},
+    "hardware": {"device": "x86_64", "cores": 2, "threads": 1, "replicas": 2, "mixed_precision": "no"},
+    "versions": {"python": "3.11", "torch": "2.15"},
+    "git_commit": "0123abc",
+    "history": [],
+}
+ODD = [
+    'it\'s "so"',
+    "a: b",
+    "- c",
+    "{d}",
+    "[e",
+    "#f",
+    "&g *h !i",
+    "%j",
+    "@k",
+    "`l`",
+    "käse 🧀",
+    "null",
+    "1e3",
+    "x\ny",
+    "|",
+]
+
+
+def head(card):
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def rows(card):
+    lines = [line[2:-2].split(" | ") for line in card.splitlines() if line.startswith("| ") and line.endswith(" |")]
+    return {line[0]: line[1] for line in lines if len(line) == 2}
+
+
+def test_a_card_says_what_the_run_did():
+    card = render_card(facts_of(RESULTS, repo_id="ada/net", license="mit"))
+    table = rows(card)
+    assert table["Top-1 accuracy on 100 held-out images"] == "90.00 %"
+    assert table["Gradients at clean / perturbed weights"] == "40 / 41"
+    assert table["gamma, size of the noise"] == "0.01"  # what was, not the flag that was not set
+    assert table["alpha, share of the perturbed gradient"] == "0.25"
+    assert table["where the two gradients were taken"] == "side by side, on different replicas"
+    assert table["Noise relative to the weights, largest layer"] == "0.4 (conv.weight)"
+    assert table["Epochs"] == "2 of 3"
+    assert table["pretrained"] == "timm/resnet18.a1_in1k"
+    assert table["hardware"] == "x86_64, 2 cores, 1 threads, mixed precision: no"
+    assert table["Training time, seconds"] == "12.5"
+    assert table["commit"] == "0123abc"
+    assert not {"sam_rho", "rwp_eta", "rwp_beta"} & table.keys()  # which did nothing
+    assert "Evaluated on the split `test`" in card
+    facts = head(card)
+    assert facts["base_model"] == "timm/resnet18.a1_in1k"
+    assert facts["datasets"] == ["ada/beasts"]
+    assert facts["license"] == "mit"
+    assert facts["tags"] == ["image-classification", "rwp", "timm", "arxiv:2211.11489"]
+    (model,) = facts["model-index"]
+    (result,) = model["results"]
+    assert result["dataset"] == {"name": "ada/beasts", "type": "ada/beasts", "split": "test"}
+    assert [metric["value"] for metric in result["metrics"]] == [0.9, 0.99]
+    assert not _yaml_errors(card)
+    assert "emission" not in card.lower()
+
+
+@pytest.mark.parametrize(("method", "named"), [("base", "plain training"), ("sam", "sharpness-aware minimization")])
+def test_other_methods_are_not_taken_for_rwp(method, named):
+    final = {name: value for name, value in RESULTS["final"].items() if name != "rwp"}
+    arguments = RESULTS["arguments"] | {"method": method}
+    card = render_card(facts_of(RESULTS | {"final": final, "arguments": arguments}))
+    assert named in card
+    assert not {"gamma, size of the noise", "rwp_noise"} & rows(card).keys()
+    assert ("sam_rho" in rows(card)) == (method == "sam")
+    assert "rwp" not in head(card)["tags"]
+
+
+def test_the_average_of_the_weights_counts_where_it_was_saved():
+    final = RESULTS["final"] | {"top1_ema": 0.91, "top5_ema": 0.995, "eval_loss_ema": 0.2}
+    facts = facts_of(RESULTS | {"final": final})
+    assert facts.metrics == {"top1": 0.91, "top5": 0.995}
+    assert rows(render_card(facts))["Loss, held-out images"] == "0.2000"
+
+
+def test_a_card_without_results_is_a_card():
+    card = render_card(facts_of({"arguments": {"method": "base"}}))
+    assert not _yaml_errors(card)
+    assert "model-index" not in head(card)
+    assert "## Results" not in card
+
+
+def test_a_record_between_two_evaluations_is_a_card():
+    card = render_card(facts_of(RESULTS | {"final": {"step": 31}, "history": [RESULTS["final"]]}))
+    assert rows(card)["Optimizer steps"] == "31"
+    assert "model-index" not in head(card)
+    assert "accuracy" not in card
+    assert "90.00" not in card
+
+
+def test_epoch_by_epoch_is_said_of_a_history_alone():
+    assert "\nAll of this is in `results.json`." in render_card(facts_of(RESULTS))
+    history = [RESULTS["final"]]
+    assert "\nAll of this, epoch by epoch, is in" in render_card(facts_of(RESULTS | {"history": history}))
+
+
+@pytest.mark.parametrize(
+    ("hardware", "said"),
+    [({"device": "H100"}, "H100"), ({"cores": 2, "mixed_precision": "no"}, "2 cores, mixed precision: no"), ({}, None)],
+)
+def test_of_the_hardware_what_is_known_is_said(hardware, said):
+    assert rows(render_card(facts_of(RESULTS | {"hardware": hardware}))).get("hardware") == said
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(tmp_path):
+    final = {"top1": np.float32(0.5), "top5": torch.tensor(0.75), "eval_loss": np.float64(1.5), "step": np.int64(1000)}
+    results = RESULTS | {"final": final, "history": [{"top1": np.array([0.5])}]}
+    card = render_card(facts_of(results))
+    assert [metric["value"] for metric in head(card)["model-index"][0]["results"][0]["metrics"]] == [0.5, 0.75]
+    assert rows(card)["Optimizer steps"] == "1,000"
+    add_card(tmp_path, results)
+    assert json.loads((tmp_path / "results.json").read_text())["final"]["top5"] == 0.75
+
+
+def test_a_base_model_that_the_run_found_out_is_named():
+    results = {"arguments": {"pretrained": "timm"}, "base_model": "timm/resnet18.a1_in1k"}
+    assert head(render_card(facts_of(results)))["base_model"] == "timm/resnet18.a1_in1k"
+    assert "base_model" not in head(render_card(facts_of({"arguments": {"pretrained": "model"}})))  # a folder
+
+
+def test_a_loss_that_is_no_number_is_left_out():
+    final = RESULTS["final"] | {"loss_perturbed": float("nan")}
+    assert "Training loss at perturbed weights" not in rows(render_card(facts_of(RESULTS | {"final": final})))
+
+
+def test_a_picture_is_added_once_where_a_new_card_would_have_it():
+    card = render_card(facts_of(RESULTS, note="Kept."))
+    shown = with_picture(card, "landscape.png")
+    assert shown.split() == render_card(facts_of(RESULTS, pictures=["landscape.png"], note="Kept.")).split()
+    assert with_picture(shown, "landscape.png") == shown
+    assert with_picture("# A card of another kind\n", "landscape.png").endswith("](landscape.png)\n")
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_names_stay_yaml_and_stay_in_their_cells(odd):
+    user = {
+        "data": odd,
+        "split": odd,
+        "name": odd,
+        "license": odd,
+        "tags": [odd],
+        "architecture": odd,
+        "base_model": odd,
+    }
+    results = RESULTS | {"versions": {odd: odd}, "arguments": {**RESULTS["arguments"], "opt": odd}}
+    card = render_card(facts_of(results, **user))
+    assert not _yaml_errors(card)
+    facts = head(card)
+    assert (facts["license"], facts["base_model"]) == (odd, odd)
+    assert odd in facts["tags"]
+    (model,) = facts["model-index"]
+    assert model["name"] == odd
+    assert model["results"][0]["dataset"] == {"name": odd, "type": "ada/beasts", "split": odd}
+    assert f"| opt | {cell(odd)} |" in card
+
+
+def test_a_template_in_a_name_is_not_run():
+    assert "{{ 7 * 7 }}" in render_card(facts_of(RESULTS, note="{{ 7 * 7 }}"))
+
+
+# The published cards
+
+
+@pytest.mark.parametrize("records", RECORDS, ids=lambda path: path.stem)
+def test_a_published_card_is_what_its_record_renders_to(records):
+    assert (ROOT / "model_cards" / f"{records.stem}.md").read_text(encoding="utf-8") == card_of_record(records)
+
+
+def test_every_published_card_has_a_record_with_what_evidence_needs():
+    assert {path.stem for path in (ROOT / "model_cards").glob("*.md")} == {path.stem for path in RECORDS}
+    assert {"digits", "cifar10"} <= {path.stem for path in RECORDS}
+    for path in RECORDS:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            assert {"command", "git_commit", "versions", "hardware", "date", "final", "arguments"} <= record.keys()
+            assert not record["git_commit"].endswith("dirty")
+            assert "seed" in record["arguments"]
+            method, slots = record["arguments"]["method"], record["final"].get("rwp", {}).get("slots", {})
+            assert method != "rwp" or slots["perturbed"] > 0  # an inert wrapper is no result
+
+
+def test_recording_appends_and_rendering_follows(tmp_path):
+    results, records = tmp_path / "results.json", tmp_path / "beasts.jsonl"
+    for top1 in (0.5, 0.75):
+        results.write_text(json.dumps(RESULTS | {"final": RESULTS["final"] | {"top1": top1}}, indent=2))
+        main(["record", str(results), str(records), "--note", f"Beasts, {top1}.", "--dataset", "ada/all-beasts"])
+    assert [json.loads(line)["final"]["top1"] for line in records.read_text().splitlines()] == [0.5, 0.75]
+    main(["card", str(records), "--folder", str(tmp_path)])
+    card = (tmp_path / "beasts.md").read_text()
+    assert rows(card)["Top-1 accuracy on 100 held-out images"] == "75.00 %"
+    assert "\nBeasts, 0.75.\n" in card
+    assert head(card)["datasets"] == ["ada/all-beasts"]
+    assert head(card)["model-index"][0]["results"][0]["dataset"]["type"] == "ada/all-beasts"
+    assert " on ada/all-beasts" in card
+
+
+# The wheel
+
+
+def test_the_wheel_alone_renders_a_card(tmp_path):
+    """Built from a copy, installed without its dependencies in an environment that borrows this one's."""
+    source, wheels, place = tmp_path / "source", tmp_path / "wheels", tmp_path / "venv"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "hf_rwp"):
+        copy = ["cp", "-r", str(ROOT / name), str(source)]
+        subprocess.run(copy, check=True)
+    options = {"capture_output": True, "text": True, "timeout": 300}
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    built = subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(wheels), str(source)], **options
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = wheels.glob("hf_rwp-*.whl")
+    assert "hf_rwp/hub/model_card.md" in zipfile.ZipFile(wheel).namelist()
+    venv.create(place, with_pip=False)
+    (packages,) = place.glob("lib/python*/site-packages")
+    installed = subprocess.run([*pip, "install", "--no-deps", "--target", str(packages), str(wheel)], **options)
+    assert installed.returncode == 0, installed.stdout + installed.stderr
+    borrowed = [path for path in sys.path if path.endswith("site-packages")]
+    (packages / "borrowed.pth").write_text("\n".join(borrowed))
+    program = (
+        "import sys, hf_rwp; from hf_rwp.hub.push import TEMPLATE, render_card; from hf_rwp.hub.card import facts_of\n"
+        "print(*(module.__file__ for name, module in sys.modules.items() if name.startswith('hf_rwp')), TEMPLATE)\n"
+        "print('torch' in sys.modules)\n"
+        "print(render_card(facts_of({'arguments': {'method': 'rwp'}}, name='beasts')))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run([str(place / "bin" / "python"), "-c", program], env=environment, cwd=tmp_path, **options)
+    assert run.returncode == 0, run.stderr
+    files, torch_too, card = run.stdout.split("\n", 2)
+    assert len(files.split()) >= 4
+    for file in files.split():
+        assert Path(file).is_relative_to(packages), file  # not this checkout
+    assert torch_too == "False"  # a card needs no torch
+    assert card.rstrip() == render_card(facts_of({"arguments": {"method": "rwp"}}, name="beasts")).rstrip()

@@ -1,0 +1,106 @@
+import evaluate
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import top_k_accuracy_score
+
+from hf_rwp.images.metrics import Top1, Top5, label_rank
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", str(tmp_path))
+
+
+def combined():
+    return evaluate.combine([Top1(), Top5()])
+
+
+def sample(images, classes, levels=None, seed=0):
+    """Logits and labels; with few `levels`, most logits are tied."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(images, classes)) if levels is None else rng.integers(levels, size=(images, classes))
+    return logits.astype(np.float32), rng.integers(classes, size=images)
+
+
+def scikit_learn(logits, labels):
+    classes = range(logits.shape[1])
+    return {f"top{k}": top_k_accuracy_score(labels, logits, k=k, labels=classes) for k in (1, 5)}
+
+
+@pytest.mark.parametrize("levels", [None, 2, 4], ids=["distinct", "two_levels", "four_levels"])
+@pytest.mark.parametrize("classes", [6, 10, 100])
+def test_agrees_with_scikit_learn(classes, levels):
+    logits, labels = sample(500, classes, levels)
+    assert combined().compute(predictions=logits, references=labels) == pytest.approx(scikit_learn(logits, labels))
+
+
+@pytest.mark.parametrize("convert", [np.asarray, torch.as_tensor, np.ndarray.tolist], ids=["array", "tensor", "list"])
+def test_uneven_batches_count_by_image(convert):
+    logits, labels = sample(103, 10)
+    metric = combined()
+    for start in range(0, 103, 20):
+        piece = slice(start, start + 20)
+        metric.add_batch(predictions=convert(logits[piece]), references=convert(labels[piece]))
+    assert metric.compute() == pytest.approx(scikit_learn(logits, labels))
+
+
+def test_images_one_by_one():
+    logits, labels = sample(20, 10)
+    metric = combined()
+    for image, label in zip(logits, labels, strict=True):
+        metric.add(prediction=image, reference=label)
+    assert metric.compute() == pytest.approx(scikit_learn(logits, labels))
+
+
+def test_a_metric_starts_anew_after_compute():
+    metric = combined()
+    for seed in range(2):
+        logits, labels = sample(50, 10, seed=seed)
+        assert metric.compute(predictions=logits, references=labels) == pytest.approx(scikit_learn(logits, labels))
+
+
+def test_two_classes():
+    assert combined().compute(predictions=[[0.0, 1.0], [2.0, 1.0]], references=[1, 1]) == {"top1": 0.5, "top5": 1.0}
+
+
+def test_half_precision_logits():
+    logits, labels = torch.eye(10, dtype=torch.bfloat16), torch.arange(10)
+    assert combined().compute(predictions=logits, references=labels) == {"top1": 1.0, "top5": 1.0}
+
+
+def test_nan_is_never_a_hit():
+    logits = torch.full((10, 10), float("nan"))
+    assert combined().compute(predictions=logits, references=torch.arange(10)) == {"top1": 0.0, "top5": 0.0}
+
+
+def test_ranks_by_hand():
+    logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 0.0, 0.0], [float("nan"), 5.0, 4.0]])
+    ranks = [label_rank(logits, torch.full((3,), label)).tolist() for label in range(3)]
+    assert ranks == [[0, 2, 3], [2, 1, 1], [1, 0, 2]]
+
+
+def test_no_files_are_written(tmp_path):
+    metric = combined()
+    metric.add_batch(predictions=[[0.0, 1.0]], references=[1])
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_metrics_in_use_together_stay_apart():
+    samples = [sample(200, 10, seed=seed) for seed in range(2)]
+    metrics = [combined(), combined()]
+    for half in (slice(100), slice(100, None)):
+        for metric, (logits, labels) in zip(metrics, samples, strict=True):
+            metric.add_batch(predictions=logits[half], references=labels[half])
+    for metric, drawn in zip(metrics, samples, strict=True):
+        assert metric.compute() == pytest.approx(scikit_learn(*drawn))
+
+
+def test_ranks_of_labels_can_come_in_place_of_logits():
+    logits, labels = torch.randn(20, 7, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 7
+    figures = []
+    for predictions in (logits, label_rank(logits, labels)):
+        metrics = evaluate.combine([Top1(), Top5()])
+        metrics.add_batch(predictions=predictions, references=labels)
+        figures.append(metrics.compute())
+    assert figures[0] == figures[1]

@@ -1,0 +1,523 @@
+"""recipes/vit_rwp.py: what it computes, writes and refuses."""
+
+import getpass
+import importlib.util
+import json
+import math
+import re
+import socket
+from pathlib import Path
+
+import distributed
+import numpy as np
+import PIL.Image
+import pytest
+import timm
+import torch
+from datasets import Image
+from imagenet import few_digits, launch, results, weights
+from safetensors.torch import load_file
+from sklearn.metrics import log_loss, top_k_accuracy_score
+from timm.data import Mixup, create_transform, resolve_data_config
+from torch.nn.functional import log_softmax
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    pipeline,
+    set_seed,
+)
+from vit import RECIPE, SCRATCH, SMALL, TINY, cut_back, load_vit_recipe, results_of, train, train_on_rank
+
+from hf_rwp.images.loaders import ImageDataset
+from hf_rwp.images.transforms import image_transforms
+from hf_rwp.runs.parsing import parse_arguments
+
+WEIGHTS, CARD = ("config.json", "model.safetensors"), ("README.md", "results.json", "curves.png")
+DIGITS = [str(digit) for digit in range(10)]
+FIGURES = ("epoch", "step", "train_loss", "loss_clean", "loss_perturbed", "learning_rate", "top1", "top5", "eval_loss")
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return load_vit_recipe()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run: its folder and its results."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, results_of(folder, *SCRATCH, "--mixup=0.2", "--learning_rate=5e-3")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a ViT for three classes, as transformers' own tools write it."""
+    folder = tmp_path_factory.mktemp("trained")
+    torch.manual_seed(0)
+    ViTForImageClassification(ViTConfig(**TINY, image_size=16, patch_size=4, num_labels=3)).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.4] * 3, resample=3).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """40 images of two classes to train on, 10 for evaluation."""
+    generator = np.random.default_rng(0)
+    for number in range(50):
+        path = tmp_path / "pictures" / ("train" if number < 40 else "validation") / str(number % 2) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(generator.integers(0, 256, (20, 30, 3), np.uint8)).save(path)
+    return tmp_path / "pictures"
+
+
+def break_images(pictures, split, count):
+    for path in sorted((pictures / split).rglob("*.png"))[:count]:
+        path.write_bytes(path.read_bytes()[:60])
+
+
+def predict(folder, images):
+    """The logits of the model in `folder`, with the preprocessing that it says."""
+    model, processor = (
+        AutoModelForImageClassification.from_pretrained(folder),
+        AutoImageProcessor.from_pretrained(folder),
+    )
+    with torch.no_grad():
+        return model(**processor([image.convert("RGB") for image in images], return_tensors="pt")).logits
+
+
+def digits_to_validate():
+    rows = few_digits()["validation"].cast_column("image", Image())
+    return list(rows["image"]), np.array(rows["label"])
+
+
+def assert_figures_are(final, logits, labels):
+    """scikit-learn's, of what a loaded model says."""
+    probabilities, classes = logits.double().softmax(1).numpy(), range(logits.shape[1])
+    for k in (1, 5):
+        expected = top_k_accuracy_score(labels, probabilities, k=k, labels=classes)
+        assert final[f"top{k}"] == pytest.approx(expected)
+    assert final["eval_loss"] == pytest.approx(log_loss(labels, probabilities, labels=classes), rel=1e-2)
+
+
+# As a user starts it
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
+def test_no_arguments_but_a_seed_learn_the_digits(tmp_path, seed):
+    run = launch("-m", "accelerate.commands.launch", RECIPE, f"--seed={seed}", f"--output_dir={tmp_path}")
+    assert run.returncode == 0, run.stderr
+    found = results(tmp_path)
+    assert found["final"]["top1"] >= 0.97
+    assert found["final"]["rwp"]["placement"] == "sequential"
+    slots = found["final"]["rwp"]["slots"]
+    assert slots["clean"] == slots["perturbed"] == found["final"]["step"] == 20 * 23
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert str(tmp_path / "results.json") in run.stdout
+    assert list((tmp_path / "runs").rglob("events.*"))
+
+
+def test_two_replicas_end_with_equal_weights(tmp_path):
+    """100 images in batches of 16: 4 steps an epoch, the last of two images each, drawn anew from the first ones."""
+    flags = [*SCRATCH, "--per_device_train_batch_size=16"]
+    assert distributed.run(2, train_on_rank, tmp_path, *flags) == ["", ""]
+    found = results(tmp_path)
+    assert len(found["replicas_sha256"]) == 1
+    assert found["hardware"]["replicas"] == 2
+    assert found["final"]["rwp"]["placement"] == "parallel"
+    assert found["final"]["rwp"]["slots"] == {"clean": 8, "perturbed": 8}
+    assert found["final"]["loss_clean"] != found["final"]["loss_perturbed"]
+    assert_figures_are(found["final"], predict(tmp_path / "model", digits_to_validate()[0]), digits_to_validate()[1])
+
+
+# What it computes
+
+
+def test_the_figures_are_those_of_the_model_it_leaves(run):
+    folder, found = run
+    images, labels = digits_to_validate()
+    assert_figures_are(found["final"], predict(folder / "model", images), labels)
+
+
+def test_rwp_false_is_plain_trainer(recipe, tmp_path):
+    """Against a Trainer that is set up by hand, over rows in the same order."""
+    found = results_of(tmp_path / "recipe", *SCRATCH, "--rwp=false", "--weight_decay=0.1")
+    assert "rwp" not in found["final"]
+    assert "loss_clean" not in found["final"]
+
+    args = parse_arguments(recipe.Arguments, SCRATCH)
+    set_seed(0)
+    model, _ = recipe.create_model(args, DIGITS)
+    train_transform, _ = image_transforms(args, recipe.preprocessing(args, model), normalized=True)
+    images = ImageDataset(few_digits()["train"], train_transform, training=True)
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_):
+            return recipe.ShuffledRows(100, seed=0)
+
+    options = {"learning_rate": 2e-3, "weight_decay": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 0.1}
+    options |= {"per_device_train_batch_size": 32, "num_train_epochs": 2, "remove_unused_columns": False, "seed": 0}
+    plain = TrainingArguments(str(tmp_path / "plain"), save_strategy="no", **options)
+    InOrder(model, plain, train_dataset=images, data_collator=recipe.collate).train()
+    assert weights(found) == recipe.weights_digest(model)
+
+
+def test_rwp_takes_the_two_gradients_from_the_halves_of_a_batch(run):
+    _, found = run
+    rwp = found["final"]["rwp"]
+    assert rwp["slots"] == {"clean": 6, "perturbed": 6}  # of 3 steps an epoch: Mixup leaves out the last four images
+    assert rwp["relative_noise"]["largest"]["size"] > 0
+    row = found["final"]
+    assert row["train_loss"] == pytest.approx((row["loss_clean"] + row["loss_perturbed"]) / 2)
+    assert row["loss_gap"] == pytest.approx(row["loss_perturbed"] - row["loss_clean"])
+
+
+def test_mixup_mixes_each_gradients_own_images(recipe, tmp_path, monkeypatch):
+    """The loss is cross-entropy with timm's targets, and each half is mixed by itself."""
+    losses, mixed = [], []
+
+    def watch(kind, name, seen):
+        original = getattr(kind, name)
+
+        def call(self, *arguments, **options):
+            outcome = original(self, *arguments, **options)
+            seen.append((arguments, outcome))
+            return outcome
+
+        monkeypatch.setattr(kind, name, call)
+
+    watch(recipe.ImageTrainer, "compute_loss", losses)
+    watch(Mixup, "__call__", mixed)
+    watch(ViTForImageClassification, "forward", logits := [])
+    train(tmp_path, *SCRATCH, "--cutmix=1", "--label_smoothing_factor=0.1", "--max_steps=1", "--eval_strategy=no")
+    assert [len(images) for (images, _), _ in mixed] == [16, 16]
+    for (_, (_, targets)), (_, loss), (_, output) in zip(mixed, losses, logits, strict=False):
+        expected = -(targets * log_softmax(output.logits, 1)).sum(1).mean()
+        torch.testing.assert_close(loss, expected)
+        assert targets.min() == pytest.approx(0.1 / 10)
+
+
+def test_accumulation_and_logs_by_steps_give_the_same_rows(tmp_path):
+    """Logs in the middle of epochs are averaged over their steps."""
+    flags = ["--gradient_accumulation_steps=2", "--per_device_train_batch_size=16", "--eval_strategy=steps"]
+    flags += ["--eval_steps=1", "--batch_eval_metrics"]
+    by_epoch = results_of(tmp_path / "epoch", *SCRATCH, *flags)
+    by_step = results_of(tmp_path / "step", *SCRATCH, *flags, "--logging_strategy=steps", "--logging_steps=1")
+    assert [row["step"] for row in by_step["history"]] == [4, 8]
+    for row, expected in zip(by_step["history"], by_epoch["history"], strict=True):
+        assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-5)
+        assert (row["top1"], row["top5"]) == (expected["top1"], expected["top5"])
+
+
+# What it writes
+
+
+def test_results_say_what_was_run_and_not_where(run):
+    folder, found = run
+    assert found["arguments"]["mixup"] == 0.2
+    assert found["arguments"]["learning_rate"] == 5e-3
+    assert found["arguments"]["output_dir"] == folder.name
+    assert {"python", "torch", "transformers", "accelerate", "timm"} <= set(found["versions"])
+    assert [row["epoch"] for row in found["history"]] == [1, 2]
+    assert found["final"] == found["history"][-1]
+    for row in found["history"]:
+        assert set(FIGURES) <= set(row)
+        assert row["images_per_second"] == pytest.approx(100 / row["seconds"])
+        assert row["unreadable_images"] == 0
+    assert found["seconds"] == pytest.approx(sum(row["seconds"] for row in found["history"]))
+    text = (folder / "results.json").read_text()
+    for trace in (str(folder.parent), str(Path.cwd()), str(Path.home()), socket.gethostname(), getpass.getuser()):
+        assert not re.search(rf"(?<!\w){re.escape(trace)}(?!\w)", text), trace
+
+
+def test_the_model_folder_is_one_that_transformers_loads(run):
+    folder = run[0] / "model"
+    assert {path.name for path in folder.iterdir()} == {*WEIGHTS, *CARD, "preprocessor_config.json"}
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert model.config.id2label == dict(enumerate(DIGITS))
+    images, _ = digits_to_validate()
+    best = predict(folder, images[:1]).argmax().item()
+    assert pipeline("image-classification", str(folder))(images[0].convert("RGB"))[0]["label"] == DIGITS[best]
+    assert str(run[0].parent) not in (folder / "config.json").read_text()
+
+
+@pytest.mark.parametrize("flags", [[], ["--crop_pct=0.8", "--interpolation=bicubic"]])
+def test_the_processor_does_what_evaluation_does(recipe, trained, flags, pictures):
+    args = parse_arguments(recipe.Arguments, [f"--data_dir={pictures}", f"--model_name_or_path={trained}", *flags])
+    config = recipe.preprocessing(args, recipe.create_model(args, ["a", "b"])[0])
+    assert config["mean"] == (0.4, 0.4, 0.4)
+    image = PIL.Image.open(next(pictures.rglob("*.png")))
+    _, transform = image_transforms(args, config, normalized=True)
+    (ours,) = recipe.processor(config)(image, return_tensors="pt")["pixel_values"]
+    assert ours.shape == (3, 16, 16)
+    torch.testing.assert_close(ours, transform(image), atol=0.02, rtol=0)  # the two round pixels differently
+    if not flags:
+        (own,) = AutoImageProcessor.from_pretrained(trained)(image, return_tensors="pt")["pixel_values"]
+        assert torch.equal(ours, own)
+
+
+def test_the_best_checkpoint_can_be_kept(tmp_path):
+    flags = ["--load_best_model_at_end", "--metric_for_best_model=eval_loss", "--greater_is_better=true"]
+    found = results_of(tmp_path, *SCRATCH, *flags, "--learning_rate=1e-2")
+    losses = [row["eval_loss"] for row in found["history"]]
+    worst = int(np.argmax(losses))  # the first epoch's, where all goes well
+    assert losses[0] != losses[1]
+    assert found["best"]["checkpoint"] == f"checkpoint-{found['history'][worst]['step']}"
+    assert found["best"]["eval_loss"] == pytest.approx(losses[worst])
+    assert found["final"]["eval_loss"] == losses[1]
+
+
+# Resuming
+
+
+def figures_of(found):
+    return [
+        {name: row[name] for name in FIGURES if name in row} | {"slots": row["rwp"]["slots"]}
+        for row in found["history"]
+    ]
+
+
+@pytest.mark.parametrize("kind", ["scratch", "timm", "lora"])
+def test_resuming_in_the_middle_of_an_epoch_is_bit_exact(trained, tmp_path, kind):
+    flags = {
+        "scratch": [f"--model_kwargs={TINY | {'hidden_dropout_prob': 0.2}}", "--dataloader_num_workers=1"],
+        "timm": ["--model_name_or_path=test_vit", "--model_kwargs={patch_size: 8, drop_path_rate: 0.2}", "--cutmix=1"],
+        "lora": [f"--model_name_or_path={trained}", "--lora_r=2", "--lora_dropout=0.2", "--learning_rate=1e-2"],
+    }[kind]
+    flags = [*SMALL, *flags, "--save_strategy=steps", "--save_steps=1", "--save_total_limit=9", "--reprob=0.5"]
+    flags += ["--aa=rand-m9-mstd0.5", "--rwp_eta=0.1", "--rwp_schedule=cosine", "--rwp_growth=2"]
+    whole = results_of(tmp_path / "whole", *flags)
+    for step in (2, 4, 5) if kind == "scratch" else (2,):
+        folder = cut_back(tmp_path / "whole", tmp_path / f"from_{step}", step)
+        again = results_of(folder, *flags, "--resume_from_checkpoint=latest")
+        assert weights(again) == weights(whole)
+        first = 1 if step == 4 else 0  # that epoch's evaluation came after the checkpoint, and does not come again
+        assert len(again["history"]) == 2
+        assert figures_of(again)[first:] == figures_of(whole)[first:]
+
+
+def test_two_replicas_resume_bit_exactly(tmp_path):
+    flags = [*SCRATCH, "--per_device_train_batch_size=12", "--save_strategy=steps", "--save_steps=3", "--cutmix=1"]
+    whole = tmp_path / "whole"
+    assert distributed.run(2, train_on_rank, whole, *flags) == ["", ""]
+    folder = cut_back(whole, tmp_path / "again", 6)  # of four steps an epoch
+    assert distributed.run(2, train_on_rank, folder, *flags, "--resume_from_checkpoint=latest") == ["", ""]
+    assert weights(results(folder)) == weights(results(whole))
+    assert figures_of(results(folder)) == figures_of(results(whole))
+
+
+def test_a_run_is_not_lost_to_another_unless_asked_for(tmp_path):
+    train(tmp_path / "run", *SCRATCH)
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-8"}
+    folder = cut_back(tmp_path / "run", tmp_path / "cut", 4)
+    for occupied, what in ((folder, "unfinished run"), (tmp_path / "run", "a finished run")):
+        with pytest.raises(FileExistsError, match=f"{what}.*--overwrite_output_dir"):
+            train(occupied, *SCRATCH)
+    train(tmp_path / "run", *SCRATCH, "--save_strategy=no", "--overwrite_output_dir")
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    for named in ("latest", str(tmp_path / "cut")):
+        with pytest.raises(FileNotFoundError, match="checkpoint"):
+            train(tmp_path / "run", *SCRATCH, f"--resume_from_checkpoint={named}")
+
+
+def test_flags_that_a_checkpoint_keeps_cannot_change(tmp_path):
+    train(tmp_path / "run", *SCRATCH)
+    folder = cut_back(tmp_path / "run", tmp_path / "cut", 4)
+    for flag, named in (("--rwp_gamma=0.5", "rwp_gamma=None"), ("--rwp=false", "rwp=True"), ("--seed=5", "seed=0")):
+        with pytest.raises(ValueError, match=f"written with {named}.*keeps that"):
+            train(folder, *SCRATCH, flag, "--resume_from_checkpoint=latest")
+
+
+def test_a_half_written_checkpoint_is_not_the_latest(tmp_path):
+    flags = [*SCRATCH, "--save_strategy=steps", "--save_steps=2", "--save_total_limit=9"]
+    train(tmp_path / "run", *flags)
+    whole = results(tmp_path / "run")
+    assert all(row["rwp"]["relative_noise"] for row in whole["history"])
+    folder = cut_back(tmp_path / "run", tmp_path / "cut", 6)
+    (folder / "checkpoint-6" / "trainer_state.json").unlink()
+    train(folder, *flags, "--resume_from_checkpoint=latest")
+    assert weights(results(folder)) == weights(whole)
+
+
+# Broken images
+
+
+def test_broken_images_are_counted_and_left_out(tmp_path, pictures, caplog):
+    break_images(pictures, "train", 3)
+    break_images(pictures, "validation", 2)
+    data = [f"--data_dir={pictures}", "--dataloader_num_workers=2", "--per_device_eval_batch_size=1"]
+    found = results_of(tmp_path / "out", *SCRATCH, *data, few=False)
+    assert found["final"]["unreadable_images"] == 3
+    assert found["final"]["unreadable_eval_images"] == 2
+    assert math.isfinite(found["final"]["eval_loss"])
+    whole = sorted((pictures / "validation").rglob("*.png"))[2:]
+    images = [PIL.Image.open(path) for path in whole]
+    logits = predict(tmp_path / "out" / "model", images)
+    labels = np.array([int(path.parent.name) for path in whole])
+    assert found["final"]["top1"] == pytest.approx((logits.argmax(1).numpy() == labels).mean())
+
+
+def test_too_many_broken_images_stop_all_replicas(tmp_path, pictures):
+    break_images(pictures, "train", 3)
+    flags = [*SCRATCH, f"--data_dir={pictures}", "--max_bad_images=2", "--per_device_train_batch_size=4"]
+    for ended in distributed.run(2, train_on_rank, tmp_path / "out", *flags, "--logging_steps=1"):
+        assert re.match(r"ValueError: 3 images could not be read, more than max_bad_images=2", ended)
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_no_readable_image_for_evaluation_is_an_error(tmp_path, pictures):
+    break_images(pictures, "validation", 10)
+    with pytest.raises(ValueError, match="no image for evaluation could be read"):
+        train(tmp_path / "out", *SCRATCH, f"--data_dir={pictures}", few=False)
+
+
+def test_a_loss_that_is_no_number_stops_training(tmp_path):
+    with pytest.raises(FloatingPointError, match="smaller learning_rate or rwp_gamma"):
+        train(tmp_path, *SCRATCH, "--learning_rate=1e30", "--max_grad_norm=0", "--optim=sgd")
+
+
+# Models
+
+
+def test_trained_weights_get_a_new_head(recipe, trained, tmp_path):
+    args = parse_arguments(recipe.Arguments, [f"--model_name_or_path={trained}"])
+    assert (args.learning_rate, args.img_size) == (5e-5, None)
+    model, _ = recipe.create_model(args, DIGITS)
+    assert model.classifier.out_features == 10
+    kept = AutoModelForImageClassification.from_pretrained(trained).state_dict()
+    assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items() if not k.startswith("classifier."))
+
+    flags = [*SMALL, f"--model_name_or_path={trained}", "--learning_rate=1e-3"]
+    found = results_of(tmp_path / "tuned", *flags)
+    assert found["arguments"]["model_name_or_path"] == trained.name
+    assert str(trained) not in (tmp_path / "tuned" / "model" / "config.json").read_text()
+    train(tmp_path / "again", *SMALL, f"--model_name_or_path={tmp_path / 'tuned' / 'model'}", "--eval_only")
+    figures = json.loads((tmp_path / "again" / "eval.json").read_text())
+    assert figures["eval_top1"] == found["final"]["top1"]
+    assert not (tmp_path / "again" / "results.json").exists()
+    with pytest.raises(ValueError, match="eval_only needs the data"):
+        train(tmp_path / "again", *SMALL, f"--model_name_or_path={trained}", "--eval_only")
+
+
+def test_weights_that_do_not_fit_are_refused(recipe, trained):
+    flags = [f"--model_name_or_path={trained}", "--model_kwargs={hidden_size: 32}"]
+    with pytest.raises(ValueError, match=r"random weights beside a new head: vit\.embeddings"):
+        recipe.create_model(parse_arguments(recipe.Arguments, flags), DIGITS)
+    with pytest.raises(ValueError, match="img_size=32, and the position embeddings"):
+        recipe.create_model(parse_arguments(recipe.Arguments, [flags[0], "--img_size=32"]), DIGITS)
+
+
+def test_a_timm_model_loads_in_timm_and_in_transformers(tmp_path):
+    """From scratch at 32 pixels; then again from what it wrote, at 48, with its position embeddings resized."""
+    flags = ["--per_device_train_batch_size=32", "--num_train_epochs=1", "--report_to=none"]
+    scratch = ["--model_name_or_path=test_vit", "--img_size=32", "--model_kwargs={patch_size: 8, drop_path_rate: 0.1}"]
+    found = results_of(tmp_path / "scratch", *flags, *scratch, "--crop_pct=0.9")
+    folder = tmp_path / "scratch" / "model"
+    assert {path.name for path in folder.iterdir()} == {*WEIGHTS, *CARD}
+    images, labels = digits_to_validate()
+    logits = predict(folder, images)
+    assert_figures_are(found["final"], logits, labels)
+
+    in_timm = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    transform = create_transform(**resolve_data_config({}, model=in_timm, use_test_size=True))
+    with torch.no_grad():
+        again = in_timm(torch.stack([transform(image.convert("RGB")) for image in images]))
+    torch.testing.assert_close(again, logits)
+    assert pipeline("image-classification", str(folder))(images[0])[0]["label"] == DIGITS[logits[0].argmax()]
+
+    tuned = [f"--model_name_or_path={folder}", "--img_size=48"]
+    found = results_of(tmp_path / "tuned", *flags, *tuned, "--learning_rate=1e-3")
+    assert found["arguments"]["learning_rate"] == 1e-3
+    assert load_file(tmp_path / "tuned" / "model" / "model.safetensors")["pos_embed"].shape[1] == (48 // 8) ** 2 + 1
+    assert_figures_are(found["final"], predict(tmp_path / "tuned" / "model", images), labels)
+
+
+@pytest.mark.parametrize("kind", ["transformers", "timm"])
+def test_lora_leaves_an_adapter_and_the_merged_model(recipe, trained, tmp_path, kind):
+    from peft import PeftModel
+
+    base, flags = trained, ["--lora_r=4", "--learning_rate=1e-2", *SMALL, "--rwp_frozen"]
+    if kind == "timm":
+        base = tmp_path / "base" / "model"
+        named = ["--model_name_or_path=test_vit", "--model_kwargs={patch_size: 8}"]
+        train(tmp_path / "base", *SMALL, *named, "--max_steps=1")
+    found = results_of(tmp_path / "lora", *flags, f"--model_name_or_path={base}")
+    images, labels = digits_to_validate()
+    merged = predict(tmp_path / "lora" / "model", images)
+    assert_figures_are(found["final"], merged, labels)
+
+    whole, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "lora" / "model", base))
+    assert whole.keys() == before.keys()
+    changed = {name for name in whole if whole[name].shape != before[name].shape or not whole[name].equal(before[name])}
+    linear = {name for name in whole if re.search(r"(blocks|layer)\.\d.*\.weight$", name) and whole[name].ndim == 2}
+    assert linear
+    assert {name for name in changed if not re.match(r"head\.|classifier\.", name)} == linear
+
+    config = json.loads((tmp_path / "lora" / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 4
+    args = parse_arguments(recipe.Arguments, [f"--model_name_or_path={base}"])
+    model = PeftModel.from_pretrained(recipe.create_model(args, DIGITS)[0], tmp_path / "lora" / "adapter").eval()
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "lora" / "model")
+    with torch.no_grad():
+        pixels = processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(model(pixel_values=pixels).logits, merged, atol=1e-4, rtol=1e-4)
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model_name_or_path=vit_smal_patch16_224"], "Similar ones: vit_small_patch16_224"),
+        (["--model_kwargs=3"], "model_kwargs='3' is no mapping"),
+        (["--lora_r=4"], "lora_r=4 is for trained weights"),
+        (["--lora_r=0"], "lora_r=0 is out of range"),
+        (["--lora_dropout=0.5"], "no effect without LoRA"),
+        (["--eval_only"], "eval_only is for trained weights"),
+        (["--mixup=-1"], "mixup=-1.0 is out of range"),
+        (["--dataset=a/b", "--streaming"], "streaming=True: .* imagenet_rwp.py"),
+        (["--rwp_alpha=2"], "rwp_alpha=2.0 is out of range"),
+        (["--data_dir=a", "--dataset=b"], "data_dir='a' is out of range"),
+        (["--workers=2"], "--workers=2"),
+        (["--warmup_steps=-1"], "warmup_steps"),
+        (["--dataloader_drop_last"], "leave images out of the evaluation"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused(recipe, flags, said):
+    with pytest.raises(ValueError, match=said):
+        parse_arguments(recipe.Arguments, flags)
+
+
+def test_lora_without_peft_is_refused(recipe, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "peft" else find(name, *_))
+    with pytest.raises(ValueError, match="pip install peft"):
+        parse_arguments(recipe.Arguments, ["--lora_r=4", "--model_name_or_path=a/b"])
+
+
+def test_a_model_that_is_not_there_is_refused(tmp_path, trained):
+    with pytest.raises(ValueError, match=r"(?s)model_name_or_path='nobody/nothing' could not be loaded.*hf auth login"):
+        train(tmp_path / "out", *SMALL, "--model_name_or_path=nobody/nothing")
+    (folder := tmp_path / "bare").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).symlink_to(trained / name)
+    with pytest.raises(ValueError, match=r"needs a preprocessor_config\.json"):
+        train(tmp_path / "out", *SMALL, f"--model_name_or_path={folder}")
+
+
+def test_a_batch_that_makes_no_pairs_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"per_device_train_batch_size=30: .*halves.* Set a multiple of 4"):
+        train(tmp_path, *SCRATCH, "--mixup=0.2", "--per_device_train_batch_size=30")
+    with pytest.raises(ValueError, match="Set a multiple of 2"):
+        train(tmp_path, *SCRATCH, "--mixup=0.2", "--per_device_train_batch_size=31", "--rwp=false")
+
+
+def test_defaults_are_named_after_the_run(recipe):
+    args = parse_arguments(recipe.Arguments, ["--dataset=uoft-cs/cifar10", "--seed=3", "--rwp=false"])
+    assert args.output_dir == "outputs/cifar10_vit_base_seed3"
+    assert parse_arguments(recipe.Arguments, []).output_dir == "outputs/digits_vit_rwp_seed0"

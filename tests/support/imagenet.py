@@ -1,0 +1,72 @@
+"""Start a recipe, imagenet_rwp.py if not told so: in this process on a hundred of the digits, or as a user does."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from accelerate.state import AcceleratorState
+from datasets import DatasetDict
+
+from hf_rwp.images.data import load_images
+from hf_rwp.runs.parsing import parse_arguments
+
+SUPPORT = Path(__file__).parent  # for the import path of other processes
+RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPE = RECIPES / "imagenet_rwp.py"
+sys.path.append(str(RECIPES))  # as for whoever starts one
+SMALL = ["--img_size=16", "--batch_size=32", "--lr=0.02", "--report_to=none"]  # three steps an epoch
+
+
+def load_recipe(path=RECIPE):
+    return importlib.import_module(path.stem)
+
+
+def few_digits(**_):
+    """100 to train on and 41 for evaluation."""
+    return DatasetDict(
+        {name: split.select(range(size)) for (name, split), size in zip(load_images().items(), (100, 41), strict=True)}
+    )
+
+
+def train(recipe, folder, *flags):
+    AcceleratorState._reset_state(True)  # a process of its own
+    recipe.main(parse_arguments(recipe.Arguments, [*SMALL, "--epochs=2", *flags, f"--output_dir={folder}"]))
+
+
+def train_on_rank(folder, *flags, few=True):
+    """`train` on each of the ranks of `distributed.run`; returns what it ended with, "" for success."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    recipe = load_recipe()
+    recipe.load_images = few_digits if few else load_images
+    try:
+        train(recipe, folder, *flags)
+    except (Exception, SystemExit) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def results(folder):
+    return json.loads((Path(folder) / "results.json").read_text())
+
+
+def results_of(recipe, folder, *flags):
+    train(recipe, folder, *flags)
+    return results(folder)
+
+
+def weights(results):
+    (sha,) = results["replicas_sha256"]
+    return sha
+
+
+def launch(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )

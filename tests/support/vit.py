@@ -1,0 +1,52 @@
+"""Run recipes/vit_rwp.py in this process: a tiny ViT on a hundred of the digits, four steps an epoch."""
+
+import os
+import shutil
+
+from imagenet import RECIPES, few_digits, load_recipe, results
+
+from hf_rwp.images.data import load_images
+from hf_rwp.runs.parsing import parse_arguments
+
+RECIPE = RECIPES / "vit_rwp.py"
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+SMALL = ["--per_device_train_batch_size=32", "--num_train_epochs=2", "--img_size=16", "--report_to=none"]
+SCRATCH = [*SMALL, f"--model_kwargs={TINY}"]
+
+
+def load_vit_recipe():
+    return load_recipe(RECIPE)
+
+
+def train(folder, *flags, few=True):
+    recipe = load_vit_recipe()
+    recipe.load_images = few_digits if few else load_images
+    recipe.main(parse_arguments(recipe.Arguments, [*flags, f"--output_dir={folder}"]))
+
+
+def train_on_rank(folder, *flags):
+    """`train` on each of the ranks of `distributed.run`; returns what it ended with, "" for success.
+
+    On a hundred digits, unless a flag names other data.
+    """
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    try:
+        train(folder, *flags, few=not any(flag.startswith("--data_dir") for flag in flags))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def results_of(folder, *flags, few=True):
+    train(folder, *flags, few=few)
+    return results(folder)
+
+
+def cut_back(whole, folder, step):
+    """A copy of a finished run as if it had been cut after the checkpoint of `step`."""
+    shutil.copytree(whole, folder)
+    (folder / "results.json").unlink()
+    for checkpoint in folder.glob("checkpoint-*"):
+        if int(checkpoint.name.removeprefix("checkpoint-")) > step:
+            shutil.rmtree(checkpoint)
+    return folder
