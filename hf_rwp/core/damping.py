@@ -20,7 +20,7 @@ class Damping:
     """
 
     def __init__(self, eta: float, beta: float) -> None:
-        check("eta", eta, Real, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
+        check("eta", eta, Real, lambda value: 0 <= value < math.inf, "a finite number >= 0")
         check("beta", beta, Real, lambda value: 0 <= value < 1, "a number in [0, 1)")
         self.eta, self.beta = eta, beta
         self.fisher: dict[str, Tensor] = {}

@@ -33,7 +33,7 @@ class Groups:
     """
 
     def __init__(self, base: torch.optim.Optimizer, model: nn.Module, gamma: float, seed: int, windows: int) -> None:
-        check("gamma", gamma, Real, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
+        check("gamma", gamma, Real, lambda value: 0 <= value < math.inf, "a finite number >= 0")
         check("seed", seed, Integral, lambda value: -(2**63) <= value < 2**63, "an integer of 64 bits")
         self._base, self._model = base, model
         self._homes: dict[str, tuple[weakref.ref[Tensor], int]] = {}  # by name: the weight, and its group's number
@@ -62,7 +62,7 @@ class Groups:
                 "not perturb them. Give it the module that the optimizer was built from"
             )
         gamma = group.setdefault("rwp_gamma", self._base.defaults["rwp_gamma"])
-        check("rwp_gamma", gamma, Real, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
+        check("rwp_gamma", gamma, Real, lambda value: 0 <= value < math.inf, "a finite number >= 0")
         group.setdefault("initial_rwp_gamma", gamma)
         first = self._base.param_groups[0]
         group.update(rwp_seed=first["rwp_seed"], rwp_windows=first["rwp_windows"])

@@ -227,7 +227,7 @@ class RWP(OptimizerWrapper):
         the loop's own factors on the clean and on the perturbed slots' mean gradients add up to, over all replicas;
         None where it averages all of them. See `placement.role` and `placement.shares_of`.
         """
-        check("micro_steps", micro_steps, Integral, lambda value: value >= 1, "an integer from 1 on")
+        check("micro_steps", micro_steps, Integral, lambda value: value >= 1, "an integer >= 1")
         self._passes.close()  # what an interrupt left open
         self._windows.end()
         self._windows.announced = micro_steps, shares
@@ -258,7 +258,7 @@ class RWP(OptimizerWrapper):
 
     def scale_gamma(self, factor: float) -> None:
         """Set every group's `rwp_gamma` to `factor` (>= 0) times what it began with; see `noise.gamma_factor`."""
-        check("factor", factor, Real, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
+        check("factor", factor, Real, lambda value: 0 <= value < math.inf, "a finite number >= 0")
         self._groups.scale(factor)
 
     def sync_buffers(self) -> None:

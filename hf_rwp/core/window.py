@@ -57,7 +57,7 @@ class Options:
         check_mode(self.mode)
         steps = self.accumulation_steps
         if steps is not None:
-            check("accumulation_steps", steps, Integral, lambda value: value >= 1, "an integer from 1 on")
+            check("accumulation_steps", steps, Integral, lambda value: value >= 1, "an integer >= 1")
 
 
 @dataclass

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_rwp.core.checks import check_all
+
 # Where a flag is not set: for the embedded digits, and for other data (None: the model's own; the rest is timm's).
 _DIGITS = {"img_size": 32, "crop_pct": 1.0, "scale": [0.7, 1.0], "hflip": 0.0, "color_jitter": 0.0}
 _OTHER_DATA = {"scale": [0.08, 1.0], "hflip": 0.5, "color_jitter": 0.4, "train_interpolation": "random"}
@@ -100,7 +102,8 @@ class ImageArguments:
         for name, default in (_OTHER_DATA if self.data_dir or self.dataset else _DIGITS).items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
-        for name, valid, valid_range in (
+        check_all(
+            self,
             ("data_dir", self.data_dir is None or self.dataset is None, "unset where dataset is set"),
             ("streaming", not self.streaming or self.data_dir or self.dataset, "false without data_dir or dataset"),
             ("shuffle_buffer", self.shuffle_buffer >= 1, "at least 1"),
@@ -116,9 +119,7 @@ class ImageArguments:
             ("recount", self.recount >= 1, "at least 1"),
             ("crop_padding", self.crop_padding is None or self.crop_padding >= 0, "at least 0"),
             ("cutout", self.cutout is None or self.cutout >= 1, "at least 1"),
-        ):
-            if not valid:
-                raise ValueError(f"{name}={getattr(self, name)!r} is out of range: it has to be {valid_range}")
+        )
 
     @property
     def data_options(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from hf_rwp.core.checks import check_all
 from hf_rwp.core.noise import MODES, SCHEDULES, gamma_factor
 
 
@@ -76,7 +77,8 @@ class RWPArguments:
     )
 
     def __post_init__(self) -> None:
-        for name, valid, valid_range in (
+        check_all(
+            self,
             ("rwp_gamma", self.rwp_gamma is None or 0 <= self.rwp_gamma < math.inf, "finite and at least 0"),
             ("rwp_alpha", 0 <= self.rwp_alpha <= 1, "in [0, 1]"),
             ("rwp_seed", -(2**63) <= self.rwp_seed < 2**63, "an integer of 64 bits"),
@@ -86,9 +88,7 @@ class RWPArguments:
             ("rwp_schedule", self.rwp_schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
             ("rwp_growth", 0 <= self.rwp_growth < math.inf, "finite and at least 0"),
             ("rwp_start", 0 <= self.rwp_start <= 1, "in [0, 1]"),
-        ):
-            if not valid:
-                raise ValueError(f"{name}={getattr(self, name)!r} is out of range: it has to be {valid_range}")
+        )
         if self.rwp_growth and self.rwp_schedule == "constant":
             raise ValueError(
                 f"rwp_growth={self.rwp_growth} has no effect while rwp_schedule is constant: set it to linear or cosine"
