@@ -61,6 +61,21 @@ def shares_of(items: list[float]) -> tuple[float, float]:
     return sum(items[0::2]) / total, sum(items[1::2]) / total
 
 
+def mixes(alpha: float, gamma: float | None = None) -> bool:
+    """Whether a step takes a clean and a perturbed gradient. gamma: None where it has its default, which is not 0."""
+    return 0 < alpha < 1 and gamma != 0
+
+
+def fewest_micro_steps(replicas: int, alpha: float, antithetic: bool = False) -> int:
+    """The fewest micro-steps on each of `replicas` with which a step has all the gradients that it needs.
+
+    Those are one of each kind where it mixes them, and two perturbed ones for an antithetic pair.
+    """
+    perturbed = max(1, replicas // 2) if mixes(alpha) else replicas
+    pairs = 2 if antithetic and alpha and perturbed < 2 else 1
+    return pairs * (2 if mixes(alpha) and replicas == 1 else 1)
+
+
 def antithetic(replica: int, micro_step: int, replicas: int, micro_steps: int, alpha: float) -> tuple[int, int, int]:
     """Whose noise a perturbed slot takes, and its sign: (replica, micro_step, 1 or -1).
 

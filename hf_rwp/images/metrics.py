@@ -1,12 +1,18 @@
-"""Top-1 and top-5 accuracy as `evaluate` metrics that need neither the Hub nor files, for evaluate.combine."""
+"""Top-1 and top-5 accuracy and cross-entropy over a split: `Accuracy`, exact on replicas with any number of images.
+
+`Top1` and `Top5` are the same accuracies as `evaluate` metrics that need neither the Hub nor files, for
+evaluate.combine.
+"""
 
 from typing import Any
 
 import evaluate
 import numpy as np
 import torch
+import torch.distributed as dist
 from datasets import Features, Value
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 
 def label_rank(logits: Tensor, labels: Tensor) -> Tensor:
@@ -18,6 +24,55 @@ def label_rank(logits: Tensor, labels: Tensor) -> Tensor:
     own = logits.gather(1, labels[:, None])
     later = torch.arange(logits.shape[1], device=logits.device) > labels[:, None]
     return (~(logits <= own) | ((logits == own) & later)).sum(1)
+
+
+def scores(logits: Tensor, labels: Tensor) -> Tensor:
+    """What `Accuracy` counts of each image: whether top-1 and top-5 are right, and the cross-entropy: (B, 3), float32.
+
+    logits: (B, C). labels: (B,); one below 0 stands for an image that could not be read, and its scores for nothing.
+    """
+    known, logits = labels.clamp(min=0), logits.float()
+    ranks = label_rank(logits, known)
+    return torch.stack([ranks < 1, ranks < 5, cross_entropy(logits, known, reduction="none")], 1)
+
+
+class Accuracy:
+    """Top-1 and top-5 accuracy, fractions in [0, 1], and mean cross-entropy over a split, each image counted once.
+
+    Replicas may have any number of images, none of them too, and meet only in `compute`. device: where the sums are.
+
+        accuracy = Accuracy(device)
+        accuracy.add(model(images), labels)    # for every batch
+        accuracy.compute()                     # {"top1": ..., "top5": ..., "eval_loss": ...}, and begins anew
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)  # of the scores, and how many images
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch: logits (B, C), labels (B,), of which those below 0 do not count."""
+        self.add_scores(scores(logits, labels), labels)
+
+    def add_scores(self, scores: Tensor, labels: Tensor) -> None:
+        """`add`, of what the function `scores` made of the logits."""
+        read = scores[labels >= 0].double()
+        self._sums[:3] += read.sum(0)
+        self._sums[3] += len(read)
+
+    def compute(self, over_replicas: bool = True) -> dict[str, float]:
+        """Of all images since the last call. Collective, unless `over_replicas` is false.
+
+        Raises ValueError, on all replicas, where no image could be read.
+        """
+        sums, self._sums = self._sums, torch.zeros_like(self._sums)
+        if over_replicas and dist.is_initialized():
+            dist.all_reduce(sums)
+        *totals, count = sums.tolist()
+        if not count:
+            raise ValueError(
+                "no image for evaluation could be read: see the warnings above for what is wrong with them"
+            )
+        return dict(zip(("top1", "top5", "eval_loss"), (total / count for total in totals), strict=True))
 
 
 class _TopK(evaluate.Metric):

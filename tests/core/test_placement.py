@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 
-from hf_rwp.core.placement import Role, role, shares_of
+from hf_rwp.core.placement import Role, antithetic, fewest_micro_steps, mixes, role, shares_of
 
 ALPHAS = [0.2, 0.5, 0.8, 1.0]
 WINDOWS = [
@@ -96,3 +96,36 @@ def test_one_slot_alone_has_nothing_to_mix(alpha):
 def test_a_role_is_a_value():
     with pytest.raises(AttributeError):
         role(0, 0, 2, 1, 0.5).weight = 2.0
+
+
+@pytest.mark.parametrize(
+    ("alpha", "pairs", "expected"),
+    [
+        (0.5, False, [2, 1, 1, 1, 1]),
+        (0.5, True, [4, 2, 2, 1, 1]),
+        (1.0, False, [1, 1, 1, 1, 1]),
+        (1.0, True, [2, 1, 1, 1, 1]),
+        (0.0, True, [1, 1, 1, 1, 1]),
+    ],
+)
+def test_a_step_has_the_gradients_that_its_mix_and_its_pairs_need(alpha, pairs, expected):
+    """Of 1 to 5 replicas, of which the odd ones are perturbed: with pairs at least two such gradients in all."""
+    assert [fewest_micro_steps(replicas, alpha, pairs) for replicas in range(1, 6)] == expected
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.8])
+@pytest.mark.parametrize("replicas", range(1, 10))
+def test_the_fewest_micro_steps_are_enough_and_no_more_than_that(alpha, replicas):
+    fewest = fewest_micro_steps(replicas, alpha)
+    assert {slot.perturbed for slot in slots(replicas, fewest, alpha).values()} == {False, True}
+    paired = fewest_micro_steps(replicas, alpha, antithetic=True)
+    places = [place for place, slot in slots(replicas, paired, alpha).items() if slot.perturbed]
+    assert {antithetic(*place, replicas, paired, alpha)[2] for place in places} == {1, -1}
+
+
+@pytest.mark.parametrize(
+    ("alpha", "gamma", "expected"),
+    [(0.5, None, True), (0.5, 0.1, True), (0.5, 0.0, False), (0.0, None, False), (1.0, None, False)],
+)
+def test_a_step_mixes_where_both_gradients_count(alpha, gamma, expected):
+    assert mixes(alpha, gamma) is expected

@@ -1,10 +1,11 @@
+import distributed
 import evaluate
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import top_k_accuracy_score
 
-from hf_rwp.images.metrics import Top1, Top5, label_rank
+from hf_rwp.images.metrics import Accuracy, Top1, Top5, label_rank, scores
 
 
 @pytest.fixture(autouse=True)
@@ -104,3 +105,63 @@ def test_ranks_of_labels_can_come_in_place_of_logits():
         metrics.add_batch(predictions=predictions, references=labels)
         figures.append(metrics.compute())
     assert figures[0] == figures[1]
+
+
+# Over a split
+
+
+def of_split(logits, labels):
+    """By scikit-learn and NumPy."""
+    shifted = logits - logits.max(1, keepdims=True)
+    losses = np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(labels)), labels]
+    return {**scikit_learn(logits, labels), "eval_loss": losses.mean()}
+
+
+def test_a_split_counts_each_readable_image_once():
+    logits, labels = sample(103, 10)
+    shown = np.where(np.arange(103) % 7 == 0, -1, labels)
+    accuracy = Accuracy()
+    for piece in (slice(40), slice(40, 103)):
+        accuracy.add(torch.as_tensor(logits[piece]), torch.as_tensor(shown[piece]))
+    assert accuracy.compute() == pytest.approx(of_split(logits[shown >= 0], labels[shown >= 0]))
+
+
+def test_scores_of_other_processes_count_like_logits():
+    logits, labels = (torch.as_tensor(value) for value in sample(50, 10))
+    labels[::9] = -100
+    by_logits, by_scores = Accuracy(), Accuracy()
+    by_logits.add(logits, labels)
+    by_scores.add_scores(scores(logits, labels), labels)
+    assert by_scores.compute(over_replicas=False) == by_logits.compute()
+
+
+def test_a_split_begins_anew_after_compute():
+    accuracy = Accuracy()
+    for seed in range(2):
+        logits, labels = sample(50, 10, seed=seed)
+        accuracy.add(torch.as_tensor(logits), torch.as_tensor(labels))
+        assert accuracy.compute() == pytest.approx(of_split(logits, labels))
+
+
+def test_a_split_of_unreadable_images_is_refused():
+    accuracy = Accuracy()
+    accuracy.add(torch.zeros(2, 3), torch.tensor([-1, -1]))
+    with pytest.raises(ValueError, match="no image for evaluation could be read"):
+        accuracy.compute()
+
+
+def uneven_on_rank(sizes):
+    rank = distributed.rank()
+    logits, labels = sample(sum(sizes), 10)
+    start = sum(sizes[:rank])
+    accuracy = Accuracy()
+    for row in range(start, start + sizes[rank]):
+        accuracy.add(torch.as_tensor(logits[row : row + 1]), torch.as_tensor(labels[row : row + 1]))
+    return accuracy.compute()
+
+
+def test_uneven_replicas_agree_on_the_whole_split():
+    """Of 17, 4 and no images at all."""
+    found = distributed.run(3, uneven_on_rank, [17, 4, 0])
+    assert found == [found[0]] * 3
+    assert found[0] == pytest.approx(of_split(*sample(21, 10)))
