@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from accelerate import Accelerator
@@ -27,6 +27,51 @@ _OF_THE_HUB = ("hf://", "https://huggingface.co/")
 _BRACES = re.compile(r"\{[^{}\s]*\}")  # of WebDataset's {000..099}
 _PRIVATE = re.compile(r"(^|_)(token|url|host|hostname|endpoint|address|addr|ip|password|secret|api_key)$")
 _PACKAGES = ("accelerate", "timm", "transformers", "datasets", "hf-rwp")
+
+
+class Row(TypedDict, total=False):
+    """An epoch of a run. Accuracies are fractions in [0, 1], losses means; `_ema` stands for averaged weights."""
+
+    epoch: float  # that are behind the run with this one
+    step: int  # optimizer steps that are behind the run
+    method: str  # base, rwp or sam
+    train_loss: float  # over the epoch's gradients, clean and perturbed ones alike
+    loss_clean: float
+    loss_perturbed: float
+    loss_gap: float  # loss_perturbed - loss_clean
+    learning_rate: float  # the largest of any group, at the end
+    seconds: float  # of training, without evaluation
+    images_per_second: float  # over all replicas, in those seconds
+    unreadable_images: int  # of the training split, since the session began
+    top1: float
+    top5: float
+    eval_loss: float  # cross-entropy
+    unreadable_eval_images: int
+    top1_ema: float
+    top5_ema: float
+    eval_loss_ema: float
+    unreadable_eval_images_ema: int
+    rwp: dict[str, Any]  # `RWP.report()` since the run began, and `gamma`
+
+
+class Results(TypedDict, total=False):
+    """What results.json holds. Everything but `arguments` may be missing where it is not known."""
+
+    final: Row  # of the weights that are described: the last epoch's, or the best one's
+    best: dict[str, Any]  # `checkpoint`, and its figures, where another one than the last was chosen
+    chosen: str  # `best`, where `final` is of the best weights
+    history: list[Row]
+    seconds: float  # of training, without evaluation
+    weights_sha256: str  # `weights_digest` of the weights that are described
+    replicas_sha256: list[str]  # that of each replica's, each value once: one, as long as all are bit-equal
+    arguments: dict[str, Any]  # the flags, `scrub_paths` of them
+    command: str  # that gives the same run
+    base_model: str | None  # what training started from, by its id on the Hub
+    data: dict[str, dict[str, Any]]  # by role, train and validation: `images`, None for a stream, and the `split`
+    hardware: dict[str, Any]  # this and what follows: `environment`
+    versions: dict[str, str]
+    git_commit: str | None
+    date: str
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
@@ -148,3 +193,49 @@ def command_of(start: str, arguments: Mapping[str, Any], defaults: Mapping[str, 
             values = value if isinstance(value, list) else [value]
             words += [f"--{name}", *(str(item) for item in values)]
     return shlex.join(words)
+
+
+def summary(results: Results) -> str:
+    """The results as two columns of text."""
+    final, arguments = results["final"], results["arguments"]
+    rows: dict[str, Any] = {
+        "method": arguments.get("method") or ("rwp" if arguments.get("rwp") else "base"),
+        "replicas": results["hardware"]["replicas"],
+        "epochs": f"{final['epoch']:g}",
+        "top-1": f"{final['top1']:.2%}",
+        "top-5": f"{final['top5']:.2%}",
+    }
+    if "best" in results:
+        rows["top-1, best checkpoint"] = f"{results['best']['top1']:.2%}"
+    if "top1_ema" in final:
+        rows["top-1, average of weights"] = f"{final['top1_ema']:.2%}"
+    unreadable = final.get("unreadable_images", 0) + final.get("unreadable_eval_images", 0)
+    if unreadable:
+        rows["unreadable images"] = unreadable
+    if "train_loss" in final:
+        rows["training loss"] = f"{final['train_loss']:.4f}"
+    rows["training seconds"] = f"{results['seconds']:.1f}"
+    rows["images per second"] = f"{final['images_per_second']:.0f}"
+    if "rwp" in final:
+        rwp = final["rwp"]
+        losses = [
+            f"{loss:.4f}" if loss is not None else "-" for loss in map(final.get, ("loss_clean", "loss_perturbed"))
+        ]
+        rows |= {
+            "placement": rwp["placement"],
+            "slots, clean / perturbed": f"{rwp['slots']['clean']} / {rwp['slots']['perturbed']}",
+            "loss, clean / perturbed": " / ".join(losses),
+            "noise / weights": noise_sizes(rwp) or "-",
+        }
+    return aligned(rows)
+
+
+def noise_sizes(report: Mapping[str, Any]) -> str:
+    """The noise's size relative to the largest, the median and the smallest layer, as `RWP.report` measured it."""
+    return ", ".join(f"{layer['size']:.2g} ({layer['name']})" for layer in report["relative_noise"].values())
+
+
+def aligned(rows: Mapping[str, Any]) -> str:
+    """Two columns of text."""
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
