@@ -82,7 +82,7 @@ class ComparisonArguments:
             self,
             ("methods", set(self.methods) <= set(METHODS), f"some of {', '.join(METHODS)}"),
             ("protocols", set(self.protocols) <= set(PROTOCOLS), f"some of {', '.join(PROTOCOLS)}"),
-            *((name, valid, "one or more values, each once") for name, valid in each_once.items()),
+            *((name, valid, "one value or more, each once") for name, valid in each_once.items()),
             ("seeds", all(0 <= seed < 2**32 for seed in self.seeds), "in [0, 2^32)"),
             ("evaluations", self.evaluations >= 1, "at least 1"),
         )

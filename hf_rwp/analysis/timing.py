@@ -1,0 +1,93 @@
+"""What a piece of a training step costs: seconds, bytes, collectives."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch.profiler import profile
+from tqdm import tqdm
+
+Result = TypeVar("Result")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def timed(function: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that `function` takes, the GPU's work included."""
+    if device.type != "cuda":
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        return time.perf_counter() - start
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    first.record()
+    function()
+    last.record()
+    torch.cuda.synchronize()
+    return float(first.elapsed_time(last)) / 1000
+
+
+def seconds_in_turns(
+    steps: Mapping[str, Callable[[int], Any]], device: torch.device, rounds: int = 5, count: int = 10
+) -> dict[str, float]:
+    """The median seconds of different kinds of step, in rounds in which they take turns.
+
+    steps: each takes the step's number. rounds: without a first one, which is not counted. count: steps to a turn.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in tqdm(range(rounds + 1), desc="step times", leave=False, disable=None):
+        for name, step in steps.items():
+            turn = range(count * number, count * (number + 1))
+            seconds[name].append(timed(partial(_each, step, turn), device) / count)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def _each(step: Callable[[int], Any], numbers: Iterable[int]) -> None:
+    for number in numbers:
+        step(number)
+
+
+def on_one_thread(function: Callable[[], Result]) -> Result:
+    """What `function` returns, with one of torch's threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return function()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
+    """The most memory that `function` takes beyond what there was, in its first two calls, by torch's allocator."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(profile_memory=True) as profiler:
+        function()
+        function()
+    held = peak = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def collectives(step: Callable[[], Any]) -> dict[str, int]:
+    """How often a step calls each collective operation, DDP's own included."""
+    with profile() as profiler:
+        step()
+    names = [event.name for event in profiler.events() if event.name.startswith("c10d::")]
+    return {name.removeprefix("c10d::").rstrip("_"): names.count(name) for name in sorted(set(names))}
