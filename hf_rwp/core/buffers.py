@@ -29,16 +29,26 @@ def guarded_buffers(model: nn.Module, replicas: Replicas, alpha: float) -> tuple
     return [], floating
 
 
-def put_back(guarded: Iterable[Guarded]) -> None:
-    """Put buffers back that a pass replaced by others.
+def replaced(guarded: Iterable[Guarded]) -> list[tuple[Guarded, Tensor | None]]:
+    """The buffers that a pass replaced, to be put back, and what stands in their places.
 
     One of another shape stays: statistics that a first pass lays out are that way on every replica. So does one that is
     not persistent: a cache, whose module knows what it holds.
     """
-    for module, name, buffer in guarded:
-        now = module._buffers.get(name)
-        if name not in module._non_persistent_buffers_set and (now is None or now.shape == buffer.shape):
-            module._buffers[name] = buffer
+    found = [(entry, entry[0]._buffers.get(entry[1])) for entry in guarded]
+    return [
+        ((module, name, buffer), now)
+        for (module, name, buffer), now in found
+        if now is not buffer
+        and name not in module._non_persistent_buffers_set
+        and (now is None or now.shape == buffer.shape)
+    ]
+
+
+def put_back(guarded: Iterable[Guarded]) -> None:
+    """Put the buffers back that a pass replaced."""
+    for (module, name, buffer), _ in replaced(guarded):
+        module._buffers[name] = buffer
 
 
 def unexpanded(tensor: Tensor) -> Tensor:

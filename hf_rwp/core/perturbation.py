@@ -16,7 +16,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from hf_rwp.core.buffers import Guarded, put_back, unexpanded
+from hf_rwp.core.buffers import Guarded, put_back, replaced, unexpanded
 from hf_rwp.core.draws import Draws, Target
 from hf_rwp.core.watch import Copies, Writes
 
@@ -127,7 +127,10 @@ class Perturbation:
     def guard_copies(self) -> None:
         """Until the noise is suspended, resumed or restored, whoever copies or pickles a noisy tensor suspends it."""
         if self.noise is Noise.SHOWN:
-            self._copies.guard(self._tensors, self.suspend)
+            buffers = [(buffer, buffer) for *_, buffer in self._guarded]
+            buffers += [(now, buffer) for (*_, buffer), now in replaced(self._guarded) if now is not None]
+            weights = [(target.weight, target.weight) for target in self._targets]
+            self._copies.guard([*weights, *buffers], self.suspend)
 
     def clean(self, weight: Tensor) -> Tensor:
         """The clean values of a perturbed weight."""

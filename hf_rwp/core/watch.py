@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -70,12 +70,15 @@ class Copies:
     def __init__(self) -> None:
         self._tensors: list[Tensor] = []
 
-    def guard(self, tensors: Iterable[Tensor], clean: Callable[[], Any]) -> None:
-        """Until `release`, call `clean` ahead of a copy of one of the tensors; it must release them."""
-        self._tensors = list(tensors)
-        for tensor in self._tensors:  # Python asks an object itself before its class
-            tensor.__dict__["__deepcopy__"] = functools.partial(_deepcopied, tensor, clean)
-            tensor.__dict__["__reduce_ex__"] = functools.partial(_reduced, tensor, clean)
+    def guard(self, pairs: Sequence[tuple[Tensor, Tensor]], clean: Callable[[], Any]) -> None:
+        """Until `release`, call `clean` ahead of a copy of a tensor, which must release it, and copy its counterpart.
+
+        pairs: tensors and their counterparts, themselves but for buffers that a pass put in the place of others.
+        """
+        self._tensors = [tensor for tensor, _ in pairs]
+        for tensor, counterpart in pairs:  # Python asks an object itself before its class
+            tensor.__dict__["__deepcopy__"] = functools.partial(_deepcopied, counterpart, clean)
+            tensor.__dict__["__reduce_ex__"] = functools.partial(_reduced, counterpart, clean)
 
     def release(self) -> None:
         for tensor in self._tensors:

@@ -398,6 +398,36 @@ def test_a_copy_between_forward_and_backward_is_clean_and_the_gradient_is_right(
     assert all(map(torch.equal, again.parameters(), twin.parameters()))
 
 
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.float64))
+        self.net = network()
+
+    def forward(self, x):
+        self.seen = self.seen + x.mean()
+        return self.net(x)
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, reloaded], ids=["deepcopy", "torch.save"])
+def test_a_copy_between_the_passes_has_the_buffers_from_before_them(make):
+    """Also one that the forward pass replaced by another tensor, and that comes ahead of all weights."""
+
+    model = Counting()
+    optimizer = wrap(model, alpha=0.5, accumulation_steps=2)
+    clean, perturbed = inputs(2)
+    model(clean).sum().backward()
+    after_clean = model.seen.clone()
+    loss = model(perturbed).sum()
+    assert optimizer.role.perturbed
+    twin = make(model)
+    assert torch.equal(twin.seen, after_clean)
+    assert not vars(twin.seen)
+    loss.backward()
+    assert torch.equal(model.seen, after_clean)
+    assert not vars(model.seen)
+
+
 def test_a_copy_inside_the_forward_pass_has_the_weights_of_that_pass():
     class Copying(nn.Module):
         def __init__(self):
