@@ -20,7 +20,7 @@ ALONE = {  # the rooms, and the modules of others, that may import a package of 
     "transformers": {"trainer", "runs.parsing"},
     "huggingface_hub": {"hub"},
     "matplotlib": {"analysis"},
-    "timm": {"images", "hub.export"},
+    "timm": {"images", "hub.export", "trainer.images", "trainer.models"},
     "datasets": {"images"},
     "evaluate": {"images"},
     "triton": {"core.kernels"},

@@ -5,7 +5,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_rwp.hub.push import PushError, card_of_record, push, write
+from hf_rwp.hub.card import card_of_record
+from hf_rwp.hub.push import PushError, push
+from hf_rwp.runs.files import write
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,12 +11,12 @@ class HubArguments:
     """Whether and where a model goes on the Hub, as flags; Trainer has its own under the same names.
 
     No flag takes a token: huggingface_hub finds the one of `hf auth login`, or HF_TOKEN.
-    Raises ValueError for a push without a place, and for what is no place.
+    Raises ValueError for a push without a repository, and for what cannot be the name of one.
     """
 
     push_to_hub: bool = field(default=False, metadata={"help": "Whether to push the model, with its card, to the Hub."})
     hub_model_id: str | None = field(default=None, metadata={"help": "Where on the Hub: USER/NAME."})
-    hub_private: bool = field(default=False, metadata={"help": "Whether the repository is to be private."})
+    hub_private: bool = field(default=False, metadata={"help": "Whether the repository is made private."})
     hub_revision: str | None = field(
         default=None, metadata={"help": "A branch to push to, made if missing; main if not set."}
     )
@@ -37,8 +37,8 @@ class HubArguments:
         name = self.hub_model_id or ""
         if not re.fullmatch(r"[\w.-]+/[\w.-]{1,96}", name, re.ASCII) or ".." in name or "--" in name:
             raise ValueError(
-                f"push_to_hub needs to know where to: hub_model_id={self.hub_model_id!r}, and it has to be USER/NAME, "
-                "of letters, digits, -, _ and ."
+                "push_to_hub needs hub_model_id, which must be USER/NAME of letters, digits, -, _ and ., got "
+                f"{self.hub_model_id!r}"
             )
         if self.hub_strategy not in HUB_STRATEGIES:
-            raise ValueError(f"hub_strategy={self.hub_strategy!r} is none of {', '.join(HUB_STRATEGIES)}")
+            raise ValueError(f"hub_strategy must be one of {', '.join(HUB_STRATEGIES)}, got {self.hub_strategy!r}")

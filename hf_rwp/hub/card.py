@@ -1,167 +1,62 @@
-"""The facts that a model card states, from what a run left behind; rendering and pushing them is hub's.
+"""The model card: rendered from facts, and put beside a model's weights with the figures and pictures it shows."""
 
-`results` is what a recipe writes to results.json. Everything in it is optional but `arguments`: a card says what is
-known, and leaves out the rest.
-"""
-
-import math
-import re
+import json
+import os
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-PAPER = "2211.11489"
-DIGITS = "Handwritten digits (scikit-learn)"
-PICTURES = {  # files that a card shows if its repository has them
-    "curves.png": "Training loss and held-out accuracy over the epochs",
-    "landscape.png": "The loss around the trained weights",
-}
-_METHODS = {"rwp": "Random Weight Perturbation", "sam": "sharpness-aware minimization (SAM)", "base": "plain training"}
-_METRICS = {"top1": "Top-1 accuracy", "top5": "Top-5 accuracy", "accuracy": "Accuracy"}
-_HYPER_PARAMETERS = (
-    *("rwp_noise", "rwp_noise_1d", "rwp_antithetic", "rwp_schedule", "rwp_growth", "rwp_start"),
-    *("rwp_eta", "rwp_beta", "rwp_seed"),
-    *("sam_rho", "epochs", "num_train_epochs", "max_steps", "batch_size", "per_device_train_batch_size"),
-    *("gradient_accumulation_steps", "aug_repeats", "opt", "optim", "lr", "learning_rate", "weight_decay", "momentum"),
-    *("layer_decay", "clip_grad", "max_grad_norm", "sched", "lr_scheduler_type", "warmup_epochs", "warmup_steps"),
-    *("warmup_ratio", "min_lr", "mixup", "cutmix", "smoothing", "label_smoothing_factor", "bce_loss", "drop"),
-    *("drop_path", "model_ema", "model_ema_decay", "img_size", "scale", "crop_padding", "hflip", "color_jitter"),
-    *("aa", "reprob", "cutout", "sync_bn", "pretrained", "model_name_or_path", "seed"),
-)
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from hf_rwp.hub.facts import PAPER, PICTURES, Facts, build_facts, plain
+from hf_rwp.runs.files import write
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+RESULTS = "results.json"
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What the template `model_card.md` shows."""
-
-    # From the user
-    repo_id: str | None = None
-    license: str | None = None
-    language: str | Sequence[str] | None = None
-    base_model: str | None = None  # an id on the Hub
-    dataset: str | None = None  # an id on the Hub
-    note: str = ""
-    tags: Sequence[str] = ()
-
-    # Filled by the run
-    name: str = "model"
-    library: str = "timm"
-    task: str | None = None  # as the Hub calls it
-    architecture: str = ""
-    method: str = "base"
-    gamma: float | None = None
-    alpha: float | None = None
-    placement: str | None = None
-    replicas: int | None = None
-    slots: Mapping[str, int] | None = None
-    data: str = ""
-    split: str | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    hyper_parameters: Mapping[str, Any] = field(default_factory=dict)
-    hardware: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
-    commit: str | None = None
-    command: str | None = None
-    date: str | None = None
-
-    # Computed once
-    figures: Mapping[str, str] = field(default_factory=dict)
-    by_epoch: bool = False  # whether results.json has more rows than the last
-    pictures: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def method_name(self) -> str:
-        return _METHODS.get(self.method, self.method)
-
-    @property
-    def is_timm(self) -> bool:
-        return self.library == "timm"
-
-    @property
-    def address(self) -> str:
-        """For `timm.create_model`."""
-        return f"hf-hub:{self.repo_id}" if self.repo_id else "local-dir:path/to/this/folder"
-
-    @property
-    def machine(self) -> str:
-        texts = {"device": "{}", "cores": "{} cores", "threads": "{} threads", "mixed_precision": "mixed precision: {}"}
-        return ", ".join(texts[name].format(self.hardware[name]) for name in texts if self.hardware.get(name))
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """The card's head, as `ModelCardData` takes it, without the results."""
-        tags = [self.task] if self.task else []
-        tags += [*self.tags, self.method, *(["timm"] if self.is_timm else [])]
-        known = {
-            "library_name": self.library,
-            "pipeline_tag": self.task,
-            "license": self.license,
-            "language": self.language,
-            "base_model": self.base_model,
-            "datasets": [self.dataset] if self.dataset else None,
-            "metrics": ["accuracy"] if self.metrics else None,
-            "tags": list(dict.fromkeys([*tags, f"arxiv:{PAPER}"])),
-        }
-        return {name: value for name, value in known.items() if value is not None}
-
-    @property
-    def evaluation(self) -> list[dict[str, Any]]:
-        """The results in the card's head, each as `EvalResult` takes it: all of one split, accuracies as fractions."""
-        if self.task is None:
-            return []
-        common = {
-            "task_type": self.task,
-            "dataset_type": self.dataset or re.sub(r"\W+", "-", self.data.lower()).strip("-") or "unknown",
-            "dataset_name": self.data or "unknown",
-            "dataset_split": self.split,
-            "metric_type": "accuracy",
-        }
-        return [common | {"metric_name": _METRICS[key], "metric_value": value} for key, value in self.metrics.items()]
+def render_card(facts: Facts) -> str:
+    """The model card, Markdown with a YAML head."""
+    evaluation = [EvalResult(**result) for result in facts.evaluation]
+    head = ModelCardData(model_name=facts.name, eval_results=evaluation or None, **facts.metadata)
+    if not evaluation:
+        head.model_name = None  # which the Hub knows only with results
+    card = ModelCard.from_template(head, template_path=str(TEMPLATE), facts=facts, cell=cell, paper=PAPER)
+    return str(card).rstrip() + "\n"
 
 
-def facts_of(
-    results: Mapping[str, Any], *, architecture: str | None = None, pictures: Sequence[str] = (), **user: Any
-) -> Facts:
-    """Facts of a run from its results. user: the fields of `Facts` that the user fills; they win over the run's.
+def add_card(
+    folder: str | os.PathLike[str],
+    results: Mapping[str, Any],
+    *,
+    pictures: Sequence[str | os.PathLike[str]] = (),
+    logs: str | os.PathLike[str] | None = None,
+    **facts: Any,
+) -> None:
+    """Complete a folder with weights: README.md, results.json and pictures, which the card shows by their names.
 
-    pictures: names of the files beside the card. Where an average of the weights was evaluated, its figures count: it
-    is what was saved.
+    logs: a folder with TensorBoard's files, which the Hub shows; copied without the machine's name, which they carry in
+    theirs. facts: as `build_facts` takes them.
     """
-    results = plain(results)
-    arguments, final = results["arguments"], results.get("final", {})
-    method = arguments.get("method") or ("rwp" if arguments.get("rwp") else "base")
-    rwp = final.get("rwp", {}) if method == "rwp" else {}
-    averaged = "top1_ema" in final
-    metrics = {key: final.get(f"{key}_ema", final.get(key)) for key in _METRICS}
-    metrics = {key: value for key, value in metrics.items() if value is not None}
-    model = architecture or arguments.get("model") or ""
-    images = "top1" in metrics or user.get("library", "timm") == "timm" or "ForImageClassification" in model
-    facts: dict[str, Any] = {
-        "task": "image-classification" if images else None,
-        "base_model": results.get("base_model") or _hub_id(arguments.get("pretrained")),
-        "dataset": results.get("dataset") or arguments.get("dataset"),
-        "name": (user.get("repo_id") or "").split("/")[-1] or f"{model or 'model'}_{method}",
-        "architecture": model,
-        "method": method,
-        "gamma": rwp.get("gamma", arguments.get("rwp_gamma")) if method == "rwp" else None,
-        "alpha": rwp.get("alpha", arguments.get("rwp_alpha")) if method == "rwp" else None,
-        "placement": rwp.get("placement"),
-        "replicas": results.get("hardware", {}).get("replicas", rwp.get("replicas")),
-        "slots": rwp.get("slots"),
-        "data": results.get("dataset") or _data(arguments),
-        "split": results.get("data", {}).get("validation", {}).get("split") or arguments.get("validation_split"),
-        "metrics": metrics,
-        "hyper_parameters": {key: arguments[key] for key in _HYPER_PARAMETERS if _said(key, arguments, method)},
-        "hardware": results.get("hardware", {}),
-        "versions": results.get("versions", {}),
-        "commit": results.get("git_commit"),
-        "command": results.get("command"),
-        "date": results.get("date"),
-        "by_epoch": bool(results.get("history")),
-        "figures": _figures(results, metrics, averaged, "images" if images else "samples"),
-        "pictures": {file: text for file, text in PICTURES.items() if file in pictures},
-    }
-    return Facts(**(facts | {name: value for name, value in user.items() if value is not None}))
+    folder = Path(folder)
+    for picture in pictures:
+        write(folder / Path(picture).name, Path(picture).read_bytes())
+    if logs is not None:
+        shutil.rmtree(folder / "logs", ignore_errors=True)
+        for number, file in enumerate(sorted(Path(logs).rglob("events.out.tfevents.*"))):
+            copied = folder / "logs" / f"run_{number}" / f"events.out.tfevents.{file.name.split('.')[3]}.{number}"
+            copied.parent.mkdir(parents=True)
+            shutil.copyfile(file, copied)
+    shown = [name for name in PICTURES if (folder / name).exists()]
+    write(folder / RESULTS, json.dumps(plain(results), indent=2))
+    write(folder / "README.md", render_card(build_facts(results, pictures=shown, **facts)))
+
+
+def card_of_record(records: Path) -> str:
+    """The card of the last record in a file."""
+    last = json.loads(records.read_text(encoding="utf-8").splitlines()[-1])
+    return render_card(build_facts(last, name=records.stem, note=last.get("note")))
 
 
 def with_picture(card: str, file: str) -> str:
@@ -175,69 +70,3 @@ def with_picture(card: str, file: str) -> str:
 def cell(text: Any) -> str:
     """One cell of a Markdown table, whatever the text."""
     return " ".join(str(text).split()).replace("|", r"\|").replace("<", "&lt;")
-
-
-def plain(value: Any) -> Any:
-    """A value with Python's own numbers and lists in place of those of NumPy and torch."""
-    if isinstance(value, Mapping):
-        return {name: plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _said(name: str, arguments: Mapping[str, Any], method: str) -> bool:
-    """Whether an argument did anything."""
-    if {"rwp_": "rwp", "sam_": "sam"}.get(name[:4], method) != method:
-        return False
-    needed = {"rwp_beta": "rwp_eta", "model_ema_decay": "model_ema"}
-    if name in needed and not arguments.get(needed[name]):
-        return False
-    if name == "scale" and arguments.get("crop_padding") is not None:  # a crop of another kind
-        return False
-    value = arguments.get(name)
-    return value not in (None, "", []) and value is not False and (value != 0 or name in ("rwp_seed", "seed"))
-
-
-def _data(arguments: Mapping[str, Any]) -> str:
-    folder = (arguments.get("data_dir") or "").rstrip("/").split("/")[-1]
-    if "data_dir" not in arguments:
-        return arguments.get("dataset") or ""
-    return arguments.get("dataset") or folder or DIGITS
-
-
-def _hub_id(value: str | None) -> str | None:
-    """An argument's value if it names something on the Hub: a folder's name was cut to its last part."""
-    return value if value and value.count("/") == 1 else None
-
-
-def _figures(results: Mapping[str, Any], metrics: Mapping[str, float], averaged: bool, kind: str) -> dict[str, str]:
-    """The rows of the card's table."""
-    final, data = results.get("final", {}), results.get("data", {})
-    images = data.get("validation", {}).get("images")
-    on = f" on {images:,} held-out {kind}" if images else f", held-out {kind}"
-    rows = {f"{_METRICS[key]}{on}": f"{value:.2%}".replace("%", " %") for key, value in metrics.items()}
-    loss = final.get("eval_loss_ema" if averaged else "eval_loss")
-    rows |= _row(f"Loss, held-out {kind}", loss, ".4f")
-    rows |= _row("Training loss", final.get("train_loss"), ".4f")
-    rows |= _row("Training loss at clean weights", final.get("loss_clean"), ".4f")
-    rows |= _row("Training loss at perturbed weights", final.get("loss_perturbed"), ".4f")
-    epoch, total = final.get("epoch"), results["arguments"].get("epochs")
-    if epoch is not None:
-        of = f" of {total}" if total and epoch < total else ""
-        rows["Epochs" + (", up to the best evaluation" if results.get("chosen") == "best" else "")] = f"{epoch:g}{of}"
-    rows |= _row("Optimizer steps", final.get("step"), ",")
-    slots = final.get("rwp", {}).get("slots")
-    if slots:
-        rows["Gradients at clean / perturbed weights"] = f"{slots['clean']:,} / {slots['perturbed']:,}"
-    noise = final.get("rwp", {}).get("relative_noise", {}).get("largest")
-    if noise:
-        rows["Noise relative to the weights, largest layer"] = f"{noise['size']:.2g} ({noise['name']})"
-    rows |= _row("Training images", data.get("train", {}).get("images"), ",")
-    rows |= _row("Training time, seconds", results.get("seconds"), ",.1f")
-    rows |= _row("Images per second", final.get("images_per_second"), ",.0f")
-    return rows
-
-
-def _row(name: str, value: float | None, form: str) -> dict[str, str]:
-    return {} if value is None or not math.isfinite(value) else {name: format(value, form)}

@@ -1,8 +1,9 @@
 """A trained model on the Hub, with a card that says how it was trained.
 
-1. `export.save_model` writes the weights and their configuration. 2. `add_card` puts the model card, results.json and
-pictures beside them: the folder is then the repository to be. 3. `push` sends it in one commit, and never touches it.
-`push_to_hub` is all three; `BackgroundPush` is the third beside a training that goes on.
+1. `export.save_model` writes the weights and their configuration. 2. `card.add_card` puts the model card, results.json
+and pictures beside them: the folder is then what the repository will hold. 3. `push` sends it in one commit, and never
+touches it. `push_to_hub` is all three. `push_later` is `push` in huggingface_hub's thread, `BackgroundPush` in a
+process that can be ended.
 
 Only huggingface_hub is imported with this module: `python -m hf_rwp.hub` starts in a second.
 """
@@ -24,17 +25,14 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
-    EvalResult,
     HfApi,
-    ModelCard,
-    ModelCardData,
+    get_session,
     get_token,
     set_client_factory,
 )
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import _http
 
-from hf_rwp.hub.card import PAPER, PICTURES, Facts, cell, facts_of, plain
+from hf_rwp.hub.card import add_card
 from hf_rwp.hub.export import save_any
 
 if TYPE_CHECKING:
@@ -42,8 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TEMPLATE = Path(__file__).with_name("model_card.md")
-RESULTS = "results.json"
 WAITS = (2, 10, 30)  # seconds from one attempt to the next, beside those that huggingface_hub makes within each
 TIMEOUT = 60  # seconds without a sign of the server; huggingface_hub itself would wait for ever
 LAST_WAIT = 600  # seconds that the last push waits for one in the background, to do the whole job itself then
@@ -54,56 +50,13 @@ _PASSING = (408, 409, 412, 429)  # statuses, beside 500 and above, that another 
 _HTTPError: Any = HfHubHTTPError.__bases__[0]  # of httpx or httpx2, whichever this huggingface_hub speaks with
 _HINTS = {
     401: "no valid token was sent: log in with `hf auth login`, or set HF_TOKEN",
-    403: "the token may not write there: it needs write access, and the repository has to be yours or your team's",
+    403: "the token may not write there: it needs write access, and the repository must be yours or your team's",
     404: "the repository or branch is not there, or not for this token to see",
 }
 
 
 class PushError(RuntimeError):
     """A push that did not succeed; its message ends with the command that finishes it."""
-
-
-def render_card(facts: Facts) -> str:
-    """The model card, Markdown with a YAML head."""
-    evaluation = [EvalResult(**result) for result in facts.evaluation]
-    head = ModelCardData(model_name=facts.name, eval_results=evaluation or None, **facts.metadata)
-    if not evaluation:
-        head.model_name = None  # which the Hub knows with results alone
-    card = ModelCard.from_template(head, template_path=str(TEMPLATE), facts=facts, cell=cell, paper=PAPER)
-    return str(card).rstrip() + "\n"
-
-
-def add_card(
-    folder: str | os.PathLike[str],
-    results: Mapping[str, Any],
-    *,
-    pictures: Sequence[str | os.PathLike[str]] = (),
-    logs: str | os.PathLike[str] | None = None,
-    **facts: Any,
-) -> None:
-    """Complete a folder with weights: README.md, results.json and pictures, which the card shows by their names.
-
-    logs: a folder with TensorBoard's files, which the Hub shows; copied without the machine's name, which they carry in
-    theirs. facts: as `facts_of` takes them.
-    """
-    folder = Path(folder)
-    for picture in pictures:
-        write(folder / Path(picture).name, Path(picture).read_bytes())
-    if logs is not None:
-        shutil.rmtree(folder / "logs", ignore_errors=True)
-        for number, file in enumerate(sorted(Path(logs).rglob("events.out.tfevents.*"))):
-            copied = folder / "logs" / f"run_{number}" / f"events.out.tfevents.{file.name.split('.')[3]}.{number}"
-            copied.parent.mkdir(parents=True)
-            shutil.copyfile(file, copied)
-    shown = [name for name in PICTURES if (folder / name).exists()]
-    write(folder / RESULTS, json.dumps(plain(results), indent=2))
-    write(folder / "README.md", render_card(facts_of(results, pictures=shown, **facts)))
-
-
-def card_of_record(records: Path) -> str:
-    """The card of the last record in a file."""
-    last = json.loads(records.read_text(encoding="utf-8").splitlines()[-1])
-    return render_card(facts_of(last, name=records.stem, note=last.get("note")))
 
 
 def push(
@@ -123,7 +76,7 @@ def push(
     existing public one is refused. token: as huggingface_hub has it; True is the stored one, False none.
 
     From then on huggingface_hub gives up on a silent server after a minute in this process, in downloads too: it has
-    no such setting for one call.
+    no setting for one call.
 
     Raises PushError once huggingface_hub's attempts, and some more with growing pauses, have failed.
     """
@@ -149,7 +102,7 @@ def push(
 
 
 def push_later(folder: str | os.PathLike[str], repo_id: str, **options: Any) -> "Future[str]":
-    """`push` in a thread, after those that were asked for before."""
+    """`push` in a thread, after the earlier ones."""
     future = HfApi().run_as_future(push, folder, repo_id, **options)
     future.add_done_callback(_say_if_it_failed)
     return future
@@ -194,13 +147,46 @@ def push_to_hub(
     message: str = "Upload model",
     **facts: Any,
 ) -> str:
-    """Save a trained model with its card, and push both; returns the commit's address.
+    """
+    Save a trained model with its card, and push both to the Hub.
 
-    results: what a recipe's results.json holds, or as much of it as is known. rwp: the optimizer wrapper, if any: the
-    card then says what it did; on several processes call its `report()` on all of them instead, and hand it over as
-    results["final"]["rwp"]. metrics: `top1` and `top5`, fractions in [0, 1]. folder: where it is written first;
-    outputs/NAME if not given. The rest as `save_model`, `add_card` and `push` take it; facts: `license`, `dataset`,
-    `base_model`, `note`, `tags`, `data`, `split`.
+    Args:
+        model (`torch.nn.Module`):
+            A model of timm, transformers or PEFT, or any other.
+        repo_id (`str`):
+            Where on the Hub: `USER/NAME`.
+        results (`Mapping[str, Any]`, *optional*):
+            What a recipe's results.json holds, or as much of it as is known.
+        rwp ([`RWP`], *optional*):
+            The optimizer wrapper: the card then says what it did. On many processes call its `report()` on all of them
+            instead, and pass it as `results["final"]["rwp"]`.
+        metrics (`Mapping[str, float]`, *optional*):
+            `top1` and `top5`, fractions in [0, 1].
+        folder (`str` or `os.PathLike`, *optional*, defaults to `outputs/NAME`):
+            Where the model is written first.
+        label_names (`Sequence[str]`, *optional*):
+            The classes' names, by index, of a timm model.
+        data_config (`Mapping[str, Any]`, *optional*):
+            The preprocessing of a timm model, as `timm.data.resolve_data_config` gives.
+        model_args (`Mapping[str, Any]`, *optional*):
+            The arguments of `timm.create_model` beside the classes.
+        pictures (`Sequence[str | os.PathLike]`, *optional*):
+            Files that the card shows: curves.png and landscape.png.
+        revision (`str`, *optional*):
+            A branch, made if missing.
+        tag (`str`, *optional*):
+            Of the commit.
+        private (`bool`, *optional*):
+            Whether a repository that is made is private; an existing public one is then refused.
+        token (`str` or `bool`, *optional*):
+            As huggingface_hub takes it: `True` is the stored one, `False` none.
+        message (`str`, *optional*, defaults to `"Upload model"`):
+            Of the commit.
+        facts (*optional*):
+            What else the card says: `license`, `dataset`, `base_model`, `note`, `tags`, `data`, `split`.
+
+    Returns:
+        `str`: the commit's address.
 
     Raises PushError if the push failed; the folder is complete by then.
     """
@@ -226,7 +212,10 @@ def push_to_hub(
 class BackgroundPush:
     """Pushes beside a training, one at a time, each in a process of its own: the training pays for links to files.
 
-    folder: for what is being pushed. A failure is told on stderr, and is no reason to stop.
+    A thread, such as `push_later`'s, cannot be ended: Python waits for it at exit, so that a run which is preempted, or
+    one of whose replicas failed, would hang until the upload is done.
+
+    folder: for what is being pushed. A failure is told on stderr, and does not stop the training.
     """
 
     def __init__(self, folder: Path, repo_id: str, *, revision: str | None, private: bool | None) -> None:
@@ -269,7 +258,7 @@ class BackgroundPush:
 def hf_upload(
     folder: Path, repo_id: str, *, revision: str | None = None, tag: str | None = None, private: bool | None = None
 ) -> str:
-    """The command line that does what `push` does, with huggingface_hub alone.
+    """The command line that does what `push` does, with huggingface_hub only.
 
     It removes other weights by the names that libraries look for: `*` reaches into folders, which `push` leaves alone.
     """
@@ -325,16 +314,13 @@ def _is_weights(name: str) -> bool:
 def _limit_patience() -> None:
     """From now on a silent server is an error in this process after `TIMEOUT` seconds.
 
-    Whichever client speaks with it: huggingface_hub makes a new one when a connection fails, by the factory alone.
+    By a factory, as huggingface_hub makes a new client when a connection fails.
     """
-    make = _http._GLOBAL_CLIENT_FACTORY  # the user's, where there is one; it has no public name
-
-    def factory() -> Any:
-        client = make()
-        client.timeout = TIMEOUT
-        return client
-
-    set_client_factory(factory)
+    client = get_session()
+    if client.timeout.read is not None:  # the user's own client, with a limit of its own
+        return
+    kind, hooks = type(client), client.event_hooks
+    set_client_factory(lambda: kind(event_hooks=hooks, follow_redirects=True, timeout=TIMEOUT))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -378,15 +364,8 @@ def _described(error: BaseException, token: str | bool | None) -> str:
     return re.sub(r"(://)(?:[^\s/@]+@)?([^\s?'\"]*)(?:\?[^\s'\"]*)?", r"\1\2", text)
 
 
-def write(file: Path, content: str | bytes) -> None:
-    """In place of what was there, which a push under way goes on reading."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    partial.replace(file)
-
-
 def _link(source: str, target: str) -> None:
-    """A second name for a file, or a copy where the disk knows no such thing."""
+    """A second name for a file, or a copy on a disk without hard links."""
     try:
         os.link(source, target)
     except OSError:

@@ -12,12 +12,42 @@ from hf_rwp.core.noise import MODES, SCHEDULES, gamma_factor
 
 @dataclass
 class RWPArguments:
-    """The options of `RWP`, and a schedule for gamma, as flags for `HfArgumentParser`.
+    """
+    The options of [`RWP`], and a schedule for gamma, as flags for `HfArgumentParser`.
 
     For a Trainer with arguments of its own, such as TRL's, put it in front of them:
 
         @dataclass
         class RWPSFTConfig(RWPArguments, SFTConfig): ...
+
+    Args:
+        rwp (`bool`, *optional*, defaults to `False`):
+            Whether to train with Random Weight Perturbation.
+        rwp_gamma (`float`, *optional*):
+            Size of the noise, at least 0, relative to the weights. Defaults to 0.01 for `rwp_noise="filter"` and to 0.2
+            for `"filter_normalized"`.
+        rwp_alpha (`float`, *optional*, defaults to 0.5):
+            The perturbed gradient's share of the mix, in [0, 1].
+        rwp_seed (`int`, *optional*, defaults to 0):
+            Seed of the noise.
+        rwp_noise (`str`, *optional*, defaults to `"filter"`):
+            What the noise is relative to: `"filter"` or `"filter_normalized"`.
+        rwp_noise_1d (`bool`, *optional*, defaults to `True`):
+            Whether biases and norm weights are perturbed as well.
+        rwp_frozen (`bool`, *optional*, defaults to `False`):
+            Whether frozen weights are perturbed as well.
+        rwp_antithetic (`bool`, *optional*, defaults to `False`):
+            Whether a step's perturbed gradients take a noise and its opposite in pairs.
+        rwp_eta (`float`, *optional*, defaults to 0.0):
+            ARWP's damping of the noise where gradients are large, at least 0.
+        rwp_beta (`float`, *optional*, defaults to 0.99):
+            Decay of the squared gradients that ARWP's damping follows, in [0, 1).
+        rwp_schedule (`str`, *optional*, defaults to `"constant"`):
+            How gamma grows over training: `"constant"`, `"linear"` or `"cosine"`.
+        rwp_growth (`float`, *optional*, defaults to 0.0):
+            How much larger gamma is at the end of a growing schedule, at least 0, in multiples of it.
+        rwp_start (`float`, *optional*, defaults to 0.0):
+            Fraction of training, in [0, 1], before which there is no noise.
 
     Raises ValueError for a value out of range.
     """
@@ -108,10 +138,10 @@ class RWPArguments:
         return {name: getattr(self, f"rwp_{name}") for name in names}
 
     def rwp_gamma_factor(self, progress: float) -> float:
-        """What to hand to `RWP.scale_gamma` at `progress`, the fraction of the optimizer steps behind us."""
+        """What to pass to `RWP.scale_gamma` at `progress`, the fraction of the optimizer steps behind us."""
         return gamma_factor(progress, self.rwp_schedule, self.rwp_growth, self.rwp_start)
 
 
 @dataclass
 class RWPTrainingArguments(RWPArguments, TrainingArguments):
-    """`TrainingArguments` with the flags of RWP, for `RWPTrainer`."""
+    """`TrainingArguments` with the flags of [`RWPArguments`], for [`RWPTrainer`]."""

@@ -8,7 +8,7 @@ from typing import Any
 def in_halves(inputs: Any, smallest: int) -> tuple[list[Any], list[int]]:
     """A batch in halves, and how many samples each has: one more in the first where their number is odd.
 
-    smallest: samples that a half needs (BatchNorm fails on a single one); a smaller batch is taken whole, twice.
+    smallest: the samples that a half needs (BatchNorm fails on a single one); a smaller batch is taken whole, twice.
     Raises ValueError by name for what has no batch dimension, unless it is None, a bool or a str: a number may count
     what is in the batch, and another length may lay its samples out one after the other.
     """
@@ -22,7 +22,7 @@ def in_halves(inputs: Any, smallest: int) -> tuple[list[Any], list[int]]:
             return value
         if not length or _length(value) != length:
             raise ValueError(
-                f"{name} is {_described(value)}, and a batch of {length or 'unknown length'} is to be split in halves, "
+                f"{name} is {_described(value)}, and a batch of {length or 'unknown length'} is split in halves, "
                 "a clean and a perturbed one. Set gradient_accumulation_steps=2, with half the batch size for the same "
                 "step: then whole batches take turns"
             )

@@ -1,4 +1,4 @@
-"""RWP for `transformers.Trainer`: the optimizer wrapper, and what Trainer alone knows.
+"""RWP for `transformers.Trainer`: the optimizer wrapper, and what only Trainer knows.
 
 1. `create_optimizer` wraps the optimizer that Trainer made. The wrapper begins and ends micro-steps by itself.
 2. `get_batch_samples` fetches the batches of one optimizer step, the window: gamma moves along its schedule, and the
@@ -24,7 +24,7 @@ from transformers.utils.hub import PushInProgress
 
 from hf_rwp.core.losses import LossTracker
 from hf_rwp.core.optimizer import RWP
-from hf_rwp.core.placement import shares_of
+from hf_rwp.core.placement import mixes, shares_of
 from hf_rwp.core.sharding import refuse_data_parallel, refuse_lone_processes, refuse_unsupported
 from hf_rwp.runs.records import base_of, environment, without_places
 from hf_rwp.trainer.arguments import RWPArguments
@@ -42,22 +42,25 @@ else:
 
 
 class RWPTrainerMixin(_AnyTrainer):
-    """RWP for any subclass of `Trainer`: put it in front, and `RWPArguments` in front of the arguments.
+    """
+    RWP for any subclass of `Trainer`: put it in front, and [`RWPArguments`] in front of the arguments.
 
         class RWPSFTTrainer(RWPTrainerMixin, SFTTrainer): ...
 
         @dataclass
         class RWPSFTConfig(RWPArguments, SFTConfig): ...
 
-    Without `rwp=True` in its arguments it is that Trainer, bit for bit. With it, several processes share the clean and
+    Without `rwp=True` in its arguments it is that Trainer, bit for bit. With it, many processes share the clean and
     the perturbed gradients between them; one process takes them in turn from the batches that a step accumulates, or
     from the halves of a single one. Each log of the training loss, which stays the plain one, also has `loss_clean`,
     `loss_perturbed` and `loss_gap`, a free measure of sharpness.
 
-    `rwp`: the optimizer wrapper, whose `report()` says what really happened; None before training and without RWP.
+    Attributes:
+        rwp ([`RWP`], *optional*):
+            The optimizer wrapper, whose `report()` says what really happened; `None` before training and without RWP.
 
     Raises TypeError for arguments without RWP's flags; NotImplementedError under FSDP, DeepSpeed, DataParallel, TPUs
-    and sharding of any kind; ValueError for `auto_find_batch_size` on several processes, for an optimizer that is
+    and sharding of any kind; ValueError for `auto_find_batch_size` on many processes, for an optimizer that is
     wrapped already and, in training, for a batch that cannot be split.
     """
 
@@ -70,7 +73,7 @@ class RWPTrainerMixin(_AnyTrainer):
     _best_step: int | None = None  # whose weights these are, where training ended with the best ones
     _items: list[float] | None = None  # tokens by replica, or by micro-step on one; None where Trainer adds none up
     _parts: Sequence[float] = ()  # how much of this replica's loss each coming micro-step is
-    _splits = False  # whether the window's one batch is to be split
+    _splits = False  # whether the window's one batch is split
     _warned = False
     _rows_are_samples = True  # as far as seen: pairs for DPO or a reward model lie one after the other
 
@@ -131,7 +134,7 @@ class RWPTrainerMixin(_AnyTrainer):
             output = super().train(*args, **kwargs)
             self._sync_buffers()
             if self.rwp is not None:
-                self._report = self.rwp.report()  # while all replicas are here: the main one may push alone
+                self._report = self.rwp.report()  # while all replicas are here: the main one may push by itself
             if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
                 self._best_step = self.state.best_global_step
             return output
@@ -197,7 +200,7 @@ class RWPTrainerMixin(_AnyTrainer):
                 "not one of its samples. Set gradient_accumulation_steps=2, with half the batch size for the same "
                 "step: then whole batches take turns"
             )
-        whole = not self._rows_are_samples  # an epoch's last batch, alone in its step
+        whole = not self._rows_are_samples  # an epoch's last batch, the only one in its step
         halves, sizes = in_halves(inputs, smallest=rows(inputs) if whole else 2 if self._has_batch_norm() else 1)
         if halves[0] is inputs and not self._warned:
             self._warned = True
@@ -209,7 +212,7 @@ class RWPTrainerMixin(_AnyTrainer):
             count = super()._get_num_items_in_batch
             counts = [torch.as_tensor(count([half], self.args.device)) for half in halves]
             sizes = [int(items) for items in counts]
-            counts = [items.clamp(min=1) for items in counts]  # a half without any is no reason for a NaN
+            counts = [items.clamp(min=1) for items in counts]  # a half without any must not give a NaN
         self.rwp.begin_window(2, (float(sizes[0] > 0), float(sizes[1] > 0)))
         loss = torch.zeros((), device=self.args.device)
         for half, items, size in zip(halves, counts, sizes, strict=True):
@@ -247,8 +250,8 @@ class RWPTrainerMixin(_AnyTrainer):
         """Trainer's, with the card of RWP: weights, configuration, preprocessing, card and figures in one commit.
 
         Written to `hub` in the output folder first; neither Trainer's pickled arguments nor its logs go along, and in
-        pushes while training neither, unless `hub_strategy` asks for whole checkpoints, which hold pickles. The main
-        process does it all, so that it may call this, or `save_model` with `push_to_hub=True`, alone. results: what a
+        pushes while training neither, unless `hub_strategy` pushes whole checkpoints, which hold pickles. The main
+        process does it all: it may call this, or `save_model` with `push_to_hub=True`, by itself. results: what a
         recipe's results.json holds; taken from Trainer's log if not given, what RWP did included once training is over.
         pictures, facts: as `hf_rwp.push_to_hub` takes them; of those of Trainer, `model_name`, `finetuned_from`,
         `tasks` and `dataset_tags`, too.
@@ -260,9 +263,10 @@ class RWPTrainerMixin(_AnyTrainer):
             names = {"tag": tag, "results": results, "pictures": pictures or None}
             given = [name for name, value in names.items() if value is not None]
             if given:
-                raise ValueError(f"{', '.join(given)}: Trainer's own push, which this is without rwp=True, has no such")
+                raise ValueError(f"{', '.join(given)} needs rwp=True: without it this is Trainer's own push")
             return super().push_to_hub(commit_message, blocking, token, revision, private, **facts)  # type: ignore[arg-type]
-        from hf_rwp.hub import push as hub  # huggingface_hub, for those who push alone
+        from hf_rwp.hub import push as hub  # huggingface_hub, only for those who push
+        from hf_rwp.hub.card import add_card
         from hf_rwp.hub.export import save_any
 
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
@@ -280,7 +284,7 @@ class RWPTrainerMixin(_AnyTrainer):
             self.processing_class.save_pretrained(folder)
         said = {**of_model, **_card_facts(facts)}
         said["tags"] = [*said.get("tags", ()), *(getattr(self.model, "model_tags", None) or ())]
-        hub.add_card(folder, known, pictures=pictures, repo_id=repo_id, **said)
+        add_card(folder, known, pictures=pictures, repo_id=repo_id, **said)
         where: dict[str, Any] = {"revision": revision or self.args.hub_revision, "tag": tag}
         where["private"] = self.args.hub_private_repo if private is None else private
         where["token"] = self.args.hub_token if token is None else token
@@ -308,7 +312,7 @@ class RWPTrainerMixin(_AnyTrainer):
         for line in self.state.log_history:
             named = {_LOGGED.get(name, name.removeprefix("eval_")): value for name, value in line.items()}
             rows[line["step"]] = rows.get(line["step"], {}) | named
-            evaluated = any(name.startswith("eval_") for name in line)  # which is true of the weights of its step alone
+            evaluated = any(name.startswith("eval_") for name in line)  # which is true only of the weights of its step
             if line["step"] == step or (line["step"] < step and not evaluated):
                 final |= named
         history = list(rows.values())
@@ -330,7 +334,7 @@ class RWPTrainerMixin(_AnyTrainer):
     @property
     def _mixes(self) -> bool:
         """Whether the coming window has clean and perturbed gradients."""
-        return self.rwp is not None and self.rwp.active and self.rwp.alpha < 1
+        return self.rwp is not None and self.rwp.active and mixes(self.rwp.alpha)
 
     def _has_batch_norm(self) -> bool:
         return any(isinstance(module, _BATCH_NORMS) for module in self.model.modules())
@@ -358,7 +362,17 @@ def _card_facts(named: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class RWPTrainer(RWPTrainerMixin, Trainer):
-    """`Trainer` with Random Weight Perturbation behind the flag `rwp` of `RWPTrainingArguments`."""
+    """
+    `Trainer` with Random Weight Perturbation behind the flag `rwp`; see [`RWPTrainerMixin`] for what it does.
+
+    Args:
+        model (`torch.nn.Module`, *optional*):
+            The model to train, as `Trainer` takes it.
+        args ([`RWPTrainingArguments`]):
+            Trainer's arguments, with those of RWP.
+        kwargs (*optional*):
+            The others of `Trainer`: `train_dataset`, `data_collator`, `compute_metrics`, ...
+    """
 
 
 def _check_supported(args: Any, model: nn.Module) -> None:
@@ -371,7 +385,7 @@ def _check_supported(args: Any, model: nn.Module) -> None:
         )
     refuse_unsupported(model.parameters())
     slots = args.world_size * args.gradient_accumulation_steps
-    if slots * args.per_device_train_batch_size == 1 and 0 < args.rwp_alpha < 1:
+    if slots * args.per_device_train_batch_size == 1 and mixes(args.rwp_alpha, args.rwp_gamma):
         logger.warning(
             "one process and one sample to a step: both gradients are taken on it, at twice the cost of plain "
             "training. With gradient_accumulation_steps=2 they take turns, and cost nothing extra"
@@ -379,7 +393,7 @@ def _check_supported(args: Any, model: nn.Module) -> None:
     if args.auto_find_batch_size and args.world_size > 1:
         raise ValueError(
             f"auto_find_batch_size on {args.world_size} processes: a perturbed replica needs more memory than "
-            "a clean one, so it can run out alone, and the others would wait for it forever. Set "
+            "a clean one, so it can run out by itself, and the others would wait for it forever. Set "
             "per_device_train_batch_size, and gradient_accumulation_steps to keep the images per step"
         )
 

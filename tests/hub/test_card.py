@@ -15,8 +15,8 @@ import yaml
 from hub_server import _yaml_errors
 
 from hf_rwp.hub.__main__ import main
-from hf_rwp.hub.card import cell, facts_of, with_picture
-from hf_rwp.hub.push import add_card, card_of_record, render_card
+from hf_rwp.hub.card import add_card, card_of_record, cell, render_card, with_picture
+from hf_rwp.hub.facts import build_facts
 
 ROOT = Path(__file__).parents[2]
 RECORDS = sorted((ROOT / "recipes" / "results").glob("*.jsonl"))
@@ -81,7 +81,7 @@ def rows(card):
 
 
 def test_a_card_says_what_the_run_did():
-    card = render_card(facts_of(RESULTS, repo_id="ada/net", license="mit"))
+    card = render_card(build_facts(RESULTS, repo_id="ada/net", license="mit"))
     table = rows(card)
     assert table["Top-1 accuracy on 100 held-out images"] == "90.00 %"
     assert table["Gradients at clean / perturbed weights"] == "40 / 41"
@@ -113,7 +113,7 @@ def test_a_card_says_what_the_run_did():
 def test_other_methods_are_not_taken_for_rwp(method, named):
     final = {name: value for name, value in RESULTS["final"].items() if name != "rwp"}
     arguments = RESULTS["arguments"] | {"method": method}
-    card = render_card(facts_of(RESULTS | {"final": final, "arguments": arguments}))
+    card = render_card(build_facts(RESULTS | {"final": final, "arguments": arguments}))
     assert named in card
     assert not {"gamma, size of the noise", "rwp_noise"} & rows(card).keys()
     assert ("sam_rho" in rows(card)) == (method == "sam")
@@ -122,20 +122,20 @@ def test_other_methods_are_not_taken_for_rwp(method, named):
 
 def test_the_average_of_the_weights_counts_where_it_was_saved():
     final = RESULTS["final"] | {"top1_ema": 0.91, "top5_ema": 0.995, "eval_loss_ema": 0.2}
-    facts = facts_of(RESULTS | {"final": final})
+    facts = build_facts(RESULTS | {"final": final})
     assert facts.metrics == {"top1": 0.91, "top5": 0.995}
     assert rows(render_card(facts))["Loss, held-out images"] == "0.2000"
 
 
 def test_a_card_without_results_is_a_card():
-    card = render_card(facts_of({"arguments": {"method": "base"}}))
+    card = render_card(build_facts({"arguments": {"method": "base"}}))
     assert not _yaml_errors(card)
     assert "model-index" not in head(card)
     assert "## Results" not in card
 
 
 def test_a_record_between_two_evaluations_is_a_card():
-    card = render_card(facts_of(RESULTS | {"final": {"step": 31}, "history": [RESULTS["final"]]}))
+    card = render_card(build_facts(RESULTS | {"final": {"step": 31}, "history": [RESULTS["final"]]}))
     assert rows(card)["Optimizer steps"] == "31"
     assert "model-index" not in head(card)
     assert "accuracy" not in card
@@ -143,9 +143,9 @@ def test_a_record_between_two_evaluations_is_a_card():
 
 
 def test_epoch_by_epoch_is_said_of_a_history_alone():
-    assert "\nAll of this is in `results.json`." in render_card(facts_of(RESULTS))
+    assert "\nAll of this is in `results.json`." in render_card(build_facts(RESULTS))
     history = [RESULTS["final"]]
-    assert "\nAll of this, epoch by epoch, is in" in render_card(facts_of(RESULTS | {"history": history}))
+    assert "\nAll of this, epoch by epoch, is in" in render_card(build_facts(RESULTS | {"history": history}))
 
 
 @pytest.mark.parametrize(
@@ -153,13 +153,13 @@ def test_epoch_by_epoch_is_said_of_a_history_alone():
     [({"device": "H100"}, "H100"), ({"cores": 2, "mixed_precision": "no"}, "2 cores, mixed precision: no"), ({}, None)],
 )
 def test_of_the_hardware_what_is_known_is_said(hardware, said):
-    assert rows(render_card(facts_of(RESULTS | {"hardware": hardware}))).get("hardware") == said
+    assert rows(render_card(build_facts(RESULTS | {"hardware": hardware}))).get("hardware") == said
 
 
 def test_numbers_of_numpy_and_torch_are_numbers(tmp_path):
     final = {"top1": np.float32(0.5), "top5": torch.tensor(0.75), "eval_loss": np.float64(1.5), "step": np.int64(1000)}
     results = RESULTS | {"final": final, "history": [{"top1": np.array([0.5])}]}
-    card = render_card(facts_of(results))
+    card = render_card(build_facts(results))
     assert [metric["value"] for metric in head(card)["model-index"][0]["results"][0]["metrics"]] == [0.5, 0.75]
     assert rows(card)["Optimizer steps"] == "1,000"
     add_card(tmp_path, results)
@@ -168,19 +168,19 @@ def test_numbers_of_numpy_and_torch_are_numbers(tmp_path):
 
 def test_a_base_model_that_the_run_found_out_is_named():
     results = {"arguments": {"pretrained": "timm"}, "base_model": "timm/resnet18.a1_in1k"}
-    assert head(render_card(facts_of(results)))["base_model"] == "timm/resnet18.a1_in1k"
-    assert "base_model" not in head(render_card(facts_of({"arguments": {"pretrained": "model"}})))  # a folder
+    assert head(render_card(build_facts(results)))["base_model"] == "timm/resnet18.a1_in1k"
+    assert "base_model" not in head(render_card(build_facts({"arguments": {"pretrained": "model"}})))  # a folder
 
 
 def test_a_loss_that_is_no_number_is_left_out():
     final = RESULTS["final"] | {"loss_perturbed": float("nan")}
-    assert "Training loss at perturbed weights" not in rows(render_card(facts_of(RESULTS | {"final": final})))
+    assert "Training loss at perturbed weights" not in rows(render_card(build_facts(RESULTS | {"final": final})))
 
 
 def test_a_picture_is_added_once_where_a_new_card_would_have_it():
-    card = render_card(facts_of(RESULTS, note="Kept."))
+    card = render_card(build_facts(RESULTS, note="Kept."))
     shown = with_picture(card, "landscape.png")
-    assert shown.split() == render_card(facts_of(RESULTS, pictures=["landscape.png"], note="Kept.")).split()
+    assert shown.split() == render_card(build_facts(RESULTS, pictures=["landscape.png"], note="Kept.")).split()
     assert with_picture(shown, "landscape.png") == shown
     assert with_picture("# A card of another kind\n", "landscape.png").endswith("](landscape.png)\n")
 
@@ -197,7 +197,7 @@ def test_odd_names_stay_yaml_and_stay_in_their_cells(odd):
         "base_model": odd,
     }
     results = RESULTS | {"versions": {odd: odd}, "arguments": {**RESULTS["arguments"], "opt": odd}}
-    card = render_card(facts_of(results, **user))
+    card = render_card(build_facts(results, **user))
     assert not _yaml_errors(card)
     facts = head(card)
     assert (facts["license"], facts["base_model"]) == (odd, odd)
@@ -209,7 +209,7 @@ def test_odd_names_stay_yaml_and_stay_in_their_cells(odd):
 
 
 def test_a_template_in_a_name_is_not_run():
-    assert "{{ 7 * 7 }}" in render_card(facts_of(RESULTS, note="{{ 7 * 7 }}"))
+    assert "{{ 7 * 7 }}" in render_card(build_facts(RESULTS, note="{{ 7 * 7 }}"))
 
 
 # The published cards
@@ -255,7 +255,7 @@ def test_the_wheel_alone_renders_a_card(tmp_path):
     """Built from a copy, installed without its dependencies in an environment that borrows this one's."""
     source, wheels, place = tmp_path / "source", tmp_path / "wheels", tmp_path / "venv"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "hf_rwp"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "hf_rwp", "recipes"):
         copy = ["cp", "-r", str(ROOT / name), str(source)]
         subprocess.run(copy, check=True)
     options = {"capture_output": True, "text": True, "timeout": 300}
@@ -273,10 +273,11 @@ def test_the_wheel_alone_renders_a_card(tmp_path):
     borrowed = [path for path in sys.path if path.endswith("site-packages")]
     (packages / "borrowed.pth").write_text("\n".join(borrowed))
     program = (
-        "import sys, hf_rwp; from hf_rwp.hub.push import TEMPLATE, render_card; from hf_rwp.hub.card import facts_of\n"
+        "import sys, hf_rwp; from hf_rwp.hub.facts import build_facts\n"
+        "from hf_rwp.hub.card import TEMPLATE, render_card\n"
         "print(*(module.__file__ for name, module in sys.modules.items() if name.startswith('hf_rwp')), TEMPLATE)\n"
         "print('torch' in sys.modules)\n"
-        "print(render_card(facts_of({'arguments': {'method': 'rwp'}}, name='beasts')))"
+        "print(render_card(build_facts({'arguments': {'method': 'rwp'}}, name='beasts')))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     run = subprocess.run([str(place / "bin" / "python"), "-c", program], env=environment, cwd=tmp_path, **options)
@@ -286,4 +287,4 @@ def test_the_wheel_alone_renders_a_card(tmp_path):
     for file in files.split():
         assert Path(file).is_relative_to(packages), file  # not this checkout
     assert torch_too == "False"  # a card needs no torch
-    assert card.rstrip() == render_card(facts_of({"arguments": {"method": "rwp"}}, name="beasts")).rstrip()
+    assert card.rstrip() == render_card(build_facts({"arguments": {"method": "rwp"}}, name="beasts")).rstrip()

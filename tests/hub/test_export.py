@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 from timm.data import resolve_data_config
 
-from hf_rwp.hub.card import facts_of
+from hf_rwp.hub.card import render_card
 from hf_rwp.hub.export import save_any, save_model
-from hf_rwp.hub.push import render_card
+from hf_rwp.hub.facts import build_facts
 
 NAMES = ["bee", "crab", 'd"og', "ėel"]
 
@@ -77,7 +77,7 @@ def test_a_model_that_no_library_knows_is_its_weights(tmp_path):
     linear = torch.nn.Linear(2, 1)
     assert save_any(linear, tmp_path / "linear") == {"library": "pytorch", "architecture": "Linear"}
     linear.load_state_dict(load_file(tmp_path / "linear" / "model.safetensors"))
-    card = render_card(facts_of({"arguments": {}}, library="pytorch", architecture="Linear"))
+    card = render_card(build_facts({"arguments": {}}, library="pytorch", architecture="Linear"))
     assert "load_state_dict" in card
     assert "AutoModel" not in card
 
@@ -93,7 +93,7 @@ def test_a_folder_of_something_else_is_not_replaced(model, tmp_path):
     (tmp_path / "outputs" / "run" / "results.json").write_text("{}")
     (tmp_path / "notes" / "todo.txt").write_text("")
     for name in ("outputs/run", "notes"):
-        with pytest.raises(FileExistsError, match="is no folder of a model and would be replaced"):
+        with pytest.raises(FileExistsError, match="is not part of a model, and would be replaced"):
             save(model, tmp_path / name)
     assert (tmp_path / "outputs" / "run" / "checkpoints" / "step_1").is_dir()
 

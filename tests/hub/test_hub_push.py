@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file
 from timm.data import resolve_data_config
 
+from hf_rwp.hub.card import add_card
 from hf_rwp.hub.export import save_model
-from hf_rwp.hub.push import add_card
 from hf_rwp.runs.records import weights_digest
 
 MODEL = {"README.md", "config.json", "model.safetensors", "results.json", "curves.png"}
@@ -370,6 +370,13 @@ def test_a_silent_server_is_given_up_by_a_client_made_on_the_way_too(hub, client
     assert outcome.seconds < 3
 
 
+def test_the_users_own_client_keeps_its_own_limit(hub, clients, folder):
+    outcome = clients.run("push_with_a_client_of_the_users", folder, "ada/model", 7.0, token=WRITE)
+    assert outcome.status == 0, outcome.output
+    assert outcome.value == (7.0, 7.0)
+    assert set(hub.files("ada/model")) == MODEL
+
+
 @pytest.mark.parametrize("number", [409, 412])
 def test_a_commit_that_others_came_before_is_made_again(hub, clients, folder, number):
     hub.fail("POST", "/commit/", status(number, message="A commit has happened since"), times=3)
@@ -410,8 +417,8 @@ def test_what_does_not_pass_ends_in_the_command_that_finishes_it(hub, clients, f
         ("ada/model", "hf_expired", "log in with `hf auth login`"),
         ("ada/model", READ, "it needs write access"),
         ("ada/there", READ, "it needs write access"),
-        ("bob/model", WRITE, "has to be yours"),
-        ("bob/there", WRITE, "has to be yours"),
+        ("bob/model", WRITE, "must be yours"),
+        ("bob/there", WRITE, "must be yours"),
     ],
 )
 def test_who_may_not_write_learns_why_at_once(hub, clients, folder, repo_id, token, hint):

@@ -1,7 +1,6 @@
 """recipes/vit_rwp.py: what it computes, writes and refuses."""
 
 import getpass
-import importlib.util
 import json
 import math
 import re
@@ -25,17 +24,30 @@ from transformers import (
     AutoModelForImageClassification,
     Trainer,
     TrainingArguments,
-    ViTConfig,
     ViTForImageClassification,
-    ViTImageProcessor,
     pipeline,
     set_seed,
 )
-from vit import RECIPE, SCRATCH, SMALL, TINY, cut_back, load_vit_recipe, results_of, train, train_on_rank
+from vit import (
+    RECIPE,
+    SCRATCH,
+    SMALL,
+    TINY,
+    cut_back,
+    load_vit_recipe,
+    results_of,
+    train,
+    train_on_rank,
+    trained_vit,
+    write_pictures,
+)
 
 from hf_rwp.images.loaders import ImageDataset
 from hf_rwp.images.transforms import image_transforms
 from hf_rwp.runs.parsing import parse_arguments
+from hf_rwp.runs.records import weights_digest
+from hf_rwp.trainer.images import ImageTrainer, ShuffledRows, collate
+from hf_rwp.trainer.models import create_model, preprocessing
 
 WEIGHTS, CARD = ("config.json", "model.safetensors"), ("README.md", "results.json", "curves.png")
 DIGITS = [str(digit) for digit in range(10)]
@@ -56,23 +68,12 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with a ViT for three classes, as transformers' own tools write it."""
-    folder = tmp_path_factory.mktemp("trained")
-    torch.manual_seed(0)
-    ViTForImageClassification(ViTConfig(**TINY, image_size=16, patch_size=4, num_labels=3)).save_pretrained(folder)
-    ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.4] * 3, resample=3).save_pretrained(folder)
-    return folder
+    return trained_vit(tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture
 def pictures(tmp_path):
-    """40 images of two classes to train on, 10 for evaluation."""
-    generator = np.random.default_rng(0)
-    for number in range(50):
-        path = tmp_path / "pictures" / ("train" if number < 40 else "validation") / str(number % 2) / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        PIL.Image.fromarray(generator.integers(0, 256, (20, 30, 3), np.uint8)).save(path)
-    return tmp_path / "pictures"
+    return write_pictures(tmp_path / "pictures")
 
 
 def break_images(pictures, split, count):
@@ -151,19 +152,19 @@ def test_rwp_false_is_plain_trainer(recipe, tmp_path):
 
     args = parse_arguments(recipe.Arguments, SCRATCH)
     set_seed(0)
-    model, _ = recipe.create_model(args, DIGITS)
-    train_transform, _ = image_transforms(args, recipe.preprocessing(args, model), normalized=True)
+    model, _ = create_model(args, DIGITS)
+    train_transform, _ = image_transforms(args, preprocessing(args, model), normalized=True)
     images = ImageDataset(few_digits()["train"], train_transform, training=True)
 
     class InOrder(Trainer):
         def _get_train_sampler(self, *_):
-            return recipe.ShuffledRows(100, seed=0)
+            return ShuffledRows(100, seed=0)
 
     options = {"learning_rate": 2e-3, "weight_decay": 0.1, "lr_scheduler_type": "cosine", "warmup_steps": 0.1}
     options |= {"per_device_train_batch_size": 32, "num_train_epochs": 2, "remove_unused_columns": False, "seed": 0}
     plain = TrainingArguments(str(tmp_path / "plain"), save_strategy="no", **options)
-    InOrder(model, plain, train_dataset=images, data_collator=recipe.collate).train()
-    assert weights(found) == recipe.weights_digest(model)
+    InOrder(model, plain, train_dataset=images, data_collator=collate).train()
+    assert weights(found) == weights_digest(model)
 
 
 def test_rwp_takes_the_two_gradients_from_the_halves_of_a_batch(run):
@@ -176,7 +177,7 @@ def test_rwp_takes_the_two_gradients_from_the_halves_of_a_batch(run):
     assert row["loss_gap"] == pytest.approx(row["loss_perturbed"] - row["loss_clean"])
 
 
-def test_mixup_mixes_each_gradients_own_images(recipe, tmp_path, monkeypatch):
+def test_mixup_mixes_each_gradients_own_images(tmp_path, monkeypatch):
     """The loss is cross-entropy with timm's targets, and each half is mixed by itself."""
     losses, mixed = [], []
 
@@ -190,7 +191,7 @@ def test_mixup_mixes_each_gradients_own_images(recipe, tmp_path, monkeypatch):
 
         monkeypatch.setattr(kind, name, call)
 
-    watch(recipe.ImageTrainer, "compute_loss", losses)
+    watch(ImageTrainer, "compute_loss", losses)
     watch(Mixup, "__call__", mixed)
     watch(ViTForImageClassification, "forward", logits := [])
     train(tmp_path, *SCRATCH, "--cutmix=1", "--label_smoothing_factor=0.1", "--max_steps=1", "--eval_strategy=no")
@@ -243,21 +244,6 @@ def test_the_model_folder_is_one_that_transformers_loads(run):
     best = predict(folder, images[:1]).argmax().item()
     assert pipeline("image-classification", str(folder))(images[0].convert("RGB"))[0]["label"] == DIGITS[best]
     assert str(run[0].parent) not in (folder / "config.json").read_text()
-
-
-@pytest.mark.parametrize("flags", [[], ["--crop_pct=0.8", "--interpolation=bicubic"]])
-def test_the_processor_does_what_evaluation_does(recipe, trained, flags, pictures):
-    args = parse_arguments(recipe.Arguments, [f"--data_dir={pictures}", f"--model_name_or_path={trained}", *flags])
-    config = recipe.preprocessing(args, recipe.create_model(args, ["a", "b"])[0])
-    assert config["mean"] == (0.4, 0.4, 0.4)
-    image = PIL.Image.open(next(pictures.rglob("*.png")))
-    _, transform = image_transforms(args, config, normalized=True)
-    (ours,) = recipe.processor(config)(image, return_tensors="pt")["pixel_values"]
-    assert ours.shape == (3, 16, 16)
-    torch.testing.assert_close(ours, transform(image), atol=0.02, rtol=0)  # the two round pixels differently
-    if not flags:
-        (own,) = AutoImageProcessor.from_pretrained(trained)(image, return_tensors="pt")["pixel_values"]
-        assert torch.equal(ours, own)
 
 
 def test_the_best_checkpoint_can_be_kept(tmp_path):
@@ -383,14 +369,9 @@ def test_a_loss_that_is_no_number_stops_training(tmp_path):
 # Models
 
 
-def test_trained_weights_get_a_new_head(recipe, trained, tmp_path):
+def test_what_a_run_leaves_can_be_tuned_and_evaluated(recipe, trained, tmp_path):
     args = parse_arguments(recipe.Arguments, [f"--model_name_or_path={trained}"])
     assert (args.learning_rate, args.img_size) == (5e-5, None)
-    model, _ = recipe.create_model(args, DIGITS)
-    assert model.classifier.out_features == 10
-    kept = AutoModelForImageClassification.from_pretrained(trained).state_dict()
-    assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items() if not k.startswith("classifier."))
-
     flags = [*SMALL, f"--model_name_or_path={trained}", "--learning_rate=1e-3"]
     found = results_of(tmp_path / "tuned", *flags)
     assert found["arguments"]["model_name_or_path"] == trained.name
@@ -401,14 +382,6 @@ def test_trained_weights_get_a_new_head(recipe, trained, tmp_path):
     assert not (tmp_path / "again" / "results.json").exists()
     with pytest.raises(ValueError, match="eval_only needs the data"):
         train(tmp_path / "again", *SMALL, f"--model_name_or_path={trained}", "--eval_only")
-
-
-def test_weights_that_do_not_fit_are_refused(recipe, trained):
-    flags = [f"--model_name_or_path={trained}", "--model_kwargs={hidden_size: 32}"]
-    with pytest.raises(ValueError, match=r"random weights beside a new head: vit\.embeddings"):
-        recipe.create_model(parse_arguments(recipe.Arguments, flags), DIGITS)
-    with pytest.raises(ValueError, match="img_size=32, and the position embeddings"):
-        recipe.create_model(parse_arguments(recipe.Arguments, [flags[0], "--img_size=32"]), DIGITS)
 
 
 def test_a_timm_model_loads_in_timm_and_in_transformers(tmp_path):
@@ -460,7 +433,7 @@ def test_lora_leaves_an_adapter_and_the_merged_model(recipe, trained, tmp_path, 
     config = json.loads((tmp_path / "lora" / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 4
     args = parse_arguments(recipe.Arguments, [f"--model_name_or_path={base}"])
-    model = PeftModel.from_pretrained(recipe.create_model(args, DIGITS)[0], tmp_path / "lora" / "adapter").eval()
+    model = PeftModel.from_pretrained(create_model(args, DIGITS)[0], tmp_path / "lora" / "adapter").eval()
     processor = AutoImageProcessor.from_pretrained(tmp_path / "lora" / "model")
     with torch.no_grad():
         pixels = processor([image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
@@ -474,12 +447,12 @@ def test_lora_leaves_an_adapter_and_the_merged_model(recipe, trained, tmp_path, 
     ("flags", "said"),
     [
         (["--model_name_or_path=vit_smal_patch16_224"], "Similar ones: vit_small_patch16_224"),
-        (["--model_kwargs=3"], "model_kwargs='3' is no mapping"),
+        (["--model_kwargs=3"], "model_kwargs must be a mapping, .* got '3'"),
         (["--lora_r=4"], "lora_r=4 is for trained weights"),
-        (["--lora_r=0"], "lora_r=0 is out of range"),
+        (["--lora_r=0"], "lora_r must be at least 1, got 0"),
         (["--lora_dropout=0.5"], "no effect without LoRA"),
         (["--eval_only"], "eval_only is for trained weights"),
-        (["--mixup=-1"], "mixup=-1.0 is out of range"),
+        (["--mixup=-1"], "mixup must be at least 0, got -1.0"),
         (["--dataset=a/b", "--streaming"], "streaming=True: .* imagenet_rwp.py"),
         (["--rwp_alpha=2"], r"rwp_alpha must be in \[0, 1\], got 2.0"),
         (["--data_dir=a", "--dataset=b"], "data_dir must be unset where dataset is set, got 'a'"),
@@ -491,13 +464,6 @@ def test_lora_leaves_an_adapter_and_the_merged_model(recipe, trained, tmp_path, 
 def test_flags_that_cannot_work_are_refused(recipe, flags, said):
     with pytest.raises(ValueError, match=said):
         parse_arguments(recipe.Arguments, flags)
-
-
-def test_lora_without_peft_is_refused(recipe, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "peft" else find(name, *_))
-    with pytest.raises(ValueError, match="pip install peft"):
-        parse_arguments(recipe.Arguments, ["--lora_r=4", "--model_name_or_path=a/b"])
 
 
 def test_a_model_that_is_not_there_is_refused(tmp_path, trained):

@@ -1,4 +1,4 @@
-"""Clients of tests/support/hub_server.py in processes of their own, as huggingface_hub reads its address when it is imported.
+"""Clients of hub_server.py in processes of their own, as huggingface_hub reads its address when it is imported.
 
 `Clients(url, home)` starts one process that imports all libraries once, unmodified, and forks for every job. This file
 is that process, too: it reads jobs from stdin, one JSON object a line.
@@ -93,9 +93,22 @@ def push_with_a_new_client(folder, repo_id):
     return push(folder, repo_id)
 
 
+def push_with_a_client_of_the_users(folder, repo_id, seconds):
+    """A push by a client that limits its own patience; returns that limit as it is afterwards, in a new client too."""
+    from huggingface_hub import close_session, get_session, set_client_factory
+
+    kind = type(get_session())
+    set_client_factory(lambda: kind(timeout=seconds))
+    push(folder, repo_id)
+    first = get_session().timeout.read
+    close_session()
+    return first, get_session().timeout.read
+
+
 def push_in_background(folder, copy, repo_id):
     """A push while the model's folder is written anew, and a second one that finds the first under way."""
-    from hf_rwp.hub.push import BackgroundPush, add_card
+    from hf_rwp.hub.card import add_card
+    from hf_rwp.hub.push import BackgroundPush
 
     background = BackgroundPush(Path(copy), repo_id, revision=None, private=None)
     began = time.perf_counter()

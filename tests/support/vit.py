@@ -3,7 +3,11 @@
 import os
 import shutil
 
+import numpy as np
+import PIL.Image
+import torch
 from imagenet import RECIPES, few_digits, load_recipe, results
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from hf_rwp.images.data import load_images
 from hf_rwp.runs.parsing import parse_arguments
@@ -49,4 +53,22 @@ def cut_back(whole, folder, step):
     for checkpoint in folder.glob("checkpoint-*"):
         if int(checkpoint.name.removeprefix("checkpoint-")) > step:
             shutil.rmtree(checkpoint)
+    return folder
+
+
+def trained_vit(folder):
+    """A folder with a ViT for three classes, as transformers' own tools write it."""
+    torch.manual_seed(0)
+    ViTForImageClassification(ViTConfig(**TINY, image_size=16, patch_size=4, num_labels=3)).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.4] * 3, resample=3).save_pretrained(folder)
+    return folder
+
+
+def write_pictures(folder):
+    """40 images of two classes to train on, 10 for evaluation."""
+    generator = np.random.default_rng(0)
+    for number in range(50):
+        path = folder / ("train" if number < 40 else "validation") / str(number % 2) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(generator.integers(0, 256, (20, 30, 3), np.uint8)).save(path)
     return folder

@@ -1,0 +1,130 @@
+"""Trainer on images: the order of the rows, Mixup and CutMix of one gradient's images, and the figures of a split."""
+
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from timm.data.mixup import Mixup
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax
+from transformers import EvalPrediction, PreTrainedModel
+
+from hf_rwp.core.placement import mixes
+from hf_rwp.images.loaders import BatchPlan
+from hf_rwp.images.metrics import Accuracy
+from hf_rwp.trainer.trainer import RWPTrainer
+
+
+class ShuffledRows(torch.utils.data.Sampler[Any]):
+    """The rows of an `ImageDataset` in an order of (seed, epoch), as keys that seed the augmentation of each batch.
+
+    A resumed run meets the same images, whatever was loaded ahead of the checkpoint. together: as many rows as this
+    divides, those that are left over are left out.
+    """
+
+    def __init__(self, size: int, seed: int, together: int = 1) -> None:
+        self.plan = BatchPlan(size, batch_size=together, training=True, seed=seed)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.plan.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.plan) * self.plan.batch_size
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.chain.from_iterable(self.plan)
+
+
+class ImageTrainer(RWPTrainer):
+    """RWPTrainer for an `ImageDataset`, with timm's Mixup and CutMix.
+
+    Mixing happens in `compute_loss`, which sees one micro-step's images: RWP's two gradients share none. As pairs are
+    mixed, and an epoch's last batch may be odd, that is left out then.
+    """
+
+    mixup: Mixup | None = None
+    rows: ShuffledRows | None = None  # the order of the training images
+
+    def mix(self, num_classes: int) -> None:
+        """Mix from now on, if the arguments say so. Raises ValueError for a batch that does not make pairs."""
+        args = self.args
+        if not (args.mixup or args.cutmix):
+            return
+        mixed = args.rwp and mixes(args.rwp_alpha, args.rwp_gamma)
+        halved = mixed and args.world_size == args.gradient_accumulation_steps == 1
+        if args.train_batch_size % (4 if halved else 2):
+            raise ValueError(
+                f"per_device_train_batch_size={args.per_device_train_batch_size}: Mixup and CutMix mix pairs"
+                + (" of each of the two halves that RWP needs" if halved else "")
+                + f". Set a multiple of {4 if halved else 2}"
+            )
+        self.mixup = Mixup(
+            args.mixup, args.cutmix, label_smoothing=args.label_smoothing_factor, num_classes=num_classes
+        )
+        self.model_accepts_loss_kwargs = False  # the loss below is a mean over its batch
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        together = self.args.train_batch_size * self.args.world_size if self.mixup else 1
+        images: Any = self.train_dataset
+        self.rows = ShuffledRows(len(images), seed, together)
+        return self.rows
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The cross-entropy with mixed targets in training, Trainer's loss otherwise: the place for another loss."""
+        if self.mixup is None or not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        images, targets = self.mixup(inputs["pixel_values"], inputs["labels"])
+        logits = model(pixel_values=images).logits
+        return -(targets * log_softmax(logits.float(), dim=1)).sum(1).mean()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's, without a draw from the generator of training, before or after which a checkpoint may be made."""
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluate(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._restore(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._restore(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _restore(self, checkpoint: Any) -> bool:
+        """Load a checkpoint's weights, unless they are LoRA's; whether it did.
+
+        Trainer looks for the names that weights have in memory. A ViT's are saved under older ones, in checkpoints too:
+        it would pass them over, with a warning (huggingface/transformers issue 43701).
+        """
+        if not isinstance(self.model, PreTrainedModel):
+            return False
+        saved = type(self.model).from_pretrained(checkpoint, config=copy.deepcopy(self.model.config))
+        self.model.load_state_dict(saved.state_dict())
+        return True
+
+
+def collate(items: Sequence[tuple[Tensor, int]]) -> dict[str, Tensor]:
+    """A batch for the model. The label -1 of an unreadable image becomes the one that losses ignore."""
+    images, labels = zip(*items, strict=True)
+    return {"pixel_values": torch.stack(images), "labels": torch.tensor([y if y >= 0 else -100 for y in labels])}
+
+
+class EvaluationMetrics:
+    """Trainer's `compute_metrics`, over what `hf_rwp.images.metrics.scores` made of logits: top1, top5 and loss."""
+
+    def __init__(self) -> None:
+        self._accuracy = Accuracy()
+
+    def __call__(self, predicted: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        """compute_result: Trainer's, for `--batch_eval_metrics`."""
+        predictions, labels = torch.as_tensor(predicted.predictions), torch.as_tensor(predicted.label_ids)
+        self._accuracy.add_scores(predictions.cpu(), labels.cpu())
+        if not compute_result:
+            return {}
+        figures = self._accuracy.compute(over_replicas=False)  # Trainer has gathered all of them
+        return {name.removeprefix("eval_"): value for name, value in figures.items()}  # which Trainer adds itself
