@@ -1,15 +1,32 @@
-"""What every test needs: no network, one thread, and no state of Accelerate left behind."""
+"""What every test needs: no network, one thread, seeded generators, and no state of Accelerate left behind."""
 
+import gc
 import os
+import random
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import imagenet
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the garbage collector, which many tests call, need not go over it each time."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    """What a test draws does not depend on the tests before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

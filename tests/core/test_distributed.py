@@ -10,7 +10,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import NormalDist
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from distributed import Collectives, run
+from distributed import Collectives, run, run_each
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
@@ -184,7 +184,8 @@ class Loop:
 
 
 def build(case: Case) -> tuple[nn.Module, torch.optim.Optimizer]:
-    torch._dynamo.reset()
+    if case.compiled:
+        torch._dynamo.reset()
     torch.manual_seed(0)
     net = case.net().double()
     return net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
@@ -251,6 +252,11 @@ def assert_mixed(case: Case, ranks: list[list[Window]], twin: Callable[[], nn.Mo
             torch.testing.assert_close(window.gradient, expected, rtol=1e-12, atol=1e-14)
 
 
+def assert_all_mixed(world: int, cases: list[Case], twin: Callable[[], nn.Module] | None = None) -> None:
+    for case, ranks in zip(cases, run_each(world, record, [(case,) for case in cases]), strict=True):
+        assert_mixed(case, ranks, twin)
+
+
 def assert_same(actual: Any, expected: Any) -> None:
     """Bit for bit."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
@@ -259,52 +265,45 @@ def assert_same(actual: Any, expected: Any) -> None:
 # Guarantee 2: the step's gradient is the mix.
 
 
-SLOTS = itertools.product([1, 2, 3, 5], [1, 2, 3, 4], [0.2, 0.5, 0.8, 1.0])
-SLOTS = [(world, accumulation, alpha) for world, accumulation, alpha in SLOTS if world * accumulation > 1 or alpha == 1]
-
-
 @pytest.mark.parametrize("wiring", ["ddp", "accelerate"])
-@pytest.mark.parametrize(("world", "accumulation", "alpha"), SLOTS)
-def test_step_gradient_is_the_mix(world, accumulation, alpha, wiring):
-    case = Case(wiring, alpha=alpha, accumulation=accumulation)
-    assert_mixed(case, run(world, record, case))
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_step_gradient_is_the_mix(world, wiring):
+    slots = itertools.product([1, 2, 3, 4], [0.2, 0.5, 0.8, 1.0])
+    cases = [Case(wiring, alpha=alpha, accumulation=count, windows=2) for count, alpha in slots]
+    assert_all_mixed(world, [case for case in cases if world * case.accumulation > 1 or case.alpha == 1])
 
 
-@pytest.mark.parametrize("accumulation", [2, 3, 4])
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_a_short_last_window_is_the_mix(world, accumulation):
-    case = Case("loader", alpha=0.8, accumulation=accumulation, batches=5)
-    ranks = run(world, record, case)
-    assert {len(window.seen) for window in ranks[0]} == {accumulation, 5 % accumulation}
-    assert_mixed(case, ranks)
+def test_a_short_last_window_is_the_mix(world):
+    cases = [Case("loader", alpha=0.8, accumulation=accumulation, batches=5) for accumulation in (2, 3, 4)]
+    for case, ranks in zip(cases, run_each(world, record, [(case,) for case in cases]), strict=True):
+        assert {len(window.seen) for window in ranks[0]} == {case.accumulation, 5 % case.accumulation}
+        assert_mixed(case, ranks)
 
 
 # Guarantees 8 and 10: whatever DDP, the compiler, checkpointing, clipping and the scaler do in between.
 
 
+OPTIONS: list[tuple[Callable[[], nn.Module], int, dict[str, Any]]] = [
+    (Branches, 1, {"find_unused_parameters": True}),
+    (Branches, 2, {"find_unused_parameters": True, "gradient_as_bucket_view": True}),
+    (partial(Mlp, norm=True), 1, {"static_graph": True}),
+    (partial(Mlp, norm=True), 2, {"gradient_as_bucket_view": True}),
+    (partial(Mlp, norm=True), 2, {"broadcast_buffers": False}),
+]
+
+
 @pytest.mark.parametrize("wiring", ["ddp", "accelerate"])
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize(
-    ("net", "accumulation", "options"),
-    [
-        (Branches, 1, {"find_unused_parameters": True}),
-        (Branches, 2, {"find_unused_parameters": True, "gradient_as_bucket_view": True}),
-        (partial(Mlp, norm=True), 1, {"static_graph": True}),
-        (partial(Mlp, norm=True), 2, {"gradient_as_bucket_view": True}),
-        (partial(Mlp, norm=True), 2, {"broadcast_buffers": False}),
-    ],
-)
-def test_options_of_ddp_keep_the_mix(world, wiring, net, accumulation, options):
-    case = Case(wiring, net, alpha=0.8, accumulation=accumulation, ddp=options)
-    assert_mixed(case, run(world, record, case))
+def test_options_of_ddp_keep_the_mix(world, wiring):
+    assert_all_mixed(world, [Case(wiring, net, 0.8, accumulation=count, ddp=ddp) for net, count, ddp in OPTIONS])
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing_keeps_the_mix(use_reentrant, accumulation, world):
-    case = Case(net=partial(Segments, use_reentrant), alpha=0.8, accumulation=accumulation)
-    assert_mixed(case, run(world, record, case), twin=Segments)
+def test_activation_checkpointing_keeps_the_mix(use_reentrant, world):
+    case = Case(net=partial(Segments, use_reentrant), alpha=0.8)
+    assert_all_mixed(world, [case, replace(case, accumulation=2)], twin=Segments)
 
 
 @pytest.mark.parametrize(("wiring", "compiled"), [("ddp", "inside"), ("ddp", "whole"), ("accelerate", "whole")])
@@ -313,11 +312,10 @@ def test_compiling_keeps_the_mix(wiring, compiled):
     assert_mixed(case, run(2, record, case))
 
 
-@pytest.mark.parametrize("max_norm", [0.05, 1e3])
 @pytest.mark.parametrize(("world", "accumulation"), [(2, 1), (3, 2)])
-def test_clipping_clips_the_mix(world, accumulation, max_norm):
-    case = Case("accelerate", alpha=0.8, accumulation=accumulation, clip=max_norm)
-    assert_mixed(case, run(world, record, case))
+def test_clipping_clips_the_mix(world, accumulation):
+    case = Case("accelerate", alpha=0.8, accumulation=accumulation)
+    assert_all_mixed(world, [replace(case, clip=max_norm) for max_norm in (0.05, 1e3)])
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -371,13 +369,14 @@ def final_state(case: Case, factors: list[float] | None) -> tuple[reference.Tens
 
 @pytest.mark.parametrize("wiring", ["ddp", "accelerate"])
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (2, 1), (3, 2)])
-@pytest.mark.parametrize(("gamma", "alpha", "factor"), [(0.0, 0.8, 1.0), (0.2, 0.0, 1.0), (0.2, 0.8, 0.0)])
-def test_gamma_zero_is_the_base_optimizer(world, accumulation, wiring, gamma, alpha, factor):
-    case = Case(wiring, partial(Mlp, norm=True), alpha, gamma, accumulation, windows=6)
-    plain = run(world, final_state, case, None)
-    for (state, slots), (expected, _) in zip(run(world, final_state, case, [factor] * 6), plain, strict=True):
-        assert_same(state, expected)
-        assert slots == {"clean": 0, "perturbed": 0}
+def test_gamma_zero_is_the_base_optimizer(world, accumulation, wiring):
+    case = Case(wiring, partial(Mlp, norm=True), 0.8, 0.2, accumulation, windows=4)
+    off = [(replace(case, gamma=0.0), [1.0] * 4), (replace(case, alpha=0.0), [1.0] * 4), (case, [0.0] * 4)]
+    plain, *found = run_each(world, final_state, [(case, None), *off])
+    for ranks in found:
+        for (state, slots), (expected, _) in zip(ranks, plain, strict=True):
+            assert_same(state, expected)
+            assert slots == {"clean": 0, "perturbed": 0}
 
 
 def test_training_is_plain_before_the_start_and_perturbed_after_it():
@@ -492,9 +491,15 @@ def train_long(base_name: str, dtype: torch.dtype) -> tuple[Any, int, float]:
     return (clean, optimizer.state_dict()["state"]), perturbed, moved
 
 
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("base_name", BASES)
+@pytest.mark.parametrize(
+    ("base_name", "dtype", "world"),  # every pair of values
+    [
+        ("sgd", torch.float32, 2),
+        ("adamw", torch.bfloat16, 2),
+        ("sgd", torch.bfloat16, 3),
+        ("adamw", torch.float32, 3),
+    ],
+)
 def test_ranks_agree_after_200_steps(base_name, dtype, world):
     ranks = run(world, train_long, base_name, dtype)
     for rank, (state, perturbed, moved) in enumerate(ranks):
@@ -547,8 +552,8 @@ def test_noise_is_independent_between_replicas_micro_steps_and_steps(alpha, draw
 @pytest.mark.parametrize(("world", "perturbed"), [(2, [1]), (3, [1]), (5, [1, 3])])
 def test_odd_replicas_alone_are_perturbed(world, perturbed):
     """In the passes themselves, not in what the wrapper says of them; with alpha = 1 rank 0 is as well."""
-    for alpha, expected in ((0.5, perturbed), (1.0, list(range(world)))):
-        ranks = run(world, record_wide, Case(net=wide, alpha=alpha, windows=4))
+    cases = [(Case(net=wide, alpha=alpha, windows=4),) for alpha in (0.5, 1.0)]
+    for ranks, expected in zip(run_each(world, record_wide, cases), (perturbed, list(range(world))), strict=True):
         noisy = [[any(reference.noises(seen, clean)) for clean, seen in windows] for windows in ranks]
         assert noisy == [[rank in expected] * 4 for rank in range(world)]
 
@@ -565,13 +570,7 @@ def running_statistics(buffers: reference.Tensors, features: Tensor) -> referenc
     }
 
 
-@pytest.mark.parametrize("alpha", [0.5, 1.0])
-@pytest.mark.parametrize("broadcast", [False, True])
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("wiring", ["ddp", "accelerate"])
-def test_clean_passes_alone_update_batch_norm_where_they_reach_all_replicas(wiring, world, broadcast, alpha):
-    case = Case(wiring, partial(Mlp, norm=True), alpha, windows=4, ddp={"broadcast_buffers": broadcast})
-    ranks = run(world, record, case)
+def assert_statistics_are_those_of_clean_passes(ranks: list[list[Window]], alpha: float, broadcast: bool) -> None:
     of_rank = [dict(Mlp(norm=True).double().named_buffers()) for _ in ranks]
     for windows in zip(*ranks, strict=True):
         start = of_rank[0]
@@ -585,6 +584,18 @@ def test_clean_passes_alone_update_batch_norm_where_they_reach_all_replicas(wiri
             counter = "norm.num_batches_tracked"
             of_rank[rank] = learned if updates else buffers | {counter: learned[counter]}
             torch.testing.assert_close(window.buffers, of_rank[rank], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("wiring", ["ddp", "accelerate"])
+def test_clean_passes_alone_update_batch_norm_where_they_reach_all_replicas(wiring, world):
+    options = list(itertools.product([0.5, 1.0], [False, True]))
+    cases = [
+        Case(wiring, partial(Mlp, norm=True), alpha, ddp={"broadcast_buffers": broadcast})
+        for alpha, broadcast in options
+    ]
+    for option, ranks in zip(options, run_each(world, record, [(case,) for case in cases]), strict=True):
+        assert_statistics_are_those_of_clean_passes(ranks, *option)
 
 
 def buffers_of(rank: int) -> reference.Tensors:
@@ -610,10 +621,10 @@ def sync(name: str, persistent: bool) -> Tensor:
 
 
 @pytest.mark.parametrize("persistent", [False, True])
-@pytest.mark.parametrize("name", buffers_of(0))
-def test_sync_buffers_gives_every_rank_those_of_rank_0(name, persistent):
-    for buffer in run(3, sync, name, persistent):
-        assert_same(buffer, buffers_of(0)[name])
+def test_sync_buffers_gives_every_rank_those_of_rank_0(persistent):
+    expected = buffers_of(0)
+    found = dict(zip(expected, run_each(3, sync, [(name, persistent) for name in expected]), strict=True))
+    assert_same(found, {name: [buffer] * 3 for name, buffer in expected.items()})
 
 
 def train_and_sync(case: Case, order: str) -> list[reference.Tensors]:
@@ -629,13 +640,13 @@ def train_and_sync(case: Case, order: str) -> list[reference.Tensors]:
     return [before, {name: buffer.clone() for name, buffer in net.named_buffers()}]
 
 
-@pytest.mark.parametrize("order", ["eval, sync_buffers", "sync_buffers, eval"])
 @pytest.mark.parametrize("broadcast", [False, True])
-def test_sync_buffers_makes_batch_norm_equal_after_training(broadcast, order):
-    ranks = run(3, train_and_sync, Case(net=partial(Mlp, norm=True), ddp={"broadcast_buffers": broadcast}), order)
-    for rank, (before, after) in enumerate(ranks):
-        assert_same(after, ranks[0][0])
-        assert (rank == 0) == torch.equal(before["norm.running_mean"], after["norm.running_mean"])
+def test_sync_buffers_makes_batch_norm_equal_after_training(broadcast):
+    case = Case(net=partial(Mlp, norm=True), ddp={"broadcast_buffers": broadcast})
+    for ranks in run_each(3, train_and_sync, [(case, "eval, sync_buffers"), (case, "sync_buffers, eval")]):
+        for rank, (before, after) in enumerate(ranks):
+            assert_same(after, ranks[0][0])
+            assert (rank == 0) == torch.equal(before["norm.running_mean"], after["norm.running_mean"])
 
 
 # Guarantee 9: no collective more than the base run's.
@@ -656,27 +667,28 @@ def collectives(case: Case, wrapped: bool) -> Counter[str]:
     return mode.counts
 
 
-@pytest.mark.parametrize("wiring", ["ddp", "accelerate", "loader"])
-@pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("world", [2, 3])
-def test_no_collective_more_than_the_base_run(world, accumulation, wiring):
-    case = Case(wiring, partial(Mlp, norm=True), accumulation=accumulation, windows=5)
-    plain = run(world, collectives, case, False)
-    assert all(sum(counts.values()) > 5 for counts in plain)
-    assert run(world, collectives, case, True) == plain
+def test_no_collective_more_than_the_base_run(world):
+    loops = itertools.product(["ddp", "accelerate", "loader"], [1, 2])
+    cases = [Case(wiring, partial(Mlp, norm=True), accumulation=count, windows=5) for wiring, count in loops]
+    plain, wrapped = (run_each(world, collectives, [(case, on) for case in cases]) for on in (False, True))
+    assert all(sum(counts.values()) > 5 for ranks in plain for counts in ranks)
+    assert wrapped == plain
 
 
 # Memory: a snapshot on perturbed replicas alone.
 
 
 def live_bytes() -> int:
+    """Of the tensors that were made since the last `gc.freeze`."""
     gc.collect()
     tensors = [entry for entry in gc.get_objects() if type(entry) in (Tensor, nn.Parameter)]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def training_bytes(wrapped: bool) -> list[int]:
-    case, before = Case(net=partial(nn.Linear, 1000, 600)), live_bytes()
+    case = Case(net=partial(nn.Linear, 1000, 600))
+    gc.freeze()
     net, base = build(case)
     optimizer, sizes = wrap(case, net, base) if wrapped else base, []
     model = DistributedDataParallel(net)
@@ -685,7 +697,7 @@ def training_bytes(wrapped: bool) -> list[int]:
         optimizer.step()
         optimizer.zero_grad()
         if step != 1:
-            sizes.append(live_bytes() - before)
+            sizes.append(live_bytes())
     return sizes
 
 
@@ -825,17 +837,11 @@ def use_after_removal() -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize(
-    ("function", "arguments"),
-    [
-        (backward_twice, [1]),
-        (backward_twice, [2]),
-        (nothing_to_perturb, ["ddp"]),
-        (nothing_to_perturb, ["accelerate"]),
-        (step_while_disarmed, []),
-        (use_after_removal, []),
-    ],
-)
+def misuse(function: Callable[..., None], *arguments: Any) -> None:
+    function(*arguments)
+
+
 @pytest.mark.parametrize("world", [2, 3])
-def test_misuse_raises_on_all_ranks(world, function, arguments):
-    run(world, function, *arguments, timeout=5)
+def test_misuse_raises_on_all_ranks(world):
+    cases = [(backward_twice, 1), (backward_twice, 2), (nothing_to_perturb, "ddp"), (nothing_to_perturb, "accelerate")]
+    run_each(world, misuse, [*cases, (step_while_disarmed,), (use_after_removal,)], timeout=5)

@@ -10,12 +10,14 @@
 """
 
 import copy
+import dis
 import functools
 import io
 import itertools
 import math
 import pickle
 import sys
+import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
@@ -72,6 +74,11 @@ def same(tensors: Iterable[Tensor], others: Iterable[Tensor]) -> bool:
 
 def clones(model: nn.Module) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in [*model.parameters(), *model.buffers()]]
+
+
+def equal(model: nn.Module, others: list[Tensor]) -> bool:
+    """A fast `same`, for tensors without special values."""
+    return all(map(torch.equal, [*model.parameters(), *model.buffers()], others))
 
 
 def targets_of(weights: nn.Module | Iterable[Tensor]) -> list[Target]:
@@ -729,24 +736,39 @@ def copy_one_by_one(targets: list[Tensor], sources: list[Tensor]) -> None:
 
 
 FILES = {module.__file__ for module in (perturbation, draws, watch, buffers)}
+# Bytecodes that change nothing but the stack.
+IDLE = ("LOAD_", "PUSH_NULL", "PRECALL", "KW_NAMES", "BUILD_", "COMPARE_OP", "IS_OP", "CONTAINS_OP", "POP_JUMP")
+
+
+@functools.cache
+def places(code: types.CodeType) -> frozenset[int]:
+    """Where to interrupt: ahead of every bytecode, but not behind an idle one: there all is as it was ahead of that."""
+    instructions = list(dis.get_instructions(code))
+    return frozenset(
+        now.offset
+        for before, now in itertools.pairwise([None, *instructions])
+        if before is None or now.is_jump_target or not before.opname.startswith(IDLE)
+    )
 
 
 def finishes(action: Callable[[], object], after: int) -> bool:
-    """Run `action`, interrupted ahead of bytecode number `after` of the modules tested and of `copy_one_by_one`."""
+    """Run `action`, interrupted at place number `after` of the modules tested and of `copy_one_by_one`."""
     left = after
-
-    def within(frame, event, _):
-        nonlocal left
-        if event == "opcode":
-            left -= 1
-            if left < 0:
-                raise KeyboardInterrupt
-        return within
 
     def enter(frame, event, _):
         if frame.f_code.co_filename not in FILES and frame.f_code is not copy_one_by_one.__code__:
             return None
-        frame.f_trace_opcodes = True
+        own = places(frame.f_code)
+
+        def within(frame, event, _):
+            nonlocal left
+            if event == "opcode" and frame.f_lasti in own:
+                left -= 1
+                if left < 0:
+                    raise KeyboardInterrupt
+            return within
+
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
         return within
 
     before = sys.gettrace()
@@ -794,7 +816,7 @@ class Tiny(nn.Module):
 )
 def test_an_interrupt_anywhere_leaves_something_to_restore(monkeypatch, before, interrupted, with_):
     """And no word of writes that nobody made. with writes: to weights while suspended, which are to be kept."""
-    monkeypatch.setattr(watch, "COMPARISONS", watch.COMPARISONS if with_ == "comparisons" else 0)
+    monkeypatch.setattr(watch, "COMPARISONS", int(with_ == "comparisons"))
     monkeypatch.setattr(torch, "_foreach_copy_", copy_one_by_one)
     for after in itertools.count():
         model, noisy = Tiny(), Perturbation()
@@ -813,13 +835,15 @@ def test_an_interrupt_anywhere_leaves_something_to_restore(monkeypatch, before, 
         finished = finishes(calls[interrupted], after)
         if interrupted in ("copy", "suspend"):
             calls["resume"]()  # as a backward pass does
-            assert all(map(torch.equal, model.parameters(), noisy_weights)), f"interrupted after {after} bytecodes"
-        assert calls["restore"]() == [], f"interrupted after {after} bytecodes"
-        assert same(clones(model), clean), f"interrupted after {after} bytecodes"
+            assert all(map(torch.equal, model.parameters(), noisy_weights)), f"interrupted at place {after}"
+        assert calls["restore"]() == [], f"interrupted at place {after}"
+        assert equal(model, clean), f"interrupted at place {after}"
         assert not any(vars(parameter) for parameter in model.parameters())
         for name in ("add", "suspend", "resume", "restore"):
             calls[name]()
-            assert same(clones(model), clean) == (name in ("suspend", "restore")), f"{name}, {after} bytecodes before"
+            assert equal(model, clean) == (name in ("suspend", "restore")), (
+                f"{name}, interrupted at place {after} before"
+            )
         if finished:
             break
     assert after > 10

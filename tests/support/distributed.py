@@ -6,6 +6,7 @@ group of its own, so that a failure leaves nothing behind. Nothing hangs: a coll
 anything else a little later, and `run` raises with what every rank said.
 """
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -13,7 +14,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -59,6 +60,11 @@ def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 3
     return [value for value, _ in outcomes]
 
 
+def run_each(world: int, function: Callable[..., Any], cases: Iterable[tuple[Any, ...]], **options: Any) -> list[Any]:
+    """`run` of `function(*case)` for each of `cases`, in one process group: what it returned by case, then by rank."""
+    return [list(ranks) for ranks in zip(*run(world, _each, function, list(cases), **options), strict=True)]
+
+
 def rank() -> int:
     """In a function that `run` calls: which rank this is."""
     return int(os.environ["RANK"])
@@ -82,15 +88,27 @@ def _answer(connection: Connection, deadline: float) -> tuple[Any, str]:
     return None, "no answer in time: it hangs"
 
 
+def _each(function: Callable[..., Any], cases: list[tuple[Any, ...]]) -> list[Any]:
+    answers = []
+    for case in cases:
+        _begin()
+        answers.append(function(*case))
+    return answers
+
+
 def _serve(connection: Connection, rank: int) -> None:
     torch.set_num_threads(1)
+    gc.freeze()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # Accelerate asks for them, and finds the group made
     while True:
         function, args, world, store, timeout = pickle.loads(connection.recv_bytes())
+        gc.collect()
+        gc.freeze()  # what is imported by now: the garbage collector need not go over it
         os.environ.update(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
         _leave_group()  # not before: a rank that is done may still be needed by the others
         options = {"rank": rank, "world_size": world, "timeout": timedelta(seconds=timeout)}
+        _begin()
         try:
             dist.init_process_group("gloo", init_method=f"file://{store}", **options)
             answer = pickle.dumps((function(*args), ""))
@@ -103,8 +121,13 @@ def _serve(connection: Connection, rank: int) -> None:
 def _leave_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _begin() -> None:
+    """What a function finds does not depend on what the process did before."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
+    torch.manual_seed(0)
 
 
 class Collectives(TorchDispatchMode):
