@@ -2,7 +2,7 @@
 
 `Accelerator.accumulate` ends a window at its K-th micro-step, and at every one on the loader's last batch. Which batch
 a loader is at, nothing says but `batch_index`, a local variable of the generator that the loop iterates over: it is
-looked for once a pass, among the garbage collector's objects. To count micro-steps is no substitute, as loops skip
+looked for once a pass, among the garbage collector's objects. Counting micro-steps is not a substitute: loops skip
 batches, also before the first micro-step, and split them.
 
 Inexact, as it cannot be known ahead, is a window near an epoch's end if batches that it counts on are skipped or never
@@ -55,7 +55,7 @@ class Accumulation:
             self._pass = _Pass(begun)
         self._found = bool(running)
         batches = 0
-        if running:  # several where an iterator was left half way and kept: a new one, else the one that moved
+        if running:  # more than one where an iterator was left half way and kept: a new one, else the one that moved
             self._pass, batches = max(running, key=lambda one: self._rank(*one))
         elif not _has_index(loader) and not isinstance(loader, SkipDataLoader):  # that one never says that it ends
             batches = self._pass.batches + 1

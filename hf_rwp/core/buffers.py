@@ -12,7 +12,7 @@ Guarded = tuple[nn.Module, str, Tensor]  # a buffer, its module and its name in 
 def guarded_buffers(model: nn.Module, replicas: Replicas, alpha: float) -> tuple[list[Guarded], list[Guarded]]:
     """The buffers that a perturbed pass of this replica must leave as they are, and the floating ones it may update.
 
-    Clean slots alone update buffers. With none at all (alpha = 1) replica 0's perturbed ones do; so do those of a
+    Only clean slots update buffers. With none at all (alpha = 1) replica 0's perturbed ones do; so do those of a
     replica that has none, where nothing broadcasts the buffers of replica 0.
     """
     buffers = [

@@ -2,7 +2,7 @@
 
 1. On a CPU the weights of less than a tile are drawn into one scratch and added together; larger ones tile by tile.
 2. On a GPU fused kernels (`kernels`) take all weights in a launch or two, where Triton is there and they pass a check;
-   `noise` alone costs about four small launches a weight. The kernels draw other numbers than torch does.
+   `noise` by itself costs about four small launches a weight. The kernels draw other numbers than torch does.
 """
 
 import functools
@@ -189,7 +189,7 @@ def _kernels() -> Any:
 
 @functools.cache
 def _passes(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the fused kernels run on a device, and give what they have to."""
+    """Whether the fused kernels run on a device, and give the right norms and noise."""
     try:
         _kernels().check(device, dtype)
     except torch.OutOfMemoryError:

@@ -1,4 +1,4 @@
-"""What RWP keeps in the base's param groups, where frameworks that save groups and state alone keep it too.
+"""What RWP keeps in the base's param groups, where frameworks that save only groups and state keep it too.
 
     rwp_gamma, initial_rwp_gamma      of the group, now and before any schedule
     rwp_seed, rwp_windows             of the wrapper, alike in all groups: the noise's seed, optimizer steps so far
@@ -27,7 +27,7 @@ _KEYS = ("rwp_gamma", "initial_rwp_gamma", "rwp_seed", "rwp_windows")
 
 
 class Groups:
-    """The param groups of `base`, whose parameters have to be `model`'s.
+    """The param groups of `base`, whose parameters must be `model`'s.
 
     gamma, seed: of groups that do not say. windows: optimizer steps that the model has been perturbed for already.
     """
@@ -43,7 +43,7 @@ class Groups:
         self._kept: list[dict[str, Any]] = []
         earlier_default, base.defaults["rwp_gamma"] = base.defaults.get("rwp_gamma"), gamma
         for group in base.param_groups:
-            if "initial_rwp_gamma" in group:  # from an earlier wrapper of the same base: keep what a user set alone
+            if "initial_rwp_gamma" in group:  # from an earlier wrapper of the same base: keep only what a user set
                 group["rwp_gamma"] = group.pop("initial_rwp_gamma")
                 if group["rwp_gamma"] == earlier_default:
                     del group["rwp_gamma"]
@@ -91,7 +91,7 @@ class Groups:
             group["rwp_gamma"] = group["initial_rwp_gamma"] * factor
 
     def keep(self, *_: Any) -> None:
-        """Ahead of loading: a checkpoint of the base alone has none of RWP's keys, and replaces the groups."""
+        """Ahead of loading: a checkpoint of just the base has none of RWP's keys, and replaces the groups."""
         self._kept = [{key: group[key] for key in _KEYS if key in group} for group in self._base.param_groups]
 
     def fill(self, *_: Any) -> None:

@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 # ruff: noqa: N803 (compile-time constants are upper case, as everywhere in Triton)
-"""Norms and noise of many blocks at once: one Triton launch where `noise` needs several for every block.
+"""Norms and noise of many blocks at once: one Triton launch where `noise` needs a few for every block.
 
-The norms and the law of the noise are those of `noise`. The draws come from Philox4x32-10, and depend on the weight's
-seed and an element's place in the whole weight alone, however it is cut and in whatever order it lies in memory: of
+The norms and the law of the noise are those of `noise`. The draws come from Philox4x32-10, and depend only on the
+weight's seed and an element's place in the whole weight, however it is cut and in whatever order it lies in memory: of
 every 4 * GROUP elements, element k * GROUP + j gets the k-th of the four normals that one counter gives.
 
 1. `plan`: which program works on which part of which block, and where that is in memory. It is made once for a list of
@@ -54,7 +54,7 @@ class _Group(NamedTuple):
     members: list[int]  # their positions in the caller's list
     alignment: int  # bytes that divide all addresses: 16, which vector loads need, or one element
     norms: list[int]  # how many the kernel writes: of each member's filters, then of the pieces of each in `long`
-    long: list[tuple[int, int]]  # (place in `members`, pieces to a filter) where a filter takes several
+    long: list[tuple[int, int]]  # (place in `members`, pieces to a filter) where a filter takes more than one
     addresses: Tensor  # (members,), uint64
     geometry: Tensor  # (members, 8), int64, the columns of `_group`
     norm_programs: Tensor  # (programs, 2), int32: (place in `members`, first piece)

@@ -11,12 +11,16 @@ from hf_rwp.core.sharding import replicas_of
 class LossTracker:
     """Averages the loss by role; replicas talk to each other only when asked, so that a step takes no longer.
 
-    optimizer: the RWP wrapper; None in the plain training that RWP is compared to. device: where the losses are.
+        tracker = LossTracker(optimizer)
+        tracker.update(loss)                   # after every forward pass
+        accelerator.log(tracker.compute())     # at logging time, on all replicas
+        tracker.total()                        # all that was computed since the last reset(), after an epoch
 
-    tracker = LossTracker(optimizer)
-    tracker.update(loss)                   # after every forward pass
-    accelerator.log(tracker.compute())     # at logging time, on all replicas
-    tracker.total()                        # all that was computed since the last reset(), after an epoch
+    Args:
+        optimizer ([`RWP`] or `None`):
+            The wrapper; `None` in the plain training that RWP is compared to.
+        device (`torch.device`, *optional*):
+            Where the losses are, for a plain replica that has none yet.
     """
 
     def __init__(self, optimizer: RWP | None, device: torch.device | None = None) -> None:
@@ -40,7 +44,7 @@ class LossTracker:
         """The means since the last call, over all replicas. Collective: call it on all of them.
 
         `loss`, and where there were such micro-steps `loss_clean`, `loss_perturbed` and their difference `loss_gap`, a
-        free measure of sharpness. Plain training, which has no role, is in `loss` alone. Empty before any update.
+        free measure of sharpness. Plain training, which has no role, is only in `loss`. Empty before any update.
         """
         recent, self._recent = self._recent, None
         if recent is None:  # another replica may have losses, and waits

@@ -10,8 +10,8 @@ ARWP divides the *standard deviation* by the root, as its authors' code does (gi
 eta are those that people know. Its equation 14 can also be read as the *variance* over the root, which damps less.
 
 An element's noise is a function of (seed, window, micro-step, replica, position of its parameter, place in the whole
-weight), however the weight is cut. The matrix filters x elements is drawn in *tiles*, whose size depends on its shape
-alone, each from a generator seeded by hash(seed, tile); whoever holds a part of a tile draws all of it. In a complex
+weight), however the weight is cut. The matrix filters x elements is drawn in *tiles*, whose size depends only on its
+shape, each from a generator seeded by hash(seed, tile); whoever holds a part of a tile draws all of it. In a complex
 weight E|eps|^2 = std^2: the real and the imaginary parts have half of it each.
 """
 

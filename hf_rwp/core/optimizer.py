@@ -46,7 +46,7 @@ from hf_rwp.core.wrapper import OptimizerWrapper
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 2  # of what `state_dict` has of its own; the first had no version, and seed and windows under "rwp" alone
+_FORMAT = 2  # of what `state_dict` has of its own; the first had no version, and seed and windows only under "rwp"
 
 
 class RWP(OptimizerWrapper):
@@ -54,44 +54,54 @@ class RWP(OptimizerWrapper):
 
         optimizer = RWP(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), model)
 
-    optimizer: the base optimizer, any `torch.optim.Optimizer` that takes one gradient to a step.
-    model: the module that the loop calls and the optimizer's parameters belong to, before `accelerator.prepare`. A
-        parameter that is frozen, or not in the optimizer, is not perturbed.
-    gamma: size of the noise, finite and >= 0. Relative to each filter's norm in mode `filter` (None: 0.01), to the rms
-        of its weights in mode `filter_normalized` (None: 0.2). It lives in the param groups as `rwp_gamma`: set it
-        there for a group of its own, 0 to exclude the group. 0 everywhere is the base optimizer, bit for bit.
-    alpha: the perturbed gradient's share of the mix, in [0, 1]. 1 perturbs every gradient; 0 is the base optimizer.
-    seed: of the noise, which is a function of it and of (window, micro-step, replica, parameter). torch's global
-        generator is not touched. A new wrapper on the same model goes on where the last one ended.
-    accumulation_steps: gradients to an optimizer step, >= 1, where the loop counts them itself. None: Accelerate's
-        `gradient_accumulation_steps`, 1 without Accelerate.
-    noise: `filter` (the paper's) or `filter_normalized`, see `hf_rwp.core.noise.std_factor`.
-    noise_1d: whether parameters of at most one dimension (biases, norm weights) are perturbed as well.
-    frozen: whether frozen parameters are perturbed as well, with the first group's gamma: the base weights under LoRA,
-        as in Flat-LoRA (arXiv 2409.14396). They have to be floating-point.
-    eta, beta: ARWP's damping (arXiv 2404.00357), less noise where gradients are large. eta: >= 0, 0 for none. beta: in
-        [0, 1).
-    antithetic: whether the perturbed slots of a step, where there are two or more, draw eps and -eps in pairs.
-    process_group: of the replicas whose gradients are averaged. None: that of the DistributedDataParallel around the
-        model, else the world. Where each process trains by itself between averages of the weights (LocalSGD), it is a
-        replica of its own: `torch.distributed.new_subgroups(1)[0]`, with two or more gradients to a step.
+    Args:
+        optimizer (`torch.optim.Optimizer`):
+            The base optimizer, any that takes one gradient to a step.
+        model (`torch.nn.Module`):
+            The module that the loop calls and the optimizer's parameters belong to, before `accelerator.prepare`. A
+            parameter that is frozen, or not in the optimizer, is not perturbed.
+        gamma (`float`, *optional*, defaults to 0.01 for `noise="filter"` and 0.2 for `"filter_normalized"`):
+            Size of the noise, finite and >= 0. Relative to each filter's norm in mode `filter`, to the rms of its
+            weights in mode `filter_normalized`. It lives in the param groups as `rwp_gamma`: set it there for a group
+            of its own, 0 to exclude the group. 0 everywhere is the base optimizer, bit for bit.
+        alpha (`float`, *optional*, defaults to 0.5):
+            The perturbed gradient's share of the mix, in [0, 1]. 1 perturbs every gradient; 0 is the base optimizer.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the noise, a function of it and of (window, micro-step, replica, parameter). torch's generator is
+            not touched. A new wrapper on the same model goes on where the last one ended.
+        accumulation_steps (`int`, *optional*, defaults to Accelerate's `gradient_accumulation_steps`):
+            Gradients to an optimizer step, >= 1, where the loop counts them itself. 1 without Accelerate.
+        noise (`str`, *optional*, defaults to `"filter"`):
+            `filter` (the paper's) or `filter_normalized`, see `hf_rwp.core.noise.std_factor`.
+        noise_1d (`bool`, *optional*, defaults to `True`):
+            Whether parameters of at most one dimension (biases, norm weights) are perturbed as well.
+        frozen (`bool`, *optional*, defaults to `False`):
+            Whether frozen parameters are perturbed as well, with the first group's gamma: the base weights under LoRA,
+            as in Flat-LoRA (arXiv 2409.14396). They must be floating-point.
+        eta (`float`, *optional*, defaults to 0.0):
+            ARWP's damping (arXiv 2404.00357), less noise where gradients are large, >= 0. 0 is none.
+        beta (`float`, *optional*, defaults to 0.99):
+            Decay of the squared gradients that the damping follows, in [0, 1).
+        antithetic (`bool`, *optional*, defaults to `False`):
+            Whether the perturbed slots of a step, where there are two or more, draw eps and -eps in pairs.
+        process_group (`torch.distributed.ProcessGroup`, *optional*):
+            Of the replicas whose gradients are averaged; if not set that of the DDP around the model, else the world.
+            `torch.distributed.new_subgroups(1)[0]` where each process trains by itself between averages (LocalSGD).
 
     On two or more data-parallel replicas the odd ones are perturbed, and the framework's all-reduce mixes the
-    gradients. On one, the micro-steps of a window alternate, so a step needs two or more of them.
-
-    `eval()` disarms it and leaves clean weights, also after an interrupt or an error in a backward pass; `train()` arms
-    it; a new one is armed. Wrapping a model again retires the earlier wrapper; wrapping one that shares parameters with
-    it is refused. For two optimizers over one model wrap one of them, with the other's parameters in it as a group of
-    lr=0, and step the other one after it. A loss's own weights outside the model (proxies) get an ordinary gradient.
-
-    `step` takes a closure that runs one forward and one backward pass, as Lightning's does. A forward pass inside a
-    backward pass (GradCache; checkpointing of the whole model) is refused: take the plain loss, or checkpoint layers.
+    gradients. On one, the micro-steps of a window alternate, so a step needs two or more of them. `eval()` disarms it
+    and leaves clean weights, also after an interrupt or an error in a backward pass; `train()` arms it; a new one is
+    armed. Wrapping a model again retires the earlier wrapper; wrapping one that shares parameters with it is refused.
+    For two optimizers over one model wrap one of them, with the other's parameters in it as a group of lr=0, and step
+    the other one after it. A loss's own weights outside the model (proxies) get an ordinary gradient. `step` takes a
+    closure of one forward and one backward pass, as Lightning's. A forward pass inside a backward pass (GradCache;
+    checkpointing of the whole model) is refused: take the plain loss, or checkpoint layers.
 
     Raises ValueError for a value out of range, for optimizer parameters that the model does not have and for a model
     that shares some with another wrapper's; NotImplementedError under FSDP, DeepSpeed, DataParallel, tensor parallelism
     and XLA. In a loop, RuntimeError: where a step holds one gradient and nothing can be mixed; for a second backward
-    pass in one micro-step; where something writes into a weight while noise is in it; at `step`, for gradients that no
-    forward pass of the model began, or that were never averaged.
+    pass in one micro-step; where something writes into a noisy weight; at `step`, for gradients that no forward pass of
+    the model began, or that were never averaged.
     """
 
     def __init__(
@@ -158,7 +168,7 @@ class RWP(OptimizerWrapper):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave: the seed and the groups' gamma too, in place of those given at construction.
 
-        A checkpoint of the base optimizer alone loads as well. ValueError: it is of a later format than this one.
+        A checkpoint of just the base optimizer loads as well. ValueError: it is of a later format than this one.
         """
         refuse_unsupported(self.model.parameters())  # accelerator.prepare comes by here
         own = state_dict.get("rwp")
@@ -186,7 +196,7 @@ class RWP(OptimizerWrapper):
     def eval(self) -> None:
         """Disarm: the weights are clean, bit for bit, and stay so until `train`."""
         self._passes.suspend()
-        self._disarm()
+        self._passes.disarm()
         super().eval()
 
     def disarm(self) -> None:
@@ -194,7 +204,7 @@ class RWP(OptimizerWrapper):
         come, and leaves alone a base that speaks that protocol."""
         self._passes.close()
         self._windows.end()
-        self._disarm()
+        self._passes.disarm()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._raise_if_removed()
@@ -205,10 +215,7 @@ class RWP(OptimizerWrapper):
             self._passes.resume()  # many loops zero between the forward and the backward pass
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """The base optimizer's step, at clean weights, with the mixed gradient.
-
-        closure: runs one forward and one backward pass, a window's last or only micro-step.
-        """
+        """The base's step, at clean weights, with the mixed gradient. closure: runs a window's last micro-step."""
         self._raise_if_removed()
         if in_backward():
             raise RuntimeError("step() inside a backward pass: RWP's weights are noisy until it ends. Step after it")
@@ -262,10 +269,7 @@ class RWP(OptimizerWrapper):
         self._groups.scale(factor)
 
     def sync_buffers(self) -> None:
-        """Give all replicas the buffers (BatchNorm statistics) of replica 0, before evaluation and before saving.
-
-        Collective: call it on all replicas.
-        """
+        """Give all replicas replica 0's buffers (BatchNorm's), before evaluation and saving. Call it on all of them."""
         if self.replicas.count > 1:
             self._passes.suspend()
             broadcast(map(unexpanded, self.model.buffers()), self.replicas)
@@ -274,9 +278,8 @@ class RWP(OptimizerWrapper):
         """What really happened so far, over all replicas. Collective: call it on all of them.
 
         Returns windows begun; slots, the micro-steps completed since construction, clean and perturbed; placement,
-        replicas and alpha; and `relative_noise`, ||noise|| / ||weight|| as last measured in the weights, which is at
-        the first perturbed micro-step after a report, for the perturbed tensors with the most, the median and the
-        fewest elements.
+        replicas and alpha; and `relative_noise`, ||noise|| / ||weight|| as measured at the first perturbed micro-step
+        after a report, for the perturbed tensors with the most, the median and the fewest elements.
         """
         replicas, window = self.replicas, self._windows.current
         slots, sizes = self._report.gathered(replicas)
@@ -298,10 +301,6 @@ class RWP(OptimizerWrapper):
         self._passes.settle()
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
         self._windows.check(self._passes.state is State.ARMED, parameters)
-
-    def _disarm(self) -> None:
-        if self._passes.state is State.ARMED:
-            self._passes.state = State.DISARMED
 
     def _raise_if_removed(self) -> None:
         if self._passes.state is State.REMOVED:

@@ -89,6 +89,11 @@ class Passes:
         self._entries.clear()
         self._refuse(self._finish())
 
+    def disarm(self) -> None:
+        """Begin no more micro-steps."""
+        if self.state is State.ARMED:
+            self.state = State.DISARMED
+
     def remove(self) -> None:
         """Clean weights, no hooks left."""
         self.state = State.REMOVED

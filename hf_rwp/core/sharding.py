@@ -176,7 +176,7 @@ _RANKS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"
 
 
 def refuse_lone_processes(decided: bool | None = None) -> None:
-    """Raise RuntimeError where a launcher started several processes, or was asked for them, and each trains alone.
+    """Raise RuntimeError where a launcher started processes, or was told to, and each trains by itself.
 
     decided: whether the process group would have been made by now; None: if Accelerate has looked for one.
     """
@@ -187,14 +187,14 @@ def refuse_lone_processes(decided: bool | None = None) -> None:
     launched = os.environ.get("WORLD_SIZE", "1")
     found = None
     if launched.isdigit() and int(launched) > 1:
-        found = f"{launched} processes were launched (WORLD_SIZE={launched}), and each would train alone"
+        found = f"{launched} processes were launched (WORLD_SIZE={launched}), and each would train by itself"
     elif (
         # accelerate launch sets the one for every run and the other for more than one process; on a CPU it starts one
         {"ACCELERATE_DYNAMO_BACKEND", "MASTER_ADDR"} <= os.environ.keys()
         and not any(name in os.environ for name in _RANKS)
         and not torch.cuda.is_available()
     ):
-        found = "accelerate launch was asked for several processes and started one"
+        found = "accelerate launch was told to start more than one process and started one"
     if found:
         raise RuntimeError(
             f"{found}: there is no process group. On a machine where torch finds no GPU, Accelerate makes one with "

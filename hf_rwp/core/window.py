@@ -115,7 +115,7 @@ class Windows:
             if window is not None and window.completed and alpha < 1 and window.replicas.count == 1:
                 self._warn_once(
                     f"{window.completed} gradients made a step's worth, and another one begins before this optimizer's "
-                    "step(). Give accumulation_steps their true number; take backward passes that are no training, "
+                    "step(). Give accumulation_steps their true number; take backward passes that are not training, "
                     "such as an attack's, in eval mode; and call remove() before another optimizer takes the model"
                 )
             self.end()
@@ -236,7 +236,7 @@ class Windows:
         self.report.measure(window.targets, self.perturbation)
 
     def _check_length(self, window: Window) -> None:
-        """Warn, or raise where it is no accident, if a step comes when not all its gradients are there."""
+        """Warn, or raise where it cannot be an accident, if a step comes when not all its gradients are there."""
         if window.completed == window.length:
             self.early = 0
             return
@@ -257,7 +257,7 @@ class Windows:
                 "Take a number of batches per epoch that accumulation_steps divides, or a loader of known length "
                 "prepared by Accelerate"
             )
-        self._warn_once(f"{found}: its mix is not the one that alpha={self.options.alpha} asks for. {remedy}")
+        self._warn_once(f"{found}: its gradients are not mixed as alpha={self.options.alpha} says. {remedy}")
 
     def _warn_once(self, message: str) -> None:
         if message not in self.warned:

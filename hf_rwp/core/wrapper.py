@@ -15,7 +15,7 @@ from hf_rwp.core.hooks import Hook
 
 
 class OptimizerWrapper(torch.optim.Optimizer):
-    """Passes everything on to `base`; a subclass changes what it has to."""
+    """Passes everything on to `base`; a subclass changes what it must."""
 
     # GradScaler is to look for an overflow before `step`: a fused base that looks for itself would be told to step.
     _step_supports_amp_scaling = False
@@ -90,18 +90,18 @@ class OptimizerWrapper(torch.optim.Optimizer):
         calls = 0
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         versions = [parameter._version for parameter in parameters]
-        several = (
+        refusal = (
             f"{type(self.base).__name__} calls its closure more than once in a step, or at weights that it changed, "
             "and RWP has one gradient to a step: take a base optimizer that needs no closure"
         )
         if isinstance(self.base, torch.optim.LBFGS):
-            raise ValueError(several)
+            raise ValueError(refusal)
 
         def once() -> Any:
             nonlocal calls
             calls += 1
             if calls > 1 or [parameter._version for parameter in parameters] != versions:
-                raise ValueError(several)
+                raise ValueError(refusal)
             with torch.enable_grad():
                 loss = closure()
             then()

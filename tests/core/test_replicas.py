@@ -195,7 +195,7 @@ def test_processes_that_would_train_alone_are_refused():
         net(torch.ones(1, 6).double())
     optimizer.remove()
     PartialState._shared_state["num_processes"] = 1
-    with pytest.raises(RuntimeError, match="each would train alone"):
+    with pytest.raises(RuntimeError, match="each would train by itself"):
         wrap(net)
 
 
