@@ -6,7 +6,7 @@ python recipes/report.py
 
 Every figure comes from a line of `recipes/results/*/*.jsonl`, the words about them too: a difference between two
 methods is called one where the 95 % interval of the paired differences over seeds (Student's t) leaves out 0. It covers
-seeds alone: not which settings the one search happened to choose, and not that many differences are looked at.
+only seeds: not which settings the one search happened to choose, and not that many differences are looked at.
 """
 
 import statistics
@@ -14,10 +14,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compare import METHODS, PROTOCOLS, as_table, by_method, curves_of, spread, table
-
 from hf_rwp.analysis.plots import comparison, landscape, sharpness_curves
 from hf_rwp.analysis.sharpness import Estimate, estimate
+from hf_rwp.runs.comparison import (
+    accuracy_curves,
+    by_method,
+    by_protocol,
+    comparison_table,
+    markdown_table,
+    mean_and_deviation,
+)
+from hf_rwp.runs.methods import METHODS, PROTOCOLS
 from hf_rwp.runs.records import read_records
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +39,7 @@ def main() -> None:
     comparisons, benchmarks = read_comparisons(RESULTS), read_benchmarks(RESULTS)
     for name, runs in comparisons.items():
         for protocol, mine in by_protocol(runs).items():
-            comparison(curves_of(mine), RESULTS / "compare" / f"{name}_{protocol}.png")
+            comparison(accuracy_curves(mine), RESULTS / "compare" / f"{name}_{protocol}.png")
     landscapes = read_landscapes(RESULTS)
     for name, record in landscapes.items():
         planes = {model: found["train"]["plane"] for model, found in record["models"].items()}
@@ -41,7 +48,7 @@ def main() -> None:
         sharpness_curves(record["models"], RESULTS / "landscape" / f"{name}_sharpness.png")
     (RESULTS / "README.md").write_text(details(comparisons, benchmarks, landscapes), encoding="utf-8")
     readme = ROOT / "README.md"
-    section = summary(comparisons, benchmarks)
+    section = brief(comparisons, benchmarks)
     readme.write_text(with_section(readme.read_text(encoding="utf-8"), section), encoding="utf-8")
     print(f"Wrote {RESULTS / 'README.md'}, pictures beside it, and the results in {readme}")
 
@@ -62,31 +69,50 @@ def read_landscapes(folder: Path) -> dict[str, dict[str, Any]]:
     return {file.stem: read_records(file)[-1] for file in sorted((folder / "landscape").glob("*.jsonl"))}
 
 
-def by_protocol(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """The finished runs under each protocol that has some."""
-    runs = [record for record in records if record["kind"] == "run"]
-    found = {protocol: [record for record in runs if record["protocol"] == protocol] for protocol in PROTOCOLS}
-    return {protocol: mine for protocol, mine in found.items() if mine}
-
-
 def with_section(text: str, section: str) -> str:
     """`text` with `section` between its two markers."""
     before, _, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
-        raise ValueError(f"README.md lacks the markers {BEGIN} and {END}: put them where the results are to be")
+        raise ValueError(f"README.md lacks the markers {BEGIN} and {END}: put them where the results belong")
     return f"{before}{BEGIN}\n{section}\n{end}{after}"
 
 
+def brief(comparisons: Mapping[str, Sequence[Mapping[str, Any]]], benchmarks: Sequence[Mapping[str, Any]]) -> str:
+    """For README.md, a line each: what a step costs on a machine; under which terms RWP differs, on how many tasks."""
+    lines = []
+    for record in benchmarks:
+        medians: dict[str, list[float]] = {}
+        for row in step_rows(record):
+            medians.setdefault(row["what"], []).append(row["median"])
+        ratios = ", ".join(f"{what} {min(found):.3g} to {max(found):.3g}" for what, found in medians.items())
+        models = len({row["model"] for row in step_rows(record)})
+        lines.append(f"- Costs ({models} models on {machine(record)}): {ratios}.")
+    tasks = [by_protocol(records) for records in comparisons.values()]
+    for protocol, terms in PROTOCOLS.items():
+        found = [by_method(task[protocol]) for task in tasks if protocol in task]
+        said = []
+        for rival in RIVALS:
+            kinds = [verdict(runs.get("rwp", []), runs.get(rival, []))[0] for runs in found]
+            said.append(f"{METHODS[rival].title}: better {kinds.count('better')}, worse {kinds.count('worse')}")
+        if found:
+            lines.append(f"- RWP at {terms}, {len(found)} task{'s' * (len(found) > 1)}: against {'; '.join(said)}.")
+    return "\n".join(lines)
+
+
+def step_rows(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows of a benchmark that compare whole steps."""
+    return [row for row in record["rows"] if "step /" in row["what"] or "/ step" in row["what"]]
+
+
 def summary(comparisons: Mapping[str, Sequence[Mapping[str, Any]]], benchmarks: Sequence[Mapping[str, Any]]) -> str:
-    """For README.md: what a step costs; on each task, under each of its terms, top-1 of the methods and RWP's gain."""
+    """What a step costs; on each task, under each of its terms, top-1 of the methods and RWP's gain."""
     parts = []
     for record in benchmarks:
-        rows = [row for row in record["rows"] if "step /" in row["what"] or "/ step" in row["what"]]
         parts.append(
             f"What a step costs, on {machine(record)}; medians over rounds of the ratio within a round (quartiles):"
         )
-        parts.append(costs(rows))
+        parts.append(costs(step_rows(record)))
     rows = [
         (
             "task",
@@ -101,7 +127,7 @@ def summary(comparisons: Mapping[str, Sequence[Mapping[str, Any]]], benchmarks: 
         for number, (protocol, runs) in enumerate(by_protocol(records).items()):
             found = by_method(runs)
             task = "" if number else described(records)
-            accuracies = [spread([100 * run["top1"] for run in found.get(name, [])]) for name in SHOWN]
+            accuracies = [mean_and_deviation([100 * run["top1"] for run in found.get(name, [])]) for name in SHOWN]
             gains = [gain_cell(found.get("rwp", []), found.get(name, [])) for name in RIVALS]
             rows.append((task, PROTOCOLS[protocol], str(max(map(len, found.values()))), *accuracies, *gains))
     if comparisons:
@@ -110,7 +136,7 @@ def summary(comparisons: Mapping[str, Sequence[Mapping[str, Any]]], benchmarks: 
             "images SAM computes two gradients of each, SAM every 10th step 1.1, and the others one. Differences are "
             "in points, bold where their 95 % interval over seeds leaves out 0 (not corrected for their number):"
         )
-        parts.append(as_table(rows))
+        parts.append(markdown_table(rows))
     return "\n\n".join(["", *parts, ""])
 
 
@@ -137,12 +163,14 @@ def details(
         "differences seed by seed. Settings are learning rate, weight decay, and rho or gamma. Intervals cover seeds "
         "alone: not which settings the search happened to choose, and not that many differences are looked at.",
     ]
+    if comparisons or benchmarks:
+        parts += ["## In short", summary(comparisons, benchmarks).strip()]
     for name, records in comparisons.items():
         parts.append(f"## {described(records)}")
         parts.append(conditions(records))
         for protocol, runs in by_protocol(records).items():
             parts.append(f"### {PROTOCOLS[protocol].capitalize()}")
-            parts.append(table(runs))
+            parts.append(comparison_table(runs))
             parts.append(f"![accuracy over epochs, time and cost](compare/{name}_{protocol}.png)")
             parts.append(sentence(described(records), by_method(runs)))
     for record in benchmarks:
@@ -177,7 +205,7 @@ def costs(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [("", *(model or "any model" for model in models)), ("---",) * (len(models) + 1)]
     for what in dict.fromkeys(row["what"] for row in rows):
         lines.append((what, *(cost_cell(found.get((what, model))) for model in models)))
-    return as_table(lines)
+    return markdown_table(lines)
 
 
 def cost_cell(row: Mapping[str, Any] | None) -> str:
@@ -205,7 +233,7 @@ def described(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def conditions(records: Sequence[Mapping[str, Any]]) -> str:
-    """What a reader has to know to believe a table."""
+    """What a reader must know to believe a table."""
     task, runs = records[0]["task"], [record for record in records if record["kind"] == "run"]
     hardware, versions = runs[-1]["hardware"], runs[-1]["versions"]
     settings = ", ".join(f"{key} {value}" for key, value in task.items() if key not in ("data_dir", "dataset", "model"))

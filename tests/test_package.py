@@ -2,7 +2,9 @@
 
 import ast
 import importlib
+import importlib.metadata
 import itertools
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -16,6 +18,7 @@ HEAVY = {"torch", "transformers", "accelerate", "matplotlib", "huggingface_hub",
 HEAVY |= {"sklearn", "numpy", "PIL", "yaml"}
 # The rooms, which are the folders of hf_rwp: each may import only from its own modules and from those on floors below.
 FLOORS = [{"core"}, {"images", "runs", "analysis"}, {"hub"}, {"trainer"}]
+TOP = "cli"  # the one module outside of them, above all
 ALONE = {  # the rooms, and the modules of others, that may import a package of their own choice
     "transformers": {"trainer", "runs.parsing"},
     "huggingface_hub": {"hub"},
@@ -24,12 +27,13 @@ ALONE = {  # the rooms, and the modules of others, that may import a package of 
     "datasets": {"images"},
     "evaluate": {"images"},
     "triton": {"core.kernels"},
-    "accelerate": {"core.sharding", "core.accumulation", "core.optimizer", "trainer", "runs"},
+    "accelerate": {"core.sharding", "core.accumulation", "core.optimizer", "trainer", "runs", "cli"},
 }
 ENGINES = ("torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.device_mesh", "torch.nn.parallel")
 ENGINES_NAMES = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DTensor"}
 ENGINES_NAMES |= {"DeviceMesh"}
 
+ROOT = Path(__file__).parents[1]
 FOLDER = Path(hf_rwp.__file__).parent
 SOURCES = {
     ".".join(path.relative_to(FOLDER).with_suffix("").parts): ast.parse(path.read_text())
@@ -73,7 +77,7 @@ def modules_after(code: str) -> set[str]:
 
 
 def test_import_is_light():
-    assert modules_after("import hf_rwp; hf_rwp.__version__; dir(hf_rwp)") & HEAVY == set()
+    assert modules_after("import hf_rwp, hf_rwp.cli; hf_rwp.__version__; dir(hf_rwp)") & HEAVY == set()
 
 
 def test_the_wrapper_needs_no_transformers_timm_datasets_or_pictures():
@@ -89,6 +93,109 @@ def test_public_names_load_from_their_modules_when_asked_for():
         assert getattr(hf_rwp, name) is getattr(importlib.import_module(f"hf_rwp.{module}"), name)
 
 
+def test_a_type_checker_sees_the_signatures_of_public_names(tmp_path):
+    names = sorted(set(hf_rwp.__all__) - {"__version__"})
+    script = tmp_path / "user.py"
+    script.write_text(f"from hf_rwp import {', '.join(names)}\n" + "".join(f"reveal_type({name})\n" for name in names))
+    config = tmp_path / "mypy.ini"  # the others' code would take a minute
+    skip = "[mypy]\nignore_missing_imports = True\nfollow_imports = skip\n"
+    config.write_text(f"{skip}[mypy-hf_rwp.*]\nfollow_imports = silent\n")
+    mypy = [sys.executable, "-m", "mypy", f"--config-file={config}", f"--cache-dir={tmp_path}", str(script)]
+    run = subprocess.run(mypy, capture_output=True, text=True, cwd=ROOT, timeout=500)
+    revealed = re.findall(r'Revealed type is "(.*)"', run.stdout)
+    assert len(revealed) == len(names), run.stdout + run.stderr
+    types = dict(zip(names, revealed, strict=True))
+    assert types["RWP"].startswith("def (optimizer: Any, model: Any, *, gamma: float | None =, alpha: float =")
+    assert {name for name, signature in types.items() if not signature.startswith("def (")} == set()
+
+
+# What each room needs
+
+
+def test_the_extras_are_those_of_pyproject():
+    """A package is known here by the name that it is imported by, there by the one that it is installed by."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
+    given = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    distributions = importlib.metadata.packages_distributions()
+
+    def brought(extra):
+        found = set()
+        for requirement in given[extra]:
+            name, others = re.match(r"([\w-]+)(?:\[(.*)\])?", requirement).groups()
+            found |= {normal(name)} if others is None else set().union(*map(brought, others.split(",")))
+        return found
+
+    for extra, packages in hf_rwp.EXTRAS.items():
+        installed_by = {normal(distributions[package][0]) for package in packages}
+        assert installed_by == brought(extra) - (brought("recipes") if extra == "compare" else set())
+
+
+def test_ci_tests_the_floors_of_pyproject():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [project["optional-dependencies"][extra] for extra in hf_rwp.EXTRAS]
+    floors = {requirement for requirement in itertools.chain(project["dependencies"], *extras) if ">=" in requirement}
+    pinned = (ROOT / ".github" / "oldest.txt").read_text(encoding="utf-8").splitlines()
+    assert {line.replace("==", ">=") for line in pinned if not line.startswith("#")} == floors
+
+
+def normal(name: str) -> str:
+    return name.lower().replace("_", "-")
+
+
+# The rooms of an extra; what accelerate and torch need themselves cannot be missing.
+NEEDS = {"core": (), "trainer": ("trainer",), "hub": ("hub",), "images": ("recipes",), "runs": ("recipes",)}
+NEEDS |= {"analysis": ("recipes",)}
+LATER = {"core.kernels", "trainer.images", "trainer.models"}  # these need more than their room: Triton, timm
+ALWAYS = {"filelock", "huggingface_hub", "jinja2", "safetensors", "tqdm", "yaml"}
+
+
+def without(packages: set[str]) -> str:
+    """Code that makes the import of these packages fail, as where they are not installed."""
+    return f"import sys; sys.modules.update(dict.fromkeys({sorted(packages)}))\n"
+
+
+@pytest.mark.parametrize("room", sorted(NEEDS))
+def test_a_room_needs_the_packages_of_its_extra_alone(room):
+    packages = set(itertools.chain(*hf_rwp.EXTRAS.values()))
+    blocked = packages - ALWAYS - {package for extra in NEEDS[room] for package in hf_rwp.EXTRAS[extra]}
+    modules = [f"hf_rwp.{module}" for module in MODULES if room_of(module) == room and module not in LATER]
+    run = subprocess.run(
+        [sys.executable, "-c", without(blocked) + "import " + ", ".join(modules)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert blocked
+
+
+def test_rooms_have_their_needs():
+    assert set(NEEDS) == ROOMS
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "extra"),
+    [
+        ("RWPTrainer", "transformers", "trainer"),
+        ("RWPArguments", "transformers", "trainer"),
+        ("push_to_hub", "huggingface_hub", "hub"),
+    ],
+)
+def test_a_missing_extra_is_named_in_one_line(name, package, extra):
+    program = without({package}) + f"from hf_rwp import {name}"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    line = f"{name} needs {package}, which is not installed: pip install 'hf-rwp[{extra}]'"
+    assert run.stderr.splitlines()[-1] == f"ModuleNotFoundError: {line}"
+    assert "The above exception was the direct cause" in run.stderr
+
+
+def test_a_missing_package_of_no_extra_is_told_as_it_is():
+    program = without({"torch"}) + "from hf_rwp import RWP"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stderr.splitlines()[-1].startswith("ModuleNotFoundError: import of torch halted")
+
+
+# The rooms
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'hf_rwp' has no attribute 'SAM'"):
         hf_rwp.SAM  # noqa: B018
@@ -99,12 +206,12 @@ def test_an_unknown_name_is_an_attribute_error():
 
 def test_every_room_has_its_floor():
     assert sorted(ROOMS) == sorted(itertools.chain(*FLOORS))
-    assert {module for module in MODULES if room_of(module) not in ROOMS} == set()
+    assert {module for module in MODULES if room_of(module) not in ROOMS} == {TOP}
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {TOP}))
 def test_rooms_point_one_way(module):
-    assert siblings(module) <= set(MODULES)
+    assert siblings(module) <= set(MODULES) - {TOP}
     room = room_of(module)
     floor = next(number for number, rooms in enumerate(FLOORS) if room in rooms)
     assert {room_of(sibling) for sibling in siblings(module)} <= set().union({room}, *FLOORS[:floor])
@@ -146,6 +253,8 @@ def test_placement_needs_no_torch():
     assert imports("core.placement") <= {"dataclasses", "dataclasses.dataclass", "typing", "collections.abc"}
 
 
-def test_imports_of_the_package_itself_are_of_the_standard_library():
-    assert {name.partition(".")[0] for name in imports("__init__")} <= set(sys.stdlib_module_names)
+def test_the_package_itself_imports_the_standard_library_and_for_type_checkers_its_public_names():
+    ours = {name for name in imports("__init__") if name.startswith("hf_rwp.")}
+    assert ours == {f"hf_rwp.{module}{name}" for name, module in hf_rwp._HOME.items() for name in ("", f".{name}")}
+    assert {name.partition(".")[0] for name in imports("__init__") - ours} <= set(sys.stdlib_module_names)
     assert [room for room in ROOMS if imports(f"{room}.__init__")] == []

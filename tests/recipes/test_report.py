@@ -73,6 +73,21 @@ def test_a_summary_has_a_row_for_each_task_and_terms_and_says_where_rwp_gained(r
     assert report.summary({}, []).strip() == ""
 
 
+def test_the_lines_of_readme_count_the_tasks_on_which_rwp_differs(report):
+    base, sam = runs("base", [0.50, 0.51, 0.52]), runs("sam", [0.9, 0.6, 0.6])
+    comparisons = {"a": base + sam + runs("rwp", [0.53, 0.54, 0.551]), "b": base + runs("rwp", [0.40, 0.41, 0.421])}
+    found = [("RWP step / plain step", "small", 1.02), ("RWP step / plain step", "large", 1.07), ("import", "", 0.1)]
+    rows = [{"what": what, "model": model, "median": median} for what, model, median in found]
+    hardware = {"device": "x86_64", "replicas": 2, "threads": 1}
+    assert report.brief(comparisons, [{"rows": rows, "hardware": hardware}]).splitlines() == [
+        "- Costs (2 models on x86_64, 2 ranks of 1 thread(s) each, and one process of 1): RWP step / plain step 1.02 "
+        "to 1.07.",
+        "- RWP at equal images per step and equal steps, 2 tasks: against plain: better 1, worse 1; SAM: better 0, "
+        "worse 0; SAM every 10th step: better 0, worse 0.",
+    ]
+    assert report.brief({}, []) == ""
+
+
 def test_conditions_say_under_which_terms_the_settings_were_searched(report):
     trials = [record | {"kind": "trial"} for record in runs("base", [0.5]) + runs("base", [0.4], "gradients")]
     both = runs("base", [0.5]) + runs("base", [0.6], "gradients")
@@ -116,7 +131,8 @@ def test_the_section_goes_between_its_markers(report):
 def test_readme_says_what_the_records_do(report):
     records = report.read_comparisons(report.RESULTS), report.read_benchmarks(report.RESULTS)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert report.with_section(readme, report.summary(*records)) == readme
+    assert report.with_section(readme, report.brief(*records)) == readme
+    assert len(report.brief(*records).splitlines()) <= 5
     full = (report.RESULTS / "README.md").read_text(encoding="utf-8")
     assert report.details(*records, report.read_landscapes(report.RESULTS)) == full
     for picture in re.findall(r"\]\(([^)]+\.png)\)", full):
@@ -149,4 +165,5 @@ def test_the_command_writes_all_of_it(report, tmp_path, monkeypatch):
     report.main()
     assert (results / "compare" / "small_images.png").exists()
     assert "| RWP | 62.50 ± 3.54 | +7.50 ± 3.54 | 2 |" in (results / "README.md").read_text()
-    assert "| 55.00 ± 7.07 |  |  | 62.50 ± 3.54 |" in (tmp_path / "README.md").read_text()
+    assert "| 55.00 ± 7.07 |  |  | 62.50 ± 3.54 |" in (results / "README.md").read_text()
+    assert "- RWP at equal images per step and equal steps, 1 task: against" in (tmp_path / "README.md").read_text()

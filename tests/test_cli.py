@@ -1,0 +1,141 @@
+"""`hf-rwp`: every command reaches its recipe or the Hub's commands, with the flags that it was given."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_rwp import cli
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--img_size=16", "--batch_size=32", "--epochs=1", "--report_to=none"]
+CPU_2 = "recipes/accelerate/cpu_2.yaml"
+
+
+def hf_rwp(*arguments, blocked=(), cwd=ROOT, **environment):
+    block = f"import sys; sys.modules.update(dict.fromkeys({sorted(blocked)}))\n"
+    program = block + f"from hf_rwp.cli import main; main({list(map(str, arguments))})"
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What would have been started: (recipe, flags) in this process, or the launcher's arguments."""
+    seen = []
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(cli.runpy, "run_path", lambda path, run_name: seen.append((run_name, *sys.argv)))
+    monkeypatch.setattr(cli, "launch", lambda *arguments: seen.append(arguments))
+    return seen
+
+
+def test_help_fits_a_screen_and_answers_at_once():
+    start = time.monotonic()
+    run = hf_rwp("--help")
+    assert time.monotonic() - start < 2
+    lines = run.stdout.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 100
+    for command in ("train", "vit", "compare", "landscape", "benchmark", "push", "record", "card"):
+        assert f"\n    {command}" in run.stdout
+
+
+@pytest.mark.parametrize(("command", "recipe"), [(name, file) for name, (file, _) in cli.RECIPES.items()])
+def test_a_recipe_gets_its_flags_as_they_are(started, command, recipe):
+    flags = ["outputs/a", "--epochs", "3", "--lrs", "0.1", "0.2", "-h", "--config=mine.yaml", "--no_x", "--name", "a b"]
+    cli.main([command, *flags])
+    path = ROOT / "recipes" / recipe
+    assert started == [("__main__", str(path), *flags)]
+    assert path.exists()
+    assert sys.path[0] == str(ROOT / "recipes")
+
+
+def test_processes_and_a_config_file_go_to_the_launcher(started):
+    recipe = ROOT / "recipes" / "imagenet_rwp.py"
+    cli.main(["train", "--processes", "2", "--epochs", "3"])
+    cli.main(["train", "--processes=1", "--config_file", "a.yaml", "--config", "b.yaml"])
+    assert started == [(recipe, ["--epochs", "3"], 2, None), (recipe, ["--config", "b.yaml"], 1, "a.yaml")]
+
+
+def test_files_of_the_recipes_are_found_from_elsewhere(started, tmp_path, monkeypatch):
+    config = "recipes/configs/digits.yaml"
+    monkeypatch.chdir(ROOT)
+    cli.main(["train", "--config", config])
+    monkeypatch.chdir(tmp_path)
+    cli.main(["train", "--config", config, "--data_dir", "recipes/nothing", "--output_dir", "recipes/"])
+    assert [arguments[2:] for arguments in started] == [
+        ("--config", config),
+        ("--config", str(ROOT / config), "--data_dir", "recipes/nothing", "--output_dir", "recipes/"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["trane"], [], ["train", "--processes", "0"], ["train", "--processes", "two"], ["--processes", "2"]]
+)
+def test_what_it_cannot_start_is_a_usage_error(arguments, capsys, started):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert "usage: hf-rwp" in capsys.readouterr().err
+    assert started == []
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "extra"), [("train", "timm", "recipes"), ("compare", "pytorch_optimizer", "compare")]
+)
+def test_a_missing_package_is_named_in_one_line_ahead_of_any_work(command, package, extra):
+    run = hf_rwp(command, "--help", blocked=[package])
+    assert run.returncode == 1
+    assert run.stderr == (f"hf-rwp {command} needs {package}, which is not installed: pip install 'hf-rwp[{extra}]'\n")
+
+
+def test_the_launcher_is_told_all_that_it_would_warn_about(monkeypatch):
+    import accelerate.commands.launch as accelerate_launch
+
+    told = []
+    monkeypatch.setattr(accelerate_launch, "launch_command", told.append)
+    monkeypatch.setattr(cli.os, "environ", {})
+    cli.launch(Path("recipe.py"), ["--epochs", "3"], 2, None)
+    cli.launch(Path("recipe.py"), [], 4, "mine.yaml")
+    first, second = told
+    assert (first.multi_gpu, first.num_processes, first.num_machines) == (True, 2, 1)
+    assert (first.training_script, first.training_script_args) == ("recipe.py", ["--epochs", "3"])
+    assert None not in (first.mixed_precision, first.dynamo_backend, first.main_process_port)
+    assert (second.config_file, second.num_processes) == ("mine.yaml", 4)
+
+
+def test_train_trains_in_this_process(tmp_path):
+    run = hf_rwp("train", *SMALL, "--output_dir", tmp_path / "out", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["final"]["rwp"]["placement"] == "sequential"
+    assert "not passed to `accelerate launch`" not in run.stderr
+
+
+def test_train_trains_on_two_processes(tmp_path):
+    run = hf_rwp("train", "--processes", "2", *SMALL, "--output_dir", tmp_path / "out", ACCELERATE_USE_CPU="true")
+    assert run.returncode == 0, run.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["final"]["rwp"]["placement"] == "parallel"
+    assert "not passed to `accelerate launch`" not in run.stderr
+    assert yaml.safe_load((ROOT / CPU_2).read_text())["num_processes"] == 2  # what the documentation has for the same
+
+
+def test_the_commands_of_the_hub_are_there(tmp_path):
+    records = sorted((ROOT / "recipes" / "results").glob("*.jsonl"))
+    cli.main(["card", *map(str, records), "--folder", str(tmp_path)])
+    assert sorted(path.stem for path in tmp_path.glob("*.md")) == sorted(path.stem for path in records)
+    with pytest.raises(SystemExit):
+        cli.main(["push"])

@@ -1,0 +1,104 @@
+"""README.md: one page whose blocks run as they stand, whose links lead somewhere, with the figures of the records."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from imagenet import RECIPES, load_recipe
+
+import hf_rwp
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", TEXT, flags=re.DOTALL | re.MULTILINE)
+PAGES = ["README.md", "recipes/README.md", "recipes/results/README.md", "hf_rwp/README.md"]
+
+
+def test_it_is_one_page():
+    assert len(TEXT.splitlines()) <= 90
+    assert len(TEXT.split()) <= 900
+
+
+def test_the_first_screen_says_what_it_is_for_and_shows_one_picture():
+    screen = TEXT.partition("\n## ")[0]
+    assert len(screen.splitlines()) <= 24
+    assert "**Use it**" in screen
+    assert "**Expect no gain**" in screen
+    assert TEXT.count("![") == screen.count("![") == 1
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_a_block_runs_as_it_stands(number, tmp_path):
+    script = tmp_path / "block.py"
+    script.write_text(BLOCKS[number] + "print(torch.initial_seed())\n")
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout
+
+
+def test_there_is_a_block_for_a_loop_and_one_for_trainer():
+    loop, trainer = BLOCKS
+    assert "from hf_rwp import RWP\n" in loop
+    assert "RWPTrainer(" in trainer
+
+
+def test_the_loop_of_the_block_takes_both_gradients(monkeypatch):
+    names = {}
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    exec(compile(BLOCKS[0], "README.md", "exec"), names)
+    assert names["rwp"].report()["slots"] == {"clean": 4, "perturbed": 4}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert targets
+    for target in targets:
+        path, _, anchor = target.partition("#")
+        if not path.startswith("http"):
+            linked = (ROOT / page).parent / path if path else ROOT / page
+            assert linked.exists(), target
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), flags=re.MULTILINE)
+                assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_words_beside_the_picture_are_those_of_its_runs():
+    report = load_recipe(RECIPES / "report.py")
+    picture = re.search(r"!\[.*\]\(recipes/results/compare/(\w+)_images\.png\)", TEXT)[1]
+    records = report.read_comparisons(report.RESULTS)[picture]
+    runs = report.by_method(report.by_protocol(records)["images"])
+    caption = TEXT.partition("_images.png)\n")[2].partition("\n## ")[0].replace("\n", " ")
+    kind, gain = report.verdict(runs["rwp"], runs["base"])
+    assert kind == "better"
+    assert f"{gain.mean:.2f} points above plain training (95 % interval {gain.low:.2f} to {gain.high:.2f})" in caption
+    kind, gain = report.verdict(runs["rwp"], runs["sam"])
+    assert kind == report.UNDECIDED
+    assert f"cannot be told from SAM ({gain.low:.2f} to {gain.high:.2f})" in caption
+    seconds = {name: sum(run["seconds"] for run in mine) / len(mine) for name, mine in runs.items()}
+    assert "{rwp:.1f} s, where plain training took {base:.1f} s and SAM {sam:.1f} s".format(**seconds) in caption
+    assert runs["sam"][0]["gradients"] == pytest.approx(2 * runs["rwp"][0]["gradients"], rel=0.01)
+    assert {len(runs[name]) for name in ("base", "sam", "rwp")} == {5}  # "five seeds"
+    task = records[0]["task"]
+    assert (task["train_images"], task["label_noise"], task["epochs"], task["model"]) == (1000, 0.3, 60, "test_resnet")
+    assert {run["replicas"] for run in runs["rwp"]} == {1}
+
+
+def test_steps_cost_about_what_the_page_says():
+    report = load_recipe(RECIPES / "report.py")
+    assert "a step costs about what a plain one does" in TEXT.replace("\n", " ")
+    for record in report.read_benchmarks(report.RESULTS):
+        for row in report.step_rows(record):
+            if not row["what"].startswith("SAM"):
+                assert row["median"] <= 1.1
+
+
+def test_the_changelog_has_this_version():
+    assert f"\n## {hf_rwp.__version__}" in (ROOT / ".github" / "CHANGELOG.md").read_text(encoding="utf-8")
