@@ -7,10 +7,8 @@ Triton interprets them.
 import itertools
 import logging
 import math
-import multiprocessing
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -322,10 +320,15 @@ def test_a_device_on_which_the_kernels_fail_goes_without(monkeypatch, caplog):
 
 
 def step_with_kernels() -> None:
-    """Of a network with weights that the kernels take (two layouts, two dtypes) and some that they leave alone."""
     from hf_rwp.core import kernels
 
-    draws._fuses = lambda weight, block: kernels.supports(block)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draws, "_fuses", lambda weight, block: kernels.supports(block))
+        check_two_windows(kernels)
+
+
+def check_two_windows(kernels) -> None:
+    """Of a network with weights that the kernels take (two layouts, two dtypes) and some that they leave alone."""
     torch.manual_seed(0)
     convolution = nn.Conv2d(3, 6, 3).to(memory_format=torch.channels_last)
     net = nn.Sequential(convolution, nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(6 * 4, 5), nn.LayerNorm(5))
@@ -361,9 +364,9 @@ def step_with_kernels() -> None:
         rwp.zero_grad()
 
 
-def test_rwp_takes_its_noise_from_the_kernels(monkeypatch):
-    """In a process of its own, where Triton interprets them on a CPU."""
+def test_rwp_takes_its_noise_from_the_kernels():
+    """In another process, where Triton interprets them on a CPU."""
     pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        pool.submit(step_with_kernels).result()
+    from test_kernels import interpreter
+
+    interpreter().submit(step_with_kernels).result()
