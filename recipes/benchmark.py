@@ -1,6 +1,6 @@
 """What a step of Random Weight Perturbation (RWP) costs, beside plain training and SAM.
 
-# On whatever this machine has: two ranks on a CPU, one or several GPUs
+# On whatever this machine has: two ranks on a CPU, one GPU or more
 ```bash
 python recipes/benchmark.py
 ```
@@ -21,7 +21,7 @@ python recipes/benchmark.py --batch_size 128 --mixed_precision bf16 --channels_l
 python recipes/benchmark.py --output recipes/results/benchmark/cpu.jsonl
 ```
 
-It starts its own ranks, which share the CPU's cores; a process alone has all of them, but for noise and restore by
+It starts its own ranks, which share the CPU's cores; a single process has all of them, but for noise and restore by
 themselves, which have one thread. Within one process, or one group of ranks, every round takes each kind of step once,
 in an order drawn anew; a step lasts until the slowest rank is done. Ratios are taken within rounds, and the table shows
 their median and quartiles. One JSON line with all times goes to the end of `--output`.
@@ -33,27 +33,21 @@ import json
 import multiprocessing
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import imagenet_rwp
 import timm
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from compare import make_stem_small
 from datasets import Image
-from pytorch_optimizer import SAM, disable_running_stats, enable_running_stats
 from timm.data import create_loader, resolve_data_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -62,18 +56,22 @@ from torch import Tensor, nn
 from torch.multiprocessing import start_processes
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import profile
 from tqdm import tqdm
 
 from hf_rwp import RWP
-from hf_rwp.core import draws
+from hf_rwp.analysis.costs import rows, table
+from hf_rwp.analysis.noise_cost import kernels_without_launches, noise_and_restore, noise_variants
+from hf_rwp.analysis.timing import collectives, on_one_thread, peak_bytes, timed
+from hf_rwp.core.checks import check_all
 from hf_rwp.core.noise import Source
 from hf_rwp.images.data import load_images
+from hf_rwp.images.small_models import make_stem_small
+from hf_rwp.runs.determinism import use_fast_kernels
 from hf_rwp.runs.parsing import parse_arguments
 from hf_rwp.runs.records import append_record, command_of, environment, without_places
+from hf_rwp.runs.steps import accumulate, plain_step, sam_step, wrap_sam
 
-GAMMA = 0.01  # the paper's
-PASSES = 5  # over the weights' bytes: read and write them, write and read the snapshot, write them back; a copy has 2
+RECIPE = Path(__file__).with_name("imagenet_rwp.py")
 LOOP: dict[str, Any] = {"model": "test_resnet", "img_size": 32, "batch_size": 64}  # where loading is most of the work
 HOST_WEIGHTS = 161  # as many as a ResNet-50 has; of 2 elements each, so that the time is Python's and the launches'
 # Rounds that are not counted: memory is allocated, DDP's buckets are built, kernels are tried, writes are looked for.
@@ -94,7 +92,7 @@ class Arguments:
         default=None,
         metadata={
             "help": "timm models, or cifar_resnet18, a ResNet-18 for images of 32 pixels. If not set cifar_resnet18 "
-            "resnet18 resnet50 vit_small_patch16_224, with `--quick` cifar_resnet18 alone."
+            "resnet18 resnet50 vit_small_patch16_224, with `--quick` only cifar_resnet18."
         },
     )
     quick: bool = field(default=False, metadata={"help": "Whether to be done in two minutes on two cores."})
@@ -114,7 +112,7 @@ class Arguments:
     threads: int | None = field(
         default=None,
         metadata={
-            "help": "Of each rank; a process alone has those of all. If not set the ranks share the CPU's cores."
+            "help": "Of each rank; a single process has those of all. If not set the ranks share the CPU's cores."
         },
     )
     mixed_precision: str = field(default="no", metadata={"help": "Autocast's dtype.", "choices": ("no", "bf16")})
@@ -131,16 +129,15 @@ class Arguments:
         self.rounds = (3 if self.quick else 50 if cuda else 9) if self.rounds is None else self.rounds
         self.threads = max(1, len(os.sched_getaffinity(0)) // self.ranks) if self.threads is None else self.threads
         unknown = [name for name in self.models if name != "cifar_resnet18" and not timm.is_model(name)]
-        for name, valid, valid_range in (
+        check_all(
+            self,
             ("models", not unknown, f"timm models, or cifar_resnet18; not {', '.join(unknown)}"),
             ("rounds", self.rounds >= 2, "at least 2"),
             ("batch_size", self.batch_size is None or self.batch_size % 2 == 0 < self.batch_size, "even and above 0"),
             ("threads", self.threads >= 1, "at least 1"),
-        ):
-            if not valid:
-                raise ValueError(f"{name}={getattr(self, name)!r} is out of range: it has to be {valid_range}")
+        )
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError("several processes were started: start one, with python; it starts its own ranks")
+            raise ValueError("more than one process was started: start one, with python; it starts its own ranks")
 
     @property
     def ranks(self) -> int:
@@ -199,7 +196,7 @@ def run_rank(rank: int, ranks: int, args: Arguments, folder: str) -> None:
     if torch.cuda.is_available():
         device = torch.device("cuda", rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    imagenet_rwp.use_fast_kernels(deterministic=False)
+    use_fast_kernels()
     if ranks > 1:
         backend = "nccl" if torch.cuda.device_count() >= ranks else "gloo"  # nccl wants a GPU for each rank
         dist.init_process_group(backend, init_method=f"file://{folder}/group", rank=rank, world_size=ranks)
@@ -261,7 +258,7 @@ def measure(name: str, rank: int, ranks: int, device: torch.device, args: Argume
 
 
 def combined(group: tuple[dict, ...], alone: dict) -> dict:
-    """One model's figures, of all ranks and of one alone. A step of the group lasts until its slowest rank is done."""
+    """One model's figures, of all ranks and of a single process. A step of the group lasts until its slowest rank is done."""
     parallel = {
         kind: [max(times) for times in zip(*(rank["seconds"][kind] for rank in group), strict=True)]
         for kind in group[0]["seconds"]
@@ -292,83 +289,25 @@ def create_model(name: str, img_size: int | None) -> tuple[nn.Module, int]:
     return model, img_size or model.pretrained_cfg["input_size"][-1]
 
 
-def timed(function: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that `function` takes, the GPU's work included."""
-    if device.type == "cpu":
-        start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    first.record()
-    function()
-    last.record()
-    torch.cuda.synchronize()
-    return first.elapsed_time(last) / 1000
-
-
 def step_of(
     kind: str, module: nn.Module, images: Tensor, labels: Tensor, ranks: int, autocast: Callable[[], Any]
 ) -> Callable[[], None]:
     """One optimizer step of the kind, as imagenet_rwp.py takes it: RWP on one rank halves its batch."""
     base = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
     parts = 2 if kind == "rwp" and ranks == 1 else 1
-    optimizer: Any = RWP(base, module, gamma=GAMMA, accumulation_steps=parts) if kind == "rwp" else base
-    sam = None
-    if kind == "sam":
-        sam = SAM(base.param_groups, lambda *_, **__: base, rho=0.05)
+    optimizer = RWP(base, module, accumulation_steps=parts) if kind == "rwp" else base
     on = [images.device] if images.is_cuda else None
     model = DistributedDataParallel(module, device_ids=on) if ranks > 1 else module
 
-    def add_gradients(sync: bool = True) -> None:
-        with contextlib.nullcontext() if sync or ranks == 1 else model.no_sync():
-            for part, targets in zip(images.chunk(parts), labels.chunk(parts), strict=True):
-                with autocast():
-                    loss = cross_entropy(model(part), targets)
-                (loss / parts).backward()
+    def loss_of(part: Tensor, targets: Tensor) -> Tensor:
+        with autocast():
+            return cross_entropy(model(part), targets)
 
-    def step() -> None:
-        add_gradients(sync=sam is None)
-        if sam:
-            sam.first_step(zero_grad=True)
-            disable_running_stats(model)
-            add_gradients()
-            enable_running_stats(model)
-            sam.second_step()
-        else:
-            optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-class Idle(nn.Module):
-    """The weights and buffers of a model without its work: of a micro-step, noise and restore are all that is left."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self.output = nn.Parameter(torch.ones((), device=next(module.parameters()).device))
-
-    def forward(self) -> Tensor:
-        return self.output * 1
-
-
-def noise_and_restore(
-    module: nn.Module, device: torch.device, accumulation_steps: int, alpha: float = 0.5
-) -> Callable[[], float]:
-    """RWP's own part of a step: seconds that the window's last micro-step takes, which on one rank is perturbed."""
-    idle = Idle(copy.deepcopy(module))
-    base = torch.optim.SGD(idle.parameters(), lr=0.0)
-    optimizer = RWP(base, idle, gamma=GAMMA, alpha=alpha, accumulation_steps=accumulation_steps)
-
-    def window() -> float:
-        seconds = [timed(lambda: idle().backward(), device) for _ in range(accumulation_steps)]
-        optimizer.step()
-        optimizer.zero_grad()
-        return seconds[-1]
-
-    return window
+    chunks = list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
+    add_gradients = partial(accumulate, model, chunks, loss_of)
+    if kind == "sam":
+        return partial(sam_step, wrap_sam(base, rho=0.05), model, add_gradients)
+    return partial(plain_step, optimizer, add_gradients)
 
 
 def run_host(_: int, __: int, args: Arguments, folder: str) -> None:
@@ -383,117 +322,30 @@ def run_host(_: int, __: int, args: Arguments, folder: str) -> None:
     Path(folder, "0").write_text(json.dumps(found))
 
 
-class Launches:
-    """In place of a Triton kernel: takes a launch's arguments, and does nothing."""
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *_, **__: None
-
-
-@contextlib.contextmanager
-def kernels_without_launches() -> Iterator[None]:
-    """Let weights on a CPU go the way of the kernels, whose launches do nothing: no noise comes."""
-    from hf_rwp.core import kernels
-
-    with (
-        patch.object(draws, "_fuses", lambda *_: True),
-        patch.multiple(kernels, supports=lambda _: True, _norms_kernel=Launches(), _noise_kernel=Launches()),
-    ):
-        yield
-
-
-def noise_variants(module: nn.Module, device: torch.device) -> dict[str, Callable[[], float]]:
-    """Noise and restore alone, on one thread: RWP's, the reference code's, and a copy of as many bytes."""
-    parameters = list(copy.deepcopy(module).parameters())
-    source = torch.ones(sum(parameter.numel() for parameter in parameters), device=device)
-    target = torch.empty_like(source)
-
-    def reference() -> None:
-        noises = reference_noise(parameters)
-        reference_restore(parameters, noises)
-
-    variants = {
-        "noise": noise_and_restore(module, device, accumulation_steps=2),
-        "reference": partial(timed, reference, device),
-        "copy": partial(timed, lambda: target.copy_(source), device),
-    }
-    return {kind: partial(on_one_thread, variant) for kind, variant in variants.items()}
-
-
-def on_one_thread(function: Callable[[], Any]) -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return function()
-    finally:
-        torch.set_num_threads(threads)
-
-
-@torch.no_grad()
-def reference_noise(parameters: list[nn.Parameter]) -> list[Tensor]:
-    """Add noise as the reference code does (github.com/nblt/RWP): one parameter, one tensor of std at a time."""
-    noises = []
-    for weight in parameters:
-        if weight.ndim > 1:
-            norms = weight.reshape(len(weight), -1).norm(dim=1, keepdim=True)
-            std = norms.repeat(1, weight[0].numel()).view(weight.shape)
-            noise = torch.normal(0, GAMMA * std)
-        else:
-            noise = torch.empty_like(weight).normal_(0, GAMMA * (weight.norm().item() + 1e-16))
-        noises.append(noise)
-        weight.add_(noise)
-    return noises
-
-
-@torch.no_grad()
-def reference_restore(parameters: list[nn.Parameter], noises: list[Tensor]) -> None:
-    for weight, noise in zip(parameters, noises, strict=True):
-        weight.sub_(noise)
-
-
-def collectives(step: Callable[[], None]) -> dict[str, int]:
-    """How often a step calls each collective operation, DDP's own included."""
-    with profile() as profiler:
-        step()
-    names = [event.name for event in profiler.events() if event.name.startswith("c10d::")]
-    return {name.removeprefix("c10d::").rstrip("_"): names.count(name) for name in sorted(set(names))}
-
-
-def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
-    """The most memory that `function` has beyond what there was, in its first two calls: as torch's allocator says."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(profile_memory=True) as profiler:
-        function()
-        function()
-    held = peak = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
-
-
 def run_loops(_: int, __: int, args: Arguments, folder: str) -> None:
     """Images per second of imagenet_rwp.py without RWP, and of a loop as in timm's train.py, on the same images."""
-    torch.set_num_threads(args.threads * args.ranks)
-    data = [f"--data_dir={args.data_dir}"] if args.data_dir else []
+    threads = args.threads * args.ranks
+    torch.set_num_threads(threads)
     flags = ["--method=base", f"--img_size={LOOP['img_size']}", f"--batch_size={LOOP['batch_size']}", "--lr=0.01"]
     flags += ["--epochs=2", "--hflip=0.5", "--color_jitter=0.4", "--train_interpolation=bilinear", "--report_to=none"]
-    flags += ["--scale", "0.08", "1", f"--workers={args.workers}", f"--output_dir={folder}/run"]
+    flags += ["--scale", "0.08", "1", f"--workers={args.workers}", "--overwrite_output_dir=true"]
+    flags += [f"--data_dir={args.data_dir}"] if args.data_dir else []
     found: dict[str, list[float]] = {"imagenet_rwp": [], "timm": []}
     for _ in tqdm(range(min(args.rounds, 5)), desc="loops"):
-        AcceleratorState._reset_state(True)
-        with contextlib.redirect_stdout(None):
-            imagenet_rwp.main(parse_arguments(imagenet_rwp.Arguments, [*flags, *data, "--overwrite_output_dir=true"]))
-        results = json.loads(Path(folder, "run", "results.json").read_text())
-        found["imagenet_rwp"].append(results["history"][-1]["images_per_second"])
+        found["imagenet_rwp"].append(recipe_loop(Path(folder, "run"), flags, threads))
         found["timm"].append(timm_loop(load_images(data_dir=args.data_dir)["train"], args.workers))
     Path(folder, "0").write_text(json.dumps(found))
+
+
+def recipe_loop(output_dir: Path, flags: list[str], threads: int) -> float:
+    """Images per second of the last epoch of imagenet_rwp.py, which is a process of its own."""
+    command = [sys.executable, str(RECIPE), *flags, f"--output_dir={output_dir}"]
+    environ = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{RECIPE.name} failed, and its loop could not be timed:\n{done.stderr}")
+    results = json.loads((output_dir / "results.json").read_text())
+    return results["history"][-1]["images_per_second"]
 
 
 class Rows(torch.utils.data.Dataset):
@@ -553,83 +405,6 @@ def import_seconds() -> list[float]:
     """How long `import hf_rwp`, and also taking RWP from it, last after `import torch`."""
     done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, check=True, text=True)
     return list(map(float, done.stdout.split()))
-
-
-# Reporting.
-
-
-def rows(record: dict) -> list[dict]:
-    """The table of design.md: each row's figure in every round, as median and quartiles, beside its limit."""
-    gpu, found = record["device_type"] == "cuda", []
-
-    def add(model: str, what: str, values: list[float], limit: float | None, at_least: bool = False) -> None:
-        first, median, third = statistics.quantiles(values, n=4, method="inclusive")
-        found.append(
-            {
-                "model": model,
-                "what": what,
-                "median": median,
-                "quartiles": [first, third],
-                "limit": limit,
-                "at_least": at_least,
-                "holds": None if limit is None else median >= limit if at_least else median <= limit,
-                "clear": None if limit is None else not first <= limit <= third or first == third,
-            }
-        )
-
-    for measured in record["measurements"]:
-        name, group, alone = measured["model"], measured["parallel_seconds"], measured["alone_seconds"]
-        on_row = partial(add, name)
-        if record["shared_gpu"]:
-            parallel = [base + noise for base, noise in zip(alone["base"], alone["noise"], strict=True)]
-            base, sam, how = alone["base"], alone["sam"], "1 + (noise + restore) / step"
-        else:
-            base, parallel, sam, how = group["base"], group["rwp"], group["sam"], "parallel RWP step / DDP step"
-        as_in_design = gpu or (name, measured["img_size"], measured["batch_size"]) == ("resnet50", 224, 16)
-        on_row(how, ratios(parallel, base), (1.01 if gpu else 1.05) if as_in_design else None)
-        # Of few pixels the draw is a tenth of a step.
-        limit = 1.05 if gpu else 1.10 if measured["img_size"] >= 224 else 1.20
-        on_row("sequential RWP step / plain step", ratios(alone["rwp"], alone["base"]), limit)
-        on_row("SAM step / parallel RWP step", ratios(sam, parallel), 1.9, at_least=True)
-        floor = [PASSES / 2 * copied for copied in alone["copy"]]
-        on_row("noise + restore / memory floor", ratios(alone["noise"], floor), 3.0 if gpu else None)
-        reference = ratios(alone["noise"], alone["reference"])
-        on_row("noise + restore / the reference's, one thread", reference, 0.1 if gpu else 0.8)
-        copied = sum(measured[f"{what}_bytes"] for what in ("weights", "buffers", "scratch"))
-        for role, first in (("clean", 0), ("perturbed", 1)):
-            most = max(measured["extra_bytes"][first::2]) / copied
-            # A filter's std takes one number for all its weights, which is less than a percent.
-            on_row(f"extra memory / (weights + scratch), {role}", [most] * 2, 0.01 + first)
-        peak = {kind: max(ranks) for kind, ranks in measured["peak_bytes"].items()}  # beyond weights and DDP's buckets
-        for kind, title in (("rwp", "parallel RWP"), ("sam", "SAM")):
-            on_row(f"peak memory of a rank, {title} / DDP", [peak[kind] / peak["base"]] * 2, None)
-        counts = {kind: sum(calls.values()) for kind, calls in measured["collectives"].items()}
-        on_row("collectives in a step, RWP - base", [counts["rwp"] - counts["base"]] * 2, 0.0)
-    loops = record["loop_images_per_second"]
-    speeds = ratios(loops["imagenet_rwp"], loops["timm"])
-    add("", "images/s, imagenet_rwp base / timm's loop", speeds, 1.0, at_least=True)
-    for path, limit in (("torch", 3.0), ("kernels", 1.5)):
-        if path in record["host_milliseconds"]:  # no kernels without Triton
-            add("", f"host ms of begin + restore, {path}", record["host_milliseconds"][path], limit)
-    add("", "seconds of import hf_rwp after import torch", record["import_seconds"]["hf_rwp"], 0.2)
-    add("", "seconds of from hf_rwp import RWP, all in all", record["import_seconds"]["RWP"], None)
-    return found
-
-
-def ratios(dividends: list[float], divisors: list[float]) -> list[float]:
-    return [dividend / divisor for dividend, divisor in zip(dividends, divisors, strict=True)]
-
-
-def table(rows: list[dict]) -> str:
-    lines = [f"{'':24} {'':46} median (quartiles)      limit"]
-    for row in rows:
-        first, third = row["quartiles"]
-        limit = "" if row["limit"] is None else f"{'>=' if row['at_least'] else '<='} {row['limit']:g}"
-        verdict = {None: "", True: "holds", False: "missed"}[row["holds"]]
-        doubt = ", within the spread" if row["clear"] is False else ""
-        figures = f"{row['median']:.3f} ({first:.3f} to {third:.3f})"
-        lines.append(f"{row['model']:24} {row['what']:46} {figures:23} {limit:8} {verdict}{doubt}".rstrip())
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -24,32 +24,19 @@ Runs and trials become lines of `--results`; those that are there are not run ag
 its last checkpoint. Images are decoded once and lie on the device, where they are augmented in batches.
 """
 
-import hashlib
-import json
 import math
 import os
-import statistics
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import timm
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast, broadcast_object_list, set_seed
-from filelock import FileLock, Timeout
-from imagenet_rwp import seed_of, use_fast_kernels
-from pytorch_optimizer import SAM, disable_running_stats, enable_running_stats
+from accelerate.utils import broadcast, set_seed
 from timm.data import resolve_data_config
-from timm.layers import BatchNormAct2d, create_conv2d
-from timm.models.resnet import ResNet
-from timm.models.resnetv2 import ResNetV2
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
@@ -58,90 +45,49 @@ from tqdm import tqdm
 
 from hf_rwp import RWP, LossTracker, RWPArguments
 from hf_rwp.analysis.plots import comparison
+from hf_rwp.analysis.timing import seconds_in_turns, timed
+from hf_rwp.core.checks import check_all
 from hf_rwp.core.noise import DEFAULT_GAMMA, gamma_factor
+from hf_rwp.core.placement import fewest_micro_steps, mixes
 from hf_rwp.core.sharding import refuse_lone_processes
-from hf_rwp.images.arguments import ImageArguments
 from hf_rwp.images.data import load_images
-from hf_rwp.images.loaders import ImageDataset
-from hf_rwp.images.metrics import label_rank
-from hf_rwp.images.transforms import BatchTransform, augmented, cut_out_, image_transforms
-from hf_rwp.runs.checkpoints import load_checkpoint, newest, read_state, remove_checkpoints, save_checkpoint
+from hf_rwp.images.memory import Batches, Images, MemoryArguments, images_digest, select_images
+from hf_rwp.images.metrics import Accuracy
+from hf_rwp.images.small_models import create_small_model
+from hf_rwp.images.transforms import BatchTransform
+from hf_rwp.runs.checkpoints import remove_checkpoints, save_checkpoint
+from hf_rwp.runs.comparison import (
+    Record,
+    accuracy_curves,
+    best_settings,
+    by_protocol,
+    comparison_records,
+    comparison_table,
+    is_new,
+    lock_output,
+    refuse_another_comparison,
+    resume_run,
+    run_folder,
+)
+from hf_rwp.runs.determinism import derive_seed, use_fast_kernels
+from hf_rwp.runs.methods import METHODS, PROTOCOLS, ComparisonArguments, Settings, count_steps, relative_times
 from hf_rwp.runs.parsing import parse_arguments
-from hf_rwp.runs.records import append_record, command_of, environment, read_records, without_nan, without_places
+from hf_rwp.runs.records import append_record, command_of, environment, without_nan, without_places
+from hf_rwp.runs.steps import accumulate, plain_step, sam_step, wrap_sam
 
-RECIPES = Path(__file__).parent
-PROTOCOLS = {
-    "images": "equal images per step and equal steps",
-    "gradients": "equal gradient evaluations",
-    "time": "equal wall-clock",
-}
-
-
-@dataclass(frozen=True)
-class Method:
-    """strength: its rho or gamma, what `--strengths` multiplies. sam_every: SAM's second gradient in one of so many
-    steps, 0 for none. rwp: options of `RWP` and of gamma's schedule, over those of the flags."""
-
-    title: str
-    strength: float | None = None
-    sam_every: int = 0
-    adaptive: bool = False
-    rwp: Mapping[str, Any] | None = None
-
-    @property
-    def gradients_per_image(self) -> float:
-        return 1 + (1 / self.sam_every if self.sam_every else 0)
-
-
-METHODS = {
-    "base": Method("plain"),
-    "sam": Method("SAM", 0.05, sam_every=1),  # rho as in arXiv 2010.01412
-    "asam": Method("ASAM", 0.5, sam_every=1, adaptive=True),  # rho as in arXiv 2102.11600
-    "sam10": Method("SAM every 10th step", 0.05, sam_every=10),  # composer's advice
-    "rwp": Method("RWP", rwp={}),
-    "rwp_1x": Method(
-        "RWP, alpha 1", 0.001, rwp={"alpha": 1.0, "schedule": "cosine", "growth": 10.0}
-    ),  # arXiv 2404.00357
-    "arwp": Method("ARWP", 0.015, rwp={"eta": 0.1, "beta": 0.99}),  # m-ARWP in arXiv 2404.00357
-    "rwp_antithetic": Method("RWP, antithetic", 0.01, rwp={"antithetic": True}),
-    "rwp_normalized": Method("RWP, filter_normalized", 0.2, rwp={"noise": "filter_normalized"}),
-}
+RECIPE = Path(__file__)
+Data = Mapping[str, Any]  # what `load_data` gives
 
 
 @dataclass
-class Arguments(ImageArguments, RWPArguments):
-    methods: list[str] = field(
-        default_factory=lambda: list(METHODS), metadata={"help": f"Which to compare: {', '.join(METHODS)}."}
-    )
-    protocols: list[str] = field(
-        default_factory=lambda: ["images"], metadata={"help": f"Under which terms: {', '.join(PROTOCOLS)}."}
-    )
-    seeds: list[int] = field(
-        default_factory=lambda: [0], metadata={"help": "Of weights, order and augmentation; a run for each."}
-    )
-    # Data
-    color_jitter: float | None = field(default=0.0, metadata={"help": "Not to be had here."})
-    train_images: int | None = field(default=None, metadata={"help": "Train on so many images; on all if not set."})
-    test_images: int | None = field(default=None, metadata={"help": "Evaluate on so many; on all if not set."})
-    validation_images: int | None = field(
-        default=None,
-        metadata={
-            "help": "Images of the training split for `--search`, outside of `--train_images` where there are enough; "
-            "a fifth if not set."
-        },
-    )
-    label_noise: float = field(
-        default=0.0, metadata={"help": "Share of the training labels, in [0, 1], that are drawn at random."}
-    )
-    data_seed: int = field(default=0, metadata={"help": "Chooses images and wrong labels, the same for all runs."})
-    # Model
+class Arguments(ComparisonArguments, MemoryArguments, RWPArguments):
     model: str = field(default="test_resnet", metadata={"help": "A timm model, or wrn16_8, a WideResNet-16-8."})
     model_kwargs: str = field(default="{}", metadata={"help": "Further arguments of the model, as JSON or YAML."})
     small_stem: bool = field(
         default=True,
         metadata={
             "help": "Whether a ResNet on images of at most 64 pixels begins as for CIFAR, with a 3x3 convolution and "
-            "no pooling; `output_stride`, which imagenet_rwp.py has to use for that, is then left out."
+            "no pooling; `output_stride`, which imagenet_rwp.py needs for that, is then left out."
         },
     )
     channels_last: bool = field(default=True, metadata={"help": "Whether to use the channels_last memory format."})
@@ -149,7 +95,6 @@ class Arguments(ImageArguments, RWPArguments):
     mixed_precision: str | None = field(
         default=None, metadata={"help": "What accelerate launch says if not set.", "choices": ("no", "bf16")}
     )
-    # Training
     epochs: int = field(default=10, metadata={"help": "Passes over the training images, for protocol `images`."})
     batch_size: int = field(default=64, metadata={"help": "Images per replica and optimizer step."})
     opt: str = field(default="sgd", metadata={"help": "A timm optimizer; sgd has Nesterov momentum."})
@@ -159,15 +104,6 @@ class Arguments(ImageArguments, RWPArguments):
     momentum: float = field(default=0.9, metadata={"help": "Momentum, where the optimizer has one."})
     sched: str = field(default="cosine", metadata={"help": "Schedule of the learning rate.", "choices": ("cosine",)})
     warmup_epochs: float = field(default=1, metadata={"help": "Epochs of linear warm-up."})
-    # Search
-    search: bool = field(default=False, metadata={"help": "Whether to choose lr, weight decay, rho and gamma first."})
-    lrs: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2], metadata={"help": "Learning rates to try."})
-    weight_decays: list[float] = field(default_factory=lambda: [5e-4, 2e-3], metadata={"help": "Weight decays to try."})
-    strengths: list[float] = field(
-        default_factory=lambda: [0.5, 1.0, 2.0], metadata={"help": "Factors on a method's rho or gamma to try."}
-    )
-    # Output
-    evaluations: int = field(default=10, metadata={"help": "How often a run is evaluated and saved, evenly spread."})
     name: str | None = field(default=None, metadata={"help": "Of the comparison; the data's name if not set."})
     results: str | None = field(
         default=None, metadata={"help": "File of records; recipes/results/compare/NAME.jsonl if not set."}
@@ -177,40 +113,23 @@ class Arguments(ImageArguments, RWPArguments):
     )
 
     def __post_init__(self) -> None:
-        ImageArguments.__post_init__(self)
-        RWPArguments.__post_init__(self)
+        for kind in (ComparisonArguments, MemoryArguments, RWPArguments):
+            kind.__post_init__(self)
         self.name = self.name or Path(self.data_dir or self.dataset or "digits").name
-        self.results = self.results or str(RECIPES / "results" / "compare" / f"{self.name}.jsonl")
+        self.results = self.results or str(RECIPE.parent / "results" / "compare" / f"{self.name}.jsonl")
         self.output_dir = self.output_dir or f"outputs/compare_{self.name}"
-        for name, known in (("methods", METHODS), ("protocols", PROTOCOLS)):
-            unknown = [value for value in getattr(self, name) if value not in known]
-            if unknown:
-                raise ValueError(f"{name}: {', '.join(unknown)} is none of {', '.join(known)}")
-        for name in ("methods", "protocols", "seeds", "lrs", "weight_decays", "strengths"):
-            if len(set(getattr(self, name))) < max(1, len(getattr(self, name))):
-                raise ValueError(f"{name}={getattr(self, name)} has to hold one value or more, each once")
-        pairs = self.rwp_antithetic or "rwp_antithetic" in self.methods
-        for name, valid, valid_range in (
+        pairs, plain = self.rwp_antithetic or "rwp_antithetic" in self.methods, "without noise it is the method base"
+        check_all(
+            self,
             ("epochs", self.epochs >= 1, "at least 1"),
             ("batch_size", self.batch_size % 2 == 0 < self.batch_size, "even, for RWP to halve it, and above 0"),
             ("batch_size", not pairs or self.batch_size % 4 == 0, "a multiple of 4, for antithetic pairs of halves"),
-            ("rwp_start", self.rwp_start < 1, "below 1: without noise it is the method base"),
-            ("test_images", self.test_images is None or self.test_images >= 1, "at least 1"),
+            ("rwp_start", self.rwp_start < 1, f"below 1: {plain}"),
+            ("rwp_alpha", self.rwp_alpha > 0, f"above 0: {plain}"),
+            ("rwp_gamma", self.rwp_gamma != 0, f"above 0: {plain}"),
             ("model_kwargs", isinstance(yaml.safe_load(self.model_kwargs), dict), "a mapping, {name: value}"),
-            ("evaluations", self.evaluations >= 1, "at least 1"),
-            ("seeds", all(0 <= seed < 2**32 for seed in self.seeds), "in [0, 2^32)"),
-            ("label_noise", 0 <= self.label_noise <= 1, "in [0, 1]"),
             ("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, "at least 0 and less than epochs"),
-            ("rwp_alpha", self.rwp_alpha > 0, "above 0: without noise it is the method base"),
-            ("rwp_gamma", self.rwp_gamma != 0, "above 0: without noise it is the method base"),
-            ("streaming", not self.streaming, "false: the images lie on the device"),
-            # All that timm does to one image at a time.
-            ("aa", self.aa is None, "unset: images are augmented in batches, by crop, flip and cutout"),
-            ("color_jitter", not self.color_jitter, "0: images are augmented in batches, by crop, flip and cutout"),
-            ("reprob", not self.reprob, "0: images are augmented in batches, by crop, flip and cutout"),
-        ):
-            if not valid:
-                raise ValueError(f"{name}={getattr(self, name)!r} is out of range: it has to be {valid_range}")
+        )
 
 
 def main(args: Arguments) -> None:
@@ -220,152 +139,66 @@ def main(args: Arguments) -> None:
     refuse_lone_processes()
     if accelerator.gradient_accumulation_steps > 1 or accelerator.scaler is not None:
         raise ValueError("methods are compared without accelerate's gradient accumulation, in bf16 or full precision")
-    use_fast_kernels(deterministic=False)
+    use_fast_kernels()
     torch._dynamo.config.recompile_limit = 256  # each model is compiled anew
-    results, output_dir = Path(args.results), Path(args.output_dir)
+    results, output_dir, replicas = Path(args.results), Path(args.output_dir), accelerator.num_processes
     data = load_data(args, accelerator.device)
-    check_records(args, accelerator, data["digest"], records_in(results))
-    lock = locked(output_dir, results) if accelerator.is_main_process else None
-    launcher = "python" if accelerator.num_processes == 1 else "accelerate launch"
-    facts = {"command": command_of(f"{launcher} recipes/{Path(__file__).name}", *described_arguments(args))}
+    refuse_other_records(args, accelerator, data["digest"])
+    lock = lock_output(output_dir, results) if accelerator.is_main_process else None
+    launcher = "python" if replicas == 1 else "accelerate launch"
+    facts = {"command": command_of(f"{launcher} recipes/{RECIPE.name}", *described_arguments(args))}
     facts |= environment(accelerator) | {"load_average": os.getloadavg()[0], "data_sha256": data["digest"]}
-    per_step = args.batch_size * accelerator.num_processes
+    per_step = args.batch_size * replicas
     if len(data["held_in" if args.search else "train"]) < per_step:
         raise ValueError(
             f"{len(data['train'])} images to train on, {len(data['held_in'])} in a search, are fewer than the "
             f"{per_step} of one step: set a smaller batch_size, more train_images, or fewer validation_images"
         )
-    train, news = partial(run, accelerator, args, data, facts), 0
 
+    news, seen, shorter = 0, args.epochs * len(data["train"]), len(data["held_in"]) / len(data["train"])
     for protocol in args.protocols:
-        times = step_times(accelerator, args, data) if protocol == "time" else {}
-        lengths = {name: steps_of(args, name, protocol, len(data["train"]), per_step, times) for name in args.methods}
-        shorter = len(data["held_in"]) / len(data["train"])
-        trials = [(name, settings) for name in args.methods for settings in grid(args, name)] if args.search else []
-        for number, (name, settings) in enumerate(trials, start=1):
-            label = f"{protocol}, trial {number}/{len(trials)}"
-            steps = max(1, round(shorter * lengths[name]))
-            news += train("trial", protocol, name, settings, args.data_seed, steps, label)
-        runs = [(seed, name) for seed in args.seeds for name in args.methods]
-        for number, (seed, name) in enumerate(runs, start=1):
-            settings = chosen(args, records_in(results), name, protocol)
-            label = f"{protocol}, run {number}/{len(runs)}"
-            news += train("run", protocol, name, settings, seed, lengths[name], label)
+        measure = partial(seconds_per_step, accelerator, args, data)
+        file = output_dir / "step_times.json"
+        times = relative_times(accelerator, file, args.methods, measure) if protocol == "time" else {}
+        trials = [("trial", name, own, args.data_seed) for name in args.methods for own in grid(args, name)]
+        runs = [("run", name, None, seed) for seed in args.seeds for name in args.methods]
+        jobs = [*(trials if args.search else []), *runs]
+        for number, (kind, name, settings, seed) in enumerate(jobs, start=1):
+            options, method = options_of(args, name), METHODS[name]
+            mixing = bool(options) and mixes(options["alpha"])
+            steps, takes = count_steps(protocol, seen, per_step, method, mixing, times.get(name, 1.0))
+            what = {"kind": kind, "task": task_of(args), "protocol": protocol, "method": name, "options": options}
+            what |= {"settings": settings or chosen(args, name, protocol), "seed": seed, "replicas": replicas}
+            what |= {"steps": steps if kind == "run" else max(1, round(shorter * steps))}
+            news += run(accelerator, args, data, facts, what, takes, f"{protocol}, {kind} {number}/{len(jobs)}")
 
     if accelerator.is_main_process:
-        records = [record for record in records_in(results) if record["kind"] == "run"]
         if not news:
             print(f"All of it is in {results} already; --results FILE begins another one")
-        for protocol in args.protocols:
-            mine = [record for record in records if record["protocol"] == protocol]
-            comparison(curves_of(mine), output_dir / f"{protocol}.png")
-            print(f"\n{args.name}, {PROTOCOLS[protocol]}\n\n{table(mine)}")
-        print(f"\nWrote {results} and {', '.join(str(output_dir / f'{protocol}.png') for protocol in args.protocols)}")
+        finished = by_protocol(comparison_records(results))
+        pictures = {protocol: output_dir / f"{protocol}.png" for protocol in args.protocols}
+        for protocol, picture in pictures.items():
+            comparison(accuracy_curves(finished[protocol]), picture)
+            print(f"\n{args.name}, {PROTOCOLS[protocol]}\n\n{comparison_table(finished[protocol])}")
+        print(f"\nWrote {results} and {', '.join(map(str, pictures.values()))}")
         lock.release()
     accelerator.end_training()
 
 
-# What is trained: data, model, method and the length of a run.
-
-
-@dataclass
-class Images:
-    """Images (N, 3, H, W) in uint8 and labels (N,), on the device."""
-
-    pixels: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-def load_data(args: Arguments, device: torch.device) -> dict[str, Any]:
-    """`train` and `test`; `held_in` and `held_out`, the parts of the training split for a search; `classes`, `config`;
-    the `digest` of what is trained on and what judges.
-
-    Wrong labels are in `train` and `held_in` alone.
-    """
+def load_data(args: Arguments, device: torch.device) -> Data:
+    """The images of `select_images`; `classes`, timm's `config`, and the `digest` of what trains and what judges."""
     splits = load_images(**args.data_options)
-    names = splits["train"].features["label"].names
-    size = {"img_size": args.img_size or 32, "crop_pct": args.crop_pct or 1.0, "interpolation": args.interpolation}
-    model = create_model(args, len(names), size["img_size"])
-    config = resolve_data_config(size, model=model) | {"input_size": (3, size["img_size"], size["img_size"])}
-    _, transform = image_transforms(args, config)
-    rows, test_rows = len(splits["train"]), len(splits["validation"])
-    validation = rows // 5 if args.validation_images is None else args.validation_images
-    for name, wanted, there in (
-        ("train_images", args.train_images, rows),
-        ("validation_images", validation if args.search else None, rows - 1),
-        ("test_images", args.test_images, test_rows),
-    ):
-        if wanted is not None and not 1 <= wanted <= there:
-            raise ValueError(f"{name}={wanted} is out of range: the split has {there} for it")
-    order = np.random.default_rng(args.data_seed).permutation(rows)
-    train, held_out = order[: args.train_images], order[rows - validation :]
-    held_in = train[: rows - validation]
-    test = np.random.default_rng(args.data_seed).permutation(test_rows)[: args.test_images]
-
-    def decoded(split: str, chosen: np.ndarray) -> Images:
-        dataset = ImageDataset(splits[split].select(chosen), transform, training=False, max_bad_images=0)
-        blocks = range(0, len(dataset), 256)
-        shown = tqdm(blocks, desc=f"decoding {split}", unit_scale=256, unit="img", leave=False, disable=None)
-        items = [item for start in shown for item in dataset.__getitems__(range(start, min(start + 256, len(dataset))))]
-        if dataset.unreadable.slots:
-            raise ValueError(f"{len(dataset.unreadable.slots)} of the {split} images could not be read: see above")
-        pixels, labels = zip(*items, strict=True)
-        stacked = torch.from_numpy(np.stack([np.asarray(image) for image in pixels]))
-        return Images(stacked.to(device), torch.tensor(labels, device=device))
-
-    images = {"train": decoded("train", train), "test": decoded("validation", test)}
-    images["held_out"] = decoded("train", held_out) if args.search else None
-    images["train"].labels = with_noise(images["train"].labels, args.label_noise, len(names), args.data_seed)
-    images["held_in"] = Images(*(tensor[: len(held_in)] for tensor in vars(images["train"]).values()))
-    digest = hashlib.sha256()
-    for part in (images["train"], images["test"]):
-        for tensor in (part.pixels, part.labels):
-            digest.update(tensor.cpu().numpy().tobytes())
-    return images | {"classes": len(names), "config": config, "digest": digest.hexdigest()}
-
-
-def with_noise(labels: Tensor, share: float, classes: int, seed: int) -> Tensor:
-    """`labels` with a share of them drawn anew, evenly from all classes, the right one among them."""
-    chance = np.random.default_rng([seed, 1])
-    noisy = chance.permutation(len(labels))[: round(share * len(labels))]
-    labels = labels.clone()
-    labels[torch.from_numpy(noisy)] = torch.from_numpy(chance.integers(classes, size=len(noisy))).to(labels)
-    return labels
+    classes, pixels = splits["train"].features["label"].num_classes, args.img_size or 32
+    size = {"img_size": pixels, "crop_pct": args.crop_pct or 1.0, "interpolation": args.interpolation}
+    model = create_model(args, classes, pixels)
+    config = resolve_data_config(size, model=model) | {"input_size": (3, pixels, pixels)}
+    images = select_images(args, splits, config, device, held_out=args.search)
+    digest = images_digest(images["train"], images["test"])
+    return images | {"classes": classes, "config": config, "digest": digest}
 
 
 def create_model(args: Arguments, classes: int, img_size: int) -> nn.Module:
-    options = yaml.safe_load(args.model_kwargs)
-    if args.model == "wrn16_8":  # arXiv 1605.07146
-        model = ResNetV2(
-            [2, 2, 2],
-            channels=(128, 256, 512),
-            num_classes=classes,
-            stem_chs=16,
-            basic=True,
-            bottle_ratio=1.0,
-            norm_layer=BatchNormAct2d,
-            conv_layer=create_conv2d,
-            **options,
-        )
-        model.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        return model
-    small = args.small_stem and img_size <= 64
-    if small and args.model.startswith("resnet"):
-        options.pop("output_stride", None)
-    model = timm.create_model(args.model, num_classes=classes, **options)
-    if small and isinstance(model, ResNet) and isinstance(model.conv1, nn.Conv2d):
-        make_stem_small(model)
-    return model
-
-
-def make_stem_small(model: ResNet) -> None:
-    """CIFAR's stem in place of ImageNet's: a 3x3 convolution, without pooling."""
-    model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, padding=1, bias=False)
-    model.maxpool = nn.Identity()
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm's other convolutions
+    return create_small_model(args.model, classes, img_size, args.small_stem, **yaml.safe_load(args.model_kwargs))
 
 
 def options_of(args: Arguments, name: str) -> dict[str, Any]:
@@ -377,64 +210,33 @@ def options_of(args: Arguments, name: str) -> dict[str, Any]:
     return {**args.rwp_options, **own, **method.rwp, "gamma": None}
 
 
-def mixes(options: Mapping[str, Any]) -> bool:
-    """Whether a step takes a clean and a perturbed gradient."""
-    return bool(options) and options["alpha"] < 1
-
-
-def micro_steps(options: Mapping[str, Any], replicas: int) -> int:
-    """Gradients of a step on each replica: a clean and a perturbed one somewhere, and two of the latter for a pair."""
-    perturbed = max(1, replicas // 2) if mixes(options) else replicas
-    pairs = 2 if options.get("antithetic") and perturbed < 2 else 1
-    return pairs * (2 if mixes(options) and replicas == 1 else 1)
-
-
-def default_strength(args: Arguments, name: str) -> float | None:
+def default_settings(args: Arguments, name: str) -> Settings:
+    strength = METHODS[name].strength
     if METHODS[name].rwp == {}:
-        return DEFAULT_GAMMA[args.rwp_noise] if args.rwp_gamma is None else args.rwp_gamma
-    return METHODS[name].strength
+        strength = DEFAULT_GAMMA[args.rwp_noise] if args.rwp_gamma is None else args.rwp_gamma
+    return {"lr": args.lr, "weight_decay": args.weight_decay, "strength": strength}
 
 
-def grid(args: Arguments, name: str) -> list[dict[str, float | None]]:
-    """The settings that a method tries: as many for each, with or without a strength."""
-    strength = default_strength(args, name)
-    settings = []
-    for row, lr in enumerate(args.lrs):
-        for column, weight_decay in enumerate(args.weight_decays):
-            factor = args.strengths[(row + column) % len(args.strengths)]
-            own = None if strength is None else strength * factor
-            settings.append({"lr": lr, "weight_decay": weight_decay, "strength": own})
-    return settings
+def grid(args: Arguments, name: str) -> list[Settings]:
+    return args.grid(default_settings(args, name)["strength"])
 
 
-def chosen(args: Arguments, records: Iterable[Mapping[str, Any]], name: str, protocol: str) -> dict[str, float | None]:
-    """The best settings of this protocol's search, else of that under `images`, else those of the flags."""
-    trials = [record for record in records if record["kind"] == "trial" and record["method"] == name]
-    for searched in (protocol, "images"):
-        found = [record for record in trials if record["protocol"] == searched]
-        if found:
-            return max(found, key=lambda record: record["top1"])["settings"]
-    return {"lr": args.lr, "weight_decay": args.weight_decay, "strength": default_strength(args, name)}
+def chosen(args: Arguments, name: str, protocol: str) -> Settings:
+    """What a search found best, else the flags' settings."""
+    found = best_settings(comparison_records(Path(args.results)), name, protocol)
+    return default_settings(args, name) if found is None else found
 
 
-def images_per_step(args: Arguments, name: str, protocol: str, per_step: int) -> int:
-    return per_step * (2 if protocol == "gradients" and mixes(options_of(args, name)) else 1)
+def seconds_per_step(accelerator: Accelerator, args: Arguments, data: Data, names: Sequence[str]) -> dict[str, float]:
+    def training(name: str) -> "Training":
+        settings = default_settings(args, name)
+        return Training(accelerator, args, data, data["train"], name, settings, args.data_seed, 1000, args.batch_size)
 
-
-def steps_of(args: Arguments, name: str, protocol: str, images: int, per_step: int, times: Mapping[str, float]) -> int:
-    """How many steps a whole run of a method has.
-
-    per_step: images that plain training takes for a step. times: of a step, in those of plain training.
-    """
-    if protocol == "time":
-        return max(1, round(args.epochs * images / per_step / times[name]))
-    seen = args.epochs * images
-    if protocol == "gradients":
-        seen = 2 * seen / METHODS[name].gradients_per_image
-    return max(1, round(seen / images_per_step(args, name, protocol, per_step)))
-
-
-# A run.
+    # Ten steps to a turn: one of them is SAM's where SAM is seldom.
+    seconds = seconds_in_turns({name: training(name).step for name in names}, accelerator.device, count=10)
+    accelerator.free_memory()
+    medians = torch.tensor(list(seconds.values()), device=accelerator.device)
+    return dict(zip(seconds, broadcast(medians).tolist(), strict=True))  # replicas must agree on steps
 
 
 class Training:
@@ -444,27 +246,25 @@ class Training:
         self,
         accelerator: Accelerator,
         args: Arguments,
-        data: Mapping[str, Any],
+        data: Data,
         images: Images,
         name: str,
-        settings: Mapping[str, float | None],
+        settings: Settings,
         seed: int,
         steps: int,
         per_replica: int,
     ) -> None:
-        self.accelerator, self.args, self.images, self.seed, self.steps = accelerator, args, images, seed, steps
-        self.method, self.options, self.per_replica = METHODS[name], options_of(args, name), per_replica
-        self.config, device = data["config"], accelerator.device
-        self.memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-        self.normalize = BatchTransform(self.config, device, memory_format=self.memory_format)
-        self.generator = torch.Generator(device)
-        self.order: tuple[int, Tensor] | None = None
+        self.accelerator, self.seed, self.steps, device = accelerator, seed, steps, accelerator.device
+        self.method, self.options = METHODS[name], options_of(args, name)
         self.gradients = 0  # of one image each, over all replicas
+        memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+        self.normalize = BatchTransform(data["config"], device, memory_format=memory_format)
+        self.batches = Batches(images, args, self.normalize, per_replica, seed)
 
         set_seed(seed)
-        self.module = create_model(args, data["classes"], self.config["input_size"][-1])
-        self.module.to(device, memory_format=self.memory_format)
-        base = create_optimizer_v2(
+        self.module = create_model(args, data["classes"], data["config"]["input_size"][-1])
+        self.module.to(device, memory_format=memory_format)
+        self.base = create_optimizer_v2(
             self.module,
             opt=args.opt,
             lr=settings["lr"],
@@ -473,17 +273,15 @@ class Training:
             filter_bias_and_bn=not args.weight_decay_1d,
         )
         self.rwp = self.sam = None
-        self.micro_steps = micro_steps(self.options, accelerator.num_processes)
         if self.options:
             own = {key: value for key, value in self.options.items() if key not in ("schedule", "growth", "start")}
+            self.micro_steps = fewest_micro_steps(accelerator.num_processes, own["alpha"], own["antithetic"])
             own |= {"gamma": settings["strength"], "accumulation_steps": self.micro_steps}
             own["seed"] += seed
-            self.rwp = RWP(base, self.module, **own)
+            self.rwp = RWP(self.base, self.module, **own)
         elif self.method.sam_every:
-            adaptive = self.method.adaptive
-            self.sam = SAM(base.param_groups, lambda *_, **__: base, rho=settings["strength"], adaptive=adaptive)
-        self.base = base
-        self.model, self.optimizer = accelerator.prepare(self.module, self.rwp or self.sam or base)
+            self.sam = wrap_sam(self.base, settings["strength"], self.method.adaptive)
+        self.model, self.optimizer = accelerator.prepare(self.module, self.rwp or self.sam or self.base)
         warmup = round(args.warmup_epochs / args.epochs * steps)
         self.scheduler = CosineLRScheduler(
             self.optimizer, t_initial=steps, warmup_t=warmup, warmup_lr_init=1e-5 if warmup else 0, t_in_epochs=False
@@ -498,55 +296,23 @@ class Training:
         images, labels = self.batch(number)
         count = self.micro_steps if self.rwp and self.rwp.active else 1  # whole batches before the start of the noise
         parts = list(zip(images.chunk(count), labels.chunk(count), strict=True))
-        seen = len(labels) * self.accelerator.num_processes
-        self.gradients += seen
-        if self.sam and number % self.method.sam_every == 0:
-            self.gradients += seen
-            self.add_gradients(parts, sync=False)
-            self.sam.first_step(zero_grad=True)
-            disable_running_stats(self.model)
-            self.add_gradients(parts, track=False)
-            enable_running_stats(self.model)
-            self.sam.second_step()
+        add_gradients = partial(
+            accumulate, self.model, parts, self.loss_of, accelerator=self.accelerator, tracker=self.tracker
+        )
+        climbs = self.sam is not None and number % self.method.sam_every == 0
+        self.gradients += (2 if climbs else 1) * len(labels) * self.accelerator.num_processes
+        if climbs:
+            sam_step(self.sam, self.model, add_gradients)
         else:
-            self.add_gradients(parts)
-            (self.base if self.sam else self.optimizer).step()
-        self.optimizer.zero_grad()
+            plain_step(self.base if self.sam else self.optimizer, add_gradients)
 
-    def add_gradients(self, parts: Sequence[tuple[Tensor, Tensor]], sync: bool = True, track: bool = True) -> None:
-        """Add the gradient of the parts' mean loss, one after the other."""
-        for index, (images, labels) in enumerate(parts, start=1):
-            together = sync and index == len(parts)
-            with nullcontext() if together else self.accelerator.no_sync(self.model):
-                loss = cross_entropy(self.model(images).float(), labels)
-                self.accelerator.backward(loss / len(parts))
-            if track:
-                self.tracker.update(loss.detach())
+    def loss_of(self, images: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(self.model(images).float(), labels)
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
-        """This replica's share of the images of a step, augmented; the shares take turns in one order of all images."""
+        """This replica's share of the images of a step."""
         replicas, replica = self.accelerator.num_processes, self.accelerator.process_index
-        first = (number * replicas + replica) * self.per_replica
-        rows = torch.cat(list(self.rows(first, first + self.per_replica)))
-        self.generator.manual_seed(seed_of(self.seed, number, replica))
-        images = augmented(self.images.pixels[rows], self.args, self.generator)
-        images = self.normalize(images)
-        if self.args.cutout:
-            images = cut_out_(images, self.args.cutout, self.generator)
-        return images, self.images.labels[rows]
-
-    def rows(self, start: int, stop: int) -> Iterator[Tensor]:
-        """Places `start` to `stop` of the order that goes through all images again and again, shuffled each time."""
-        size = len(self.images)
-        while start < stop:
-            epoch, offset = divmod(start, size)
-            if self.order is None or self.order[0] != epoch:
-                # Apart from the draws of load_data, which are seeded by [data_seed] and [data_seed, 1].
-                shuffled = np.random.default_rng([self.seed, epoch, 1]).permutation(size)
-                self.order = epoch, torch.from_numpy(shuffled).to(self.images.labels.device)
-            rows = self.order[1][offset : offset + stop - start]
-            yield rows
-            start += len(rows)
+        return self.batches.batch(number * replicas + replica, derive_seed(self.seed, number, replica))
 
     @torch.no_grad()
     def evaluate(self, images: Images) -> dict[str, float]:
@@ -554,73 +320,42 @@ class Training:
         self.optimizer.eval()
         broadcast(list(self.module.buffers()))
         self.module.eval()
-        right, loss = (torch.zeros((), dtype=torch.float64, device=images.labels.device) for _ in range(2))
+        accuracy = Accuracy(images.labels.device)
         for pixels, labels in zip(images.pixels.split(512), images.labels.split(512), strict=True):
             with self.accelerator.autocast():
-                logits = self.module(self.normalize(pixels)).float()
-            right += (label_rank(logits, labels) == 0).sum()
-            loss += cross_entropy(logits, labels, reduction="sum")
+                logits = self.module(self.normalize(pixels))
+            accuracy.add(logits, labels)
         self.module.train()
         self.optimizer.train()
-        return {"top1": right.item() / len(images), "eval_loss": loss.item() / len(images)}
+        found = accuracy.compute(over_replicas=False)  # each of them has seen all images
+        return {key: found[key] for key in ("top1", "eval_loss")}
+
+    def report(self, slots_before: Mapping[str, int]) -> dict[str, Any]:
+        """What RWP did, with the slots before a cut; empty without RWP. Collective."""
+        if self.rwp is None:
+            return {}
+        found = self.rwp.report()
+        return found | {"slots": {kind: slots_before[kind] + count for kind, count in found["slots"].items()}}
 
 
 def run(
-    accelerator: Accelerator,
-    args: Arguments,
-    data: Mapping[str, Any],
-    facts: Mapping[str, Any],
-    kind: str,
-    protocol: str,
-    name: str,
-    settings: Mapping[str, float | None],
-    seed: int,
-    steps: int,
-    label: str,
+    accelerator: Accelerator, args: Arguments, data: Data, facts: Record, what: Record, per_step: int, label: str
 ) -> bool:
     """Train one model to the end and append its record, unless that is there already. Returns whether it trained.
 
-    kind: `run`, on all training images, evaluated on the test images; `trial`, on and with those held in and out.
+    what: what makes it this run or trial, the head of its record. A `run` is on all training images, and evaluated on
+    the test images; a `trial` is on and with those held in and out. per_step: images of a step.
     """
-    results, replicas = Path(args.results), accelerator.num_processes
-    what = {
-        "kind": kind,
-        "task": task_of(args),
-        "protocol": protocol,
-        "method": name,
-        "options": options_of(args, name),
-        "settings": settings,
-        "seed": seed,
-        "replicas": replicas,
-        "steps": steps,
-    }
-    there = records_in(results)
+    kind, name, seed, steps, replicas = (what[key] for key in ("kind", "method", "seed", "steps", "replicas"))
+    results, there = Path(args.results), comparison_records(Path(args.results))
     accelerator.wait_for_everyone()  # all replicas have read before the main one writes
-    if any(all(record[key] == what[key] for key in what) for record in there):
+    if not is_new(what, there, results):
         return False
-    for record in there:
-        if kind == record["kind"] == "run" and (record["protocol"], record["method"]) == (protocol, name):
-            other = [key for key in ("settings", "steps") if record[key] != what[key]]
-            if other:
-                raise ValueError(
-                    f"{results} has a run of {name} with {other[0]} {record[other[0]]}, to which one with "
-                    f"{what[other[0]]} is no further seed: set another --name, or --results FILE"
-                )
     images, judges = (data["train"], data["test"]) if kind == "run" else (data["held_in"], data["held_out"])
-    per_step = images_per_step(args, name, protocol, args.batch_size * replicas)
-    training = Training(accelerator, args, data, images, name, settings, seed, steps, per_step // replicas)
-    folder = Path(args.output_dir) / "checkpoints" / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-    history: list[dict[str, Any]] = []
-    done, seconds, slots_before = 0, 0.0, {"clean": 0, "perturbed": 0}
-    if (latest := newest(folder)) is not None:
-        kept = ("step", "seconds", "history", "gradients", "slots")
-        try:
-            state = read_state(latest, needed=kept)
-            load_checkpoint(accelerator, latest)
-        except ValueError as error:
-            raise ValueError(f"{error}: delete {folder}, and this run begins anew") from error
-        done, seconds, history, training.gradients, slots_before = (state[key] for key in kept)
-    points = sorted({round(steps * part / args.evaluations) for part in range(1, args.evaluations + 1)} - {0})
+    training = Training(accelerator, args, data, images, name, what["settings"], seed, steps, per_step // replicas)
+    folder, new = run_folder(Path(args.output_dir), what), {"step": 0, "seconds": 0.0, "history": [], "gradients": 0}
+    position = resume_run(accelerator, folder, new | {"slots": {"clean": 0, "perturbed": 0}})
+    done, seconds, history, training.gradients, slots_before = position.values()
     progress = tqdm(
         desc=f"{label}, {name}, seed {seed}",
         total=steps * per_step,
@@ -631,107 +366,45 @@ def run(
         disable=None if accelerator.is_main_process else True,
     )
 
-    def report() -> dict[str, Any]:
-        """What RWP did, before a cut too. Collective."""
-        if training.rwp is None:
-            return {}
-        found = training.rwp.report()
-        return found | {"slots": {kind: slots_before[kind] + count for kind, count in found["slots"].items()}}
+    def advance(stop: int) -> None:
+        for number in range(done, stop):
+            training.step(number)
+            progress.update(per_step)
 
-    training.module.train()
+    points = sorted({round(steps * part / args.evaluations) for part in range(1, args.evaluations + 1)} - {0})
     try:
         for point in (point for point in points if point > done):
-            synchronize(accelerator.device)
-            started = time.perf_counter()
-            for number in range(done, point):
-                training.step(number)
-                progress.update(per_step)
-            synchronize(accelerator.device)
-            seconds += time.perf_counter() - started
-            done = point
-            losses = training.tracker.compute()
+            seconds += timed(partial(advance, point), accelerator.device)
+            done, losses = point, training.tracker.compute()
             row = {"step": done, "epoch": done * per_step / len(images), "seconds": seconds}
             row |= {"gradients": training.gradients / len(images), "train_loss": losses.pop("loss")}
-            figures = losses | training.evaluate(judges)
-            history.append(row | figures)
-            progress.set_postfix(loss=f"{row['train_loss']:.3f}", top1=f"{figures['top1']:.2%}")
+            history.append(row | losses | training.evaluate(judges))
+            progress.set_postfix(loss=f"{row['train_loss']:.3f}", top1=f"{history[-1]['top1']:.2%}")
             if not math.isfinite(row["train_loss"]):
                 break  # diverged: the accuracy that it has is the result
             if done < steps:
-                position = {"step": done, "seconds": seconds, "gradients": training.gradients}
-                position |= {"history": history, "slots": report().get("slots", slots_before)}
+                slots = training.report(slots_before).get("slots", slots_before)
+                position = dict(zip(position, (done, seconds, history, training.gradients, slots), strict=True))
                 save_checkpoint(accelerator, folder / f"step_{done}", position)
                 if accelerator.is_main_process:
                     remove_checkpoints(folder, keep=[done])
     finally:
         training.optimizer.eval()  # an interrupt may have left noise in the weights
         progress.close()
-    did = report()
+    did = training.report(slots_before)
     if did and all(layer["size"] < 1e-4 for layer in did["relative_noise"].values()):
         raise RuntimeError(
-            f"{name} perturbed next to nothing ({did}): that is no result of RWP. Set rwp_gamma, rwp_start"
+            f"{name} perturbed next to nothing, which is not a result of RWP: set rwp_gamma, rwp_start ({did})"
         )
     if accelerator.is_main_process:
-        final = history[-1]
-        record = what | {
-            "evaluations": args.evaluations,
-            "batch_size": args.batch_size,
-            "images_per_step": per_step,
-            "top1": final["top1"],
-            "gradients": final["gradients"],
-            "seconds": final["seconds"],
-            **({"rwp": did} if did else {}),
-            "images": {"train": len(images), "evaluated": len(judges)},
-        }
+        record = what | {"evaluations": args.evaluations, "batch_size": args.batch_size, "images_per_step": per_step}
+        record |= {key: history[-1][key] for key in ("top1", "gradients", "seconds")} | ({"rwp": did} if did else {})
+        record |= {"images": {"train": len(images), "evaluated": len(judges)}}
         append_record(results, without_nan(record | ({"history": history} if kind == "run" else {}) | facts))
         remove_checkpoints(folder, keep=[])
     accelerator.wait_for_everyone()  # what was appended may choose the next settings
     accelerator.free_memory()
     return True
-
-
-def step_times(accelerator: Accelerator, args: Arguments, data: Mapping[str, Any]) -> dict[str, float]:
-    """The time of each method's step in those of plain training; measured once, and kept in the output folder."""
-    file = Path(args.output_dir) / "step_times.json"
-    (times,) = broadcast_object_list([json.loads(file.read_text()) if file.exists() else {"base": 1.0}])
-    missing = [name for name in args.methods if name not in times]
-    if missing:
-        seconds = seconds_per_step(accelerator, args, data, ["base", *missing])
-        times |= {name: seconds[name] / seconds["base"] for name in missing}
-        if accelerator.is_main_process:
-            file.write_text(json.dumps(times))
-    return times
-
-
-def seconds_per_step(
-    accelerator: Accelerator, args: Arguments, data: Mapping[str, Any], names: Sequence[str]
-) -> dict[str, float]:
-    """The median step time of some methods, in rounds in which all of them take turns."""
-    trainings = {}
-    for name in names:
-        settings = {"lr": args.lr, "weight_decay": args.weight_decay, "strength": default_strength(args, name)}
-        trainings[name] = Training(
-            accelerator, args, data, data["train"], name, settings, args.data_seed, 1000, args.batch_size
-        )
-    times: dict[str, list[float]] = {name: [] for name in trainings}
-    for number in tqdm(range(6), desc="step times", leave=False, disable=None):
-        for name, training in trainings.items():
-            training.module.train()
-            synchronize(accelerator.device)
-            started = time.perf_counter()
-            for step in range(10 * number, 10 * number + 10):  # one in ten is SAM's where SAM is seldom
-                training.step(step)
-            synchronize(accelerator.device)
-            if number:
-                times[name].append((time.perf_counter() - started) / 10)
-    accelerator.free_memory()
-    medians = torch.tensor([statistics.median(values) for values in times.values()], device=accelerator.device)
-    return dict(zip(times, broadcast(medians).tolist(), strict=True))  # replicas have to agree on steps
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
 
 
 # What is written down.
@@ -747,10 +420,10 @@ def task_of(args: Arguments) -> dict[str, Any]:
     return {key: value for key, value in kept.items() if value != defaults[key] or key in always}
 
 
-def check_records(args: Arguments, accelerator: Accelerator, digest: str, records: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ValueError where a file has runs that these cannot be compared to, or a search of another grid."""
+def refuse_other_records(args: Arguments, accelerator: Accelerator, digest: str) -> None:
+    """Raise ValueError where the file has runs that these cannot be compared to, or a search of another grid."""
     alike = {"replicas": accelerator.num_processes, "evaluations": args.evaluations, "data_sha256": digest}
-    for record in records:
+    for record in comparison_records(Path(args.results)):
         name = record["method"]
         theirs = record["task"] | {key: record[key] for key in alike if key in record}
         ours = task_of(args) | {key: value for key, value in alike.items() if key in record}
@@ -758,25 +431,7 @@ def check_records(args: Arguments, accelerator: Accelerator, digest: str, record
         ours |= {"options": options_of(args, name), "mixed_precision": accelerator.mixed_precision}
         if args.search and record["kind"] == "trial" and record["settings"] not in grid(args, name):
             theirs["a trial's settings"], ours["a trial's settings"] = record["settings"], "one of this grid"
-        other = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
-        if other:
-            said = ", ".join(f"{key} {theirs.get(key)!r} and not {ours.get(key)!r}" for key in other)
-            raise ValueError(f"{args.results} holds another comparison ({said}): set another --name, or --results FILE")
-
-
-def locked(output_dir: Path, results: Path) -> FileLock:
-    """The output folder for this process alone. Raises ValueError where another has it, or nothing can be written."""
-    lock = FileLock(output_dir / "lock")
-    try:
-        for folder in (output_dir, results.parent):
-            folder.mkdir(parents=True, exist_ok=True)
-        results.open("a").close()
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"{output_dir} is in use by another run: wait for it, or set another --output_dir") from None
-    except OSError as error:
-        raise ValueError(f"output_dir={str(output_dir)!r} and results={str(results)!r}: {error}. Set others") from error
-    return lock
+        refuse_another_comparison(ours, theirs, Path(args.results))
 
 
 def described_arguments(args: Arguments) -> tuple[dict, dict]:
@@ -785,58 +440,6 @@ def described_arguments(args: Arguments) -> tuple[dict, dict]:
     facts = without_places(asdict(args))
     facts = {name: value for name, value in facts.items() if name not in ("results", "output_dir", "rwp")}
     return facts, defaults | {"data_dir": None, "dataset": None}
-
-
-def records_in(results: Path) -> list[dict[str, Any]]:
-    """Trials and runs, without notes."""
-    return [record for record in read_records(results) if record["kind"] != "note"]
-
-
-def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Of runs under one protocol, a row a method: accuracy over seeds, its distance to plain training, the cost."""
-    heads = ("method", "top-1 (%)", "against plain", "seeds", "gradients of an image", "training time", "settings")
-    rows = [heads, ("---",) * len(heads)]
-    runs = by_method(records)
-    plain = {record["seed"]: record["top1"] for record in runs.get("base", [])}
-    for name, mine in runs.items():
-        gains = [100 * (record["top1"] - plain[record["seed"]]) for record in mine if record["seed"] in plain]
-        settings = [f"{value:g}" for value in mine[-1]["settings"].values() if value is not None]
-        rows.append(
-            (
-                METHODS[name].title
-                + (" (some runs diverged)" if any(run["history"][-1]["train_loss"] is None for run in mine) else ""),
-                spread([100 * record["top1"] for record in mine]),
-                "" if name == "base" else spread(gains, sign=True),
-                str(len(mine)),
-                f"{statistics.mean(record['gradients'] for record in mine):.3g}",
-                f"{statistics.mean(record['seconds'] for record in mine):.3g} s",
-                ", ".join(settings),
-            )
-        )
-    return as_table(rows)
-
-
-def as_table(rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def spread(values: Sequence[float], sign: bool = False) -> str:
-    """Mean and standard deviation."""
-    if not values:
-        return ""
-    mean = f"{statistics.mean(values):{'+' if sign else ''}.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
-
-
-def by_method(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """The records of each method that has some, in the methods' order."""
-    found = {name: [record for record in records if record["method"] == name] for name in METHODS}
-    return {name: mine for name, mine in found.items() if mine}
-
-
-def curves_of(records: Sequence[Mapping[str, Any]]) -> dict[str, list[list[Mapping[str, Any]]]]:
-    """For the picture: the histories of each method's runs, by its title."""
-    return {METHODS[name].title: [record["history"] for record in mine] for name, mine in by_method(records).items()}
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import takewhile
@@ -54,11 +53,13 @@ from hf_rwp.analysis.sharpness import (
     random_directions,
     worst_case,
 )
+from hf_rwp.core.checks import check_all
 from hf_rwp.core.noise import DEFAULT_GAMMA, MODES
 from hf_rwp.hub.card import with_picture
 from hf_rwp.images.arguments import ImageArguments
 from hf_rwp.images.data import load_images
 from hf_rwp.images.loaders import build_loader
+from hf_rwp.runs.files import replacing
 from hf_rwp.runs.parsing import parse_arguments
 from hf_rwp.runs.records import command_of, environment, without_nan, without_places
 
@@ -109,7 +110,8 @@ class Arguments(ImageArguments):
         super().__post_init__()
         if self.gammas is None:
             self.gammas = [DEFAULT_GAMMA[self.noise] * factor for factor in (0.25, 0.5, 1.0, 1.5, 2.0)]
-        for name, valid, valid_range in (
+        check_all(
+            self,
             ("models", len(self.models) > 0, "one or more folders or ids: landscape.py MODEL [MODEL ...] [--flags]"),
             ("num_images", self.num_images >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 1, "at least 1"),
@@ -120,9 +122,7 @@ class Arguments(ImageArguments):
             ("rho", 0 < self.rho < math.inf, "finite and above 0"),
             ("iterations", self.iterations >= 1, "at least 1"),
             ("seed", 0 <= self.seed < 2**32, "in [0, 2^32)"),
-        ):
-            if not valid:
-                raise ValueError(f"{name}={getattr(self, name)!r} is out of range: it has to be {valid_range}")
+        )
 
 
 def main(args: Arguments) -> None:
@@ -167,7 +167,7 @@ def main(args: Arguments) -> None:
     planes = {name: found["train"]["plane"] for name, found in figures.items()}
     coordinates = next(iter(figures.values()))["train"]["plane_coordinates"]
     written = [output_dir / name for name in ("landscape.json", "landscape.png", "sharpness.png")]
-    with whole(written[0]) as numbers, whole(written[1]) as picture, whole(written[2]) as curves:
+    with replacing(written[0]) as numbers, replacing(written[1]) as picture, replacing(written[2]) as curves:
         numbers.write_text(json.dumps(without_nan(record), indent=2, allow_nan=False))
         landscape(planes, coordinates, picture, label)
         sharpness_curves(figures, curves)
@@ -176,7 +176,7 @@ def main(args: Arguments) -> None:
     for name, place in folders.items():
         card = Path(place) / "README.md"
         if card.is_file():
-            with whole(card.with_name("landscape.png")) as picture, whole(card) as text:
+            with replacing(card.with_name("landscape.png")) as picture, replacing(card) as text:
                 landscape({name: planes[name]}, coordinates, picture, label)
                 text.write_text(with_picture(card.read_text(encoding="utf-8"), "landscape.png"), encoding="utf-8")
             print(f"{card} shows its landscape")
@@ -301,7 +301,7 @@ def check_classes(place: str, theirs: list[str], ours: list[str]) -> None:
     """Raise ValueError unless the model's classes are the data's, as far as their names tell.
 
     Names of one class differ between libraries ("tench", "tench, Tinca tinca", "n01440764"): what they are called is
-    not compared, but a name that both have, once ("crane" is a bird and a machine), has to be at the same index.
+    not compared, but a name that both have, once ("crane" is a bird and a machine), must be at the same index.
     """
     if len(theirs) != len(ours):
         raise ValueError(
@@ -314,19 +314,8 @@ def check_classes(place: str, theirs: list[str], ours: list[str]) -> None:
         if one != other and times[0][one] == times[1][one] == 1:
             raise ValueError(
                 f"{place} has class {theirs[index]!r} at index {index}, where the data has {ours[index]!r}: the same "
-                "classes have to be in the same order. Take the data that it was trained for"
+                "classes must be in the same order. Take the data that it was trained for"
             )
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A file to write to, which takes the place of `path` once it is whole, and is removed if it never is."""
-    partial_file = path.with_name(f"{path.name}.partial")
-    try:
-        yield partial_file
-        partial_file.replace(path)
-    finally:
-        partial_file.unlink(missing_ok=True)
 
 
 def table(figures: dict[str, Any], args: Arguments) -> str:

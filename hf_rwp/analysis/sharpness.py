@@ -95,7 +95,7 @@ def loss_under_noise(
     ValueError for fewer draws.
     """
     if draws < 3:
-        raise ValueError(f"draws={draws} tell too little of their spread for an interval: take at least 3")
+        raise ValueError(f"draws must be at least 3, for an interval of their mean, got {draws}")
     levels = []
     perturbed = [(position, weight) for position, weight in _positions(model) if noise_1d or weight.ndim > 1]
     positions = [position for position, _ in perturbed]
@@ -144,7 +144,7 @@ def largest_eigenvalue(
     iterations: at most, at least 1, one pass over the batches each. tolerance: of the error, relative to the value; a
     value near 0 beside large ones may never reach it, and is then returned as not converged. A converged value is that
     of a smaller eigenvalue only if the random start (seed) is all but orthogonal to the largest one's vector. nan where
-    the loss is no number.
+    the loss is not a number.
 
     Lanczos' vectors are not kept orthogonal to each other: that brings copies of eigenvalues and no others (Paige,
     1980), and memory is that of a few copies of the weights, however many iterations. Products are in the model's
@@ -228,11 +228,11 @@ def quantized(model: nn.Module, batches: Batches, bits: int, loss: Loss = cross_
     """Loss and accuracy with weights of two and more dimensions, frozen ones too, rounded to the nearest of 2^bits - 1
     levels: symmetric around 0, evenly spaced up to the largest magnitude in each filter (output channel).
 
-    Weights alone are rounded, activations are not, and the arithmetic is the model's own: what this says is accuracy,
+    Only weights are rounded, activations are not, and the arithmetic is the model's own: what this says is accuracy,
     not speed. Raises ValueError for fewer than 2 bits.
     """
     if bits < 2:
-        raise ValueError(f"bits={bits} leave a symmetric grid nothing but 0: take at least 2")
+        raise ValueError(f"bits must be at least 2, for a symmetric grid to hold more than 0, got {bits}")
     weights = [p for p in model.parameters() if p.is_floating_point() and p.ndim > 1]
     with _evaluating(model), _restored(weights):
         for weight in weights:

@@ -13,7 +13,7 @@ SMALL = 64  # pixels of a side, at most
 
 
 def create_small_model(
-    name: str, num_classes: int, img_size: int, small_stem: bool = True, **options: Any
+    name: str, num_classes: int, img_size: int, small_stem: bool = True, /, **options: Any
 ) -> nn.Module:
     """A timm model, or `wrn16_8`; for images of at most 64 pixels a ResNet has a small stem, unless told otherwise.
 

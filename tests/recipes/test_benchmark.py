@@ -1,7 +1,5 @@
-"""recipes/benchmark.py: one tiny run on two real ranks, and its parts, against facts known otherwise."""
+"""recipes/benchmark.py: one tiny run on two real ranks, against facts known otherwise."""
 
-import contextlib
-import copy
 import importlib.util
 import itertools
 import json
@@ -51,7 +49,7 @@ def test_every_row_of_the_design_is_measured_and_shown(run):
     limits = {row["what"]: row["limit"] for row in record["rows"]}
     assert limits == {
         "parallel RWP step / DDP step": None,  # the design sets it for a ResNet-50
-        "sequential RWP step / plain step": 1.1,
+        "sequential RWP step / plain step": 1.2,  # of few pixels, of which the draw is a tenth of a step
         "SAM step / parallel RWP step": 1.9,
         "noise + restore / memory floor": None,  # and this for GPUs
         "noise + restore / the reference's, one thread": 0.8,
@@ -120,144 +118,13 @@ def test_collectives_and_memory_are_what_ddp_and_the_model_make_them(run):
     assert max(peak["base"]) < max(peak["sam"])
 
 
-def test_peak_memory_is_that_of_the_rank_that_needs_most(benchmark):
-    rows = benchmark.rows(record_with([1.0] * 4))
-    assert figure({"rows": rows}, "peak memory of a rank, parallel RWP")["median"] == 1.5
-    assert figure({"rows": rows}, "peak memory of a rank, SAM")["median"] == 1.3
-
-
-def test_the_reference_code_adds_noise_by_filter_and_takes_it_off_up_to_rounding(benchmark):
-    torch.manual_seed(0)
-    wide, bias = torch.nn.Parameter(torch.randn(3, 50, 200)), torch.nn.Parameter(torch.randn(9000))
-    before = copy.deepcopy([wide, bias])
-    noises = benchmark.reference_noise([wide, bias])
-    for weight, clean, noise in zip((wide, bias), before, noises, strict=True):
-        assert not torch.equal(weight, clean)
-        torch.testing.assert_close(weight - clean, noise, atol=1e-5, rtol=0)
-    for clean, noise in (*zip(before[0], noises[0], strict=True), (before[1], noises[1])):
-        assert noise.std().item() == pytest.approx(0.01 * clean.norm().item(), rel=0.05)
-    benchmark.reference_restore([wide, bias], noises)
-    torch.testing.assert_close([wide, bias], before, atol=1e-5, rtol=0)
-
-
-def test_noise_and_restore_go_over_every_weight_and_leave_it(benchmark, monkeypatch):
-    made, seen = [], []
-
-    class Seen(benchmark.Idle):
-        def __init__(self, module):
-            super().__init__(module)
-            made.append(self)
-
-        def forward(self):
-            seen.append([weight.detach().clone() for weight in self.module.parameters()])
-            return super().forward()
-
-    monkeypatch.setattr(benchmark, "Idle", Seen)
-    module = timm.create_model("test_resnet")
-    window = benchmark.noise_and_restore(module, torch.device("cpu"), accumulation_steps=2)
-    assert window() > 0
-    clean, perturbed = seen
-    for weight, before, noisy, after in zip(
-        module.parameters(), clean, perturbed, made[0].module.parameters(), strict=True
-    ):
-        assert torch.equal(before, weight)
-        assert torch.equal(after, weight)
-        assert torch.equal(noisy, weight) != bool(weight.any())
-
-
-@pytest.mark.parametrize("path", ["torch", "kernels"])
-def test_host_time_is_that_of_every_small_weight_on_either_path(benchmark, path):
-    """By the kernels' path norms and noise of all of them are asked for in one launch each, and none is written."""
-    launched = []
-
-    class Counted(benchmark.Launches):
-        def __getitem__(self, grid):
-            launched.append(grid)
-            return super().__getitem__(grid)
-
-    module, seen = torch.nn.ParameterList(torch.ones(2) for _ in range(benchmark.HOST_WEIGHTS)), []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "Launches", Counted)
-        patch.setattr(
-            benchmark.Idle, "forward", lambda self: (seen.append(torch.cat([*self.module])), self.output * 1)[1]
-        )
-        if path == "kernels":
-            pytest.importorskip("triton")
-        with benchmark.kernels_without_launches() if path == "kernels" else contextlib.nullcontext():
-            step = benchmark.noise_and_restore(module, torch.device("cpu"), accumulation_steps=1, alpha=1.0)
-            for _ in range(4):
-                assert step() > 0
-    assert len(seen) == 4
-    assert all((weights != 1).all() == (path == "torch") for weights in seen)
-    assert len(launched) >= 8 if path == "kernels" else launched == []
-
-
-def test_noise_and_restore_alone_are_timed_on_one_thread(benchmark):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        assert benchmark.on_one_thread(torch.get_num_threads) == 1
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(threads)
-    variants = benchmark.noise_variants(torch.nn.Linear(2, 2), torch.device("cpu"))
-    assert {variant.func for variant in variants.values()} == {benchmark.on_one_thread}
-    assert all(variant() > 0 for variant in variants.values())
-
-
-def test_peak_memory_is_what_a_function_holds_at_once(benchmark):
-    peak = benchmark.peak_bytes(lambda: [torch.empty(1000) for _ in range(3)], torch.device("cpu"))
-    assert peak == 3 * 4000
-
-
-def record_with(ratio, shared_gpu=False):
-    seconds = {"base": 1.0, "sam": 2.0, "noise": 0.25, "reference": 1.0, "copy": 0.1}
-    times = {kind: [value] * len(ratio) for kind, value in seconds.items()} | {"rwp": ratio}
-    measured = {"model": "resnet50", "img_size": 224, "batch_size": 16, "parallel_seconds": times}
-    measured |= {"weights_bytes": 90, "buffers_bytes": 4, "scratch_bytes": 6, "extra_bytes": [0, 100]}
-    measured |= {"peak_bytes": {"base": [100, 100], "rwp": [100, 150], "sam": [130, 120]}}
-    measured |= {"alone_seconds": times, "collectives": {"base": {"allreduce": 3}, "rwp": {"allreduce": 4}}}
-    imports = {"hf_rwp": [0.1] * 2, "RWP": [1.0] * 2}
-    gpu = {"device_type": "cuda" if shared_gpu else "cpu", "shared_gpu": shared_gpu}
-    loops = {"imagenet_rwp": [20.0] * 2, "timm": [10.0] * 2}
-    record = {**gpu, "measurements": [measured], "import_seconds": imports, "loop_images_per_second": loops}
-    return {**record, "host_milliseconds": {"torch": [2.0] * 2}}
-
-
-@pytest.mark.parametrize(
-    ("ratio", "holds", "clear", "verdict"),
-    [
-        ([1.0, 1.01, 1.02, 1.03], True, True, "holds"),
-        ([1.0, 1.01, 1.02, 1.03, 2.0], True, True, "holds"),
-        ([1.0, 1.04, 1.05, 1.07], True, False, "holds, within the spread"),
-        ([1.0, 1.05, 1.06, 1.1], False, False, "missed, within the spread"),
-        ([1.1, 1.2, 1.3, 1.4], False, True, "missed"),
-    ],
-)
-def test_a_verdict_says_where_the_spread_is_larger_than_the_margin(benchmark, ratio, holds, clear, verdict):
-    rows = benchmark.rows(record_with(ratio))
-    row = figure({"rows": rows}, "parallel")
-    assert (row["limit"], row["holds"], row["clear"]) == (1.05, holds, clear)
-    (line,) = [line for line in benchmark.table(rows).splitlines() if "parallel RWP step / DDP" in line]
-    assert line.endswith(f"<= 1.05  {verdict}")
-
-
-def test_with_one_gpu_the_parallel_step_is_a_plain_one_with_noise(benchmark):
-    rows = benchmark.rows(record_with([9.0] * 4, shared_gpu=True))
-    assert figure({"rows": rows}, "1 + (noise")["median"] == 1.25
-    assert figure({"rows": rows}, "SAM")["median"] == 2 / 1.25
-    assert figure({"rows": rows}, "noise + restore / memory floor")["limit"] == 3
-    assert figure({"rows": rows}, "noise + restore / the reference")["limit"] == 0.1
-    assert not figure({"rows": rows}, "collectives")["holds"]
-
-
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
         ("--models=resnet18000", r"cifar_resnet18; not resnet18000"),
-        ("--batch_size=3", r"batch_size=3 .* even"),
-        ("--rounds=1", r"rounds=1 .* at least 2"),
-        ("--threads=0", r"threads=0 .* at least 1"),
+        ("--batch_size=3", "batch_size must be even and above 0, got 3"),
+        ("--rounds=1", "rounds must be at least 2, got 1"),
+        ("--threads=0", "threads must be at least 1, got 0"),
     ],
 )
 def test_a_flag_out_of_range_is_named(benchmark, flag, message):

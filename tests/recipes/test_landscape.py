@@ -193,12 +193,12 @@ def test_words_ahead_of_flags_are_models(recipe):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ([], r"models=\[\].*MODEL"),
-        (["a", "--grid=4"], "grid=4.*odd"),
+        ([], r"models must be one or more .*MODEL.*got \[\]"),
+        (["a", "--grid=4"], "grid must be odd.*got 4"),
         (["a", "--img_size=32"], "img_size=32 has no effect here"),
         (["a", "--hflip=0.5"], "hflip=0.5 has no effect here"),
-        (["a", "--draws=2"], "draws=2"),
-        (["a", "--span=0"], "span=0"),
+        (["a", "--draws=2"], "draws must be at least 3, got 2"),
+        (["a", "--span=0"], "span must be finite and above 0, got 0"),
     ],
 )
 def test_flags_out_of_range_are_refused(recipe, flags, said):
