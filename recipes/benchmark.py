@@ -68,7 +68,7 @@ from hf_rwp.images.data import load_images
 from hf_rwp.images.small_models import make_stem_small
 from hf_rwp.runs.determinism import use_fast_kernels
 from hf_rwp.runs.parsing import parse_arguments
-from hf_rwp.runs.records import append_record, command_of, environment, without_places
+from hf_rwp.runs.records import append_record, command_of, environment, scrub_paths
 from hf_rwp.runs.steps import accumulate, plain_step, sam_step, wrap_sam
 
 RECIPE = Path(__file__).with_name("imagenet_rwp.py")
@@ -160,7 +160,7 @@ def main(args: Arguments) -> None:
     (host,) = start(run_host, 1, args)
     imports = [import_seconds() for _ in range(min(args.rounds, 5))]
     defaults = {item.name: item.default for item in fields(Arguments)}
-    given = without_places(asdict(args))
+    given = scrub_paths(asdict(args))
     record = {
         "command": command_of("python recipes/benchmark.py", given, defaults),
         "arguments": given,

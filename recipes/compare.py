@@ -72,7 +72,7 @@ from hf_rwp.runs.comparison import (
 from hf_rwp.runs.determinism import derive_seed, use_fast_kernels
 from hf_rwp.runs.methods import METHODS, PROTOCOLS, ComparisonArguments, Settings, count_steps, relative_times
 from hf_rwp.runs.parsing import parse_arguments
-from hf_rwp.runs.records import append_record, command_of, environment, without_nan, without_places
+from hf_rwp.runs.records import append_record, command_of, environment, scrub_paths, without_nan
 from hf_rwp.runs.steps import accumulate, plain_step, sam_step, wrap_sam
 
 RECIPE = Path(__file__)
@@ -437,7 +437,7 @@ def refuse_other_records(args: Arguments, accelerator: Accelerator, digest: str)
 def described_arguments(args: Arguments) -> tuple[dict, dict]:
     """The arguments as given, and their defaults for the same data."""
     defaults = asdict(Arguments(data_dir=args.data_dir, dataset=args.dataset))
-    facts = without_places(asdict(args))
+    facts = scrub_paths(asdict(args))
     facts = {name: value for name, value in facts.items() if name not in ("results", "output_dir", "rwp")}
     return facts, defaults | {"data_dir": None, "dataset": None}
 

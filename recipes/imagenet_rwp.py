@@ -104,7 +104,7 @@ from hf_rwp.runs.checkpoints import (
     save_checkpoint,
 )
 from hf_rwp.runs.parsing import parse_arguments
-from hf_rwp.runs.records import command_of, environment, hub_id, weights_digest, without_places
+from hf_rwp.runs.records import command_of, environment, hub_id, scrub_paths, weights_digest
 
 # Flags that may change on resuming; and those whose old values come back with the optimizer's state.
 HARMLESS = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "logging_steps"}
@@ -335,7 +335,7 @@ def main(args: Arguments) -> None:
     resume_from = checkpoint_to_resume(args, checkpoints, finished=results_file.exists())
     state = read_state(resume_from, needed=STATE) if resume_from else None
     check_writable(output_dir)
-    facts = without_places(asdict(args))
+    facts = scrub_paths(asdict(args))
     if not args.eval_only:
         check_batch(args, replicas, micro_steps, mixes)
         if state:
@@ -683,7 +683,7 @@ def described_arguments(args: Arguments) -> tuple[dict, dict]:
     """The arguments that decide what comes out of a run, and their defaults for the same data."""
     defaults = asdict(Arguments(data_dir=args.data_dir, dataset=args.dataset))
     places = ("rwp", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "push_to_hub")
-    facts = without_places(asdict(args))
+    facts = scrub_paths(asdict(args))
     facts = {name: value for name, value in facts.items() if name not in places and not name.startswith("hub_")}
     return facts, defaults | {"data_dir": None, "dataset": None}
 

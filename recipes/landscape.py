@@ -61,7 +61,7 @@ from hf_rwp.images.data import load_images
 from hf_rwp.images.loaders import build_loader
 from hf_rwp.runs.files import replacing
 from hf_rwp.runs.parsing import parse_arguments
-from hf_rwp.runs.records import command_of, environment, without_nan, without_places
+from hf_rwp.runs.records import command_of, environment, scrub_paths, without_nan
 
 BITS = (8, 4)
 # The flags of images that mean something here; the others are those of training, or each model's own affair.
@@ -150,7 +150,7 @@ def main(args: Arguments) -> None:
 
     images = {role: sum(len(labels) for _, labels in some) for role, some in batches.items()}
     own = {known.name for known in fields(Arguments)} - {known.name for known in fields(ImageArguments)} | USED
-    facts = {name: without_places(value) for name, value in asdict(args).items() if name in own - PLACES}
+    facts = {name: scrub_paths(value) for name, value in asdict(args).items() if name in own - PLACES}
     shown = [name if Path(place).is_absolute() else place for name, place in folders.items()]
     record = {
         "models": figures,

@@ -64,7 +64,7 @@ from hf_rwp.images.metrics import scores
 from hf_rwp.images.transforms import image_transforms
 from hf_rwp.runs.files import write
 from hf_rwp.runs.parsing import parse_arguments
-from hf_rwp.runs.records import Results, aligned, base_of, environment, summary, weights_digest, without_places
+from hf_rwp.runs.records import Results, aligned, base_of, environment, scrub_paths, summary, weights_digest
 from hf_rwp.runs.run import RESULTS, check_writable, refuse_other_flags
 from hf_rwp.trainer.checkpoints import find_trainer_checkpoint, remove_later_checkpoints
 from hf_rwp.trainer.history import Record, evaluated, rows_by_epoch
@@ -189,7 +189,7 @@ def main(args: Arguments) -> None:
     refuse_lone_processes()
     output_dir = Path(args.output_dir)
     results_file, flags_file, curves = (output_dir / name for name in (RESULTS, "arguments.json", "curves.png"))
-    checkpoint, flags = find_trainer_checkpoint(args), without_places(args.to_dict())
+    checkpoint, flags = find_trainer_checkpoint(args), scrub_paths(args.to_dict())
     if checkpoint and (saved := checkpoint.parent / flags_file.name).is_file():
         refuse_other_flags(flags, json.loads(saved.read_text()), KEPT_BY_CHECKPOINTS, "--model_name_or_path .../model")
     check_writable(output_dir)

@@ -232,7 +232,7 @@ class RWP(OptimizerWrapper):
 
         It holds for one window, which begins with the next micro-step. micro_steps: >= 1, on this replica. shares: what
         the loop's own factors on the clean and on the perturbed slots' mean gradients add up to, over all replicas;
-        None where it averages all of them. See `placement.role` and `placement.shares_of`.
+        None where it averages all of them. See `placement.role` and `placement.role_shares`.
         """
         check("micro_steps", micro_steps, Integral, lambda value: value >= 1, "an integer >= 1")
         self._passes.close()  # what an interrupt left open

@@ -52,7 +52,7 @@ def role(
     return Role(False, (1 - alpha) * total / clean)
 
 
-def shares_of(items: list[float]) -> tuple[float, float]:
+def role_shares(items: list[float]) -> tuple[float, float]:
     """The clean and the perturbed slots' shares where a slot's factor is its part of all items (tokens, say).
 
     items: one count for each replica, or for each micro-step where there is one replica; all 0 gives shares of 0.

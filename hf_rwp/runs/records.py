@@ -102,15 +102,15 @@ def weights_digest(module: nn.Module) -> str:
     return sha.hexdigest()
 
 
-def without_places(value: Any) -> Any:
+def scrub_paths(value: Any) -> Any:
     """An argument's value without a trace of a machine: of each path, and of each address but the Hub's, the last part.
 
     In lists and mappings of any depth. Of a mapping, what is a token or names a machine is left out.
     """
     if isinstance(value, Mapping):
-        return {name: without_places(item) for name, item in value.items() if not _PRIVATE.search(str(name))}
+        return {name: scrub_paths(item) for name, item in value.items() if not _PRIVATE.search(str(name))}
     if isinstance(value, (list, tuple)):
-        return type(value)(map(without_places, value))
+        return type(value)(map(scrub_paths, value))
     if not isinstance(value, str):
         return value
     pattern = _BRACES.sub("*", value)

@@ -24,9 +24,9 @@ from transformers.utils.hub import PushInProgress
 
 from hf_rwp.core.losses import LossTracker
 from hf_rwp.core.optimizer import RWP
-from hf_rwp.core.placement import mixes, shares_of
+from hf_rwp.core.placement import mixes, role_shares
 from hf_rwp.core.sharding import refuse_data_parallel, refuse_lone_processes, refuse_unsupported
-from hf_rwp.runs.records import base_of, environment, without_places
+from hf_rwp.runs.records import base_of, environment, scrub_paths
 from hf_rwp.trainer.arguments import RWPArguments
 from hf_rwp.trainer.halves import in_halves, rows
 
@@ -160,7 +160,7 @@ class RWPTrainerMixin(_AnyTrainer):
                     [part * mine for part in self._parts] if replicas > 1 else [n / total for n in self._items]
                 )
             if not self._splits:
-                self.rwp.begin_window(len(batches), shares_of(self._items) if self._items else None)
+                self.rwp.begin_window(len(batches), role_shares(self._items) if self._items else None)
         return batches, count
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
@@ -319,7 +319,7 @@ class RWPTrainerMixin(_AnyTrainer):
         final["step"] = step
         if self._report is not None and self.rwp is not None:
             final["rwp"] = {**self._report, "gamma": self.rwp.defaults["rwp_gamma"]}
-        arguments = without_places(self.args.to_dict())
+        arguments = scrub_paths(self.args.to_dict())
         arguments = {name: value for name, value in arguments.items() if not name.endswith("_dir")}
         return {
             "final": final,

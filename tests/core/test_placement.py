@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 
-from hf_rwp.core.placement import Role, antithetic, fewest_micro_steps, mixes, role, shares_of
+from hf_rwp.core.placement import Role, antithetic, fewest_micro_steps, mixes, role, role_shares
 
 ALPHAS = [0.2, 0.5, 0.8, 1.0]
 WINDOWS = [
@@ -65,7 +65,7 @@ def test_slots_that_weigh_by_their_tokens_make_the_mix_of_the_means_over_tokens(
     of_index = [0] * (replicas if replicas > 1 else micro_steps)
     for place, count in tokens.items():
         of_index[place[0] if replicas > 1 else place[1]] += count
-    roles = {place: role(*place, replicas, micro_steps, alpha, shares_of(of_index)) for place in places}
+    roles = {place: role(*place, replicas, micro_steps, alpha, role_shares(of_index)) for place in places}
     for perturbed, share in ((True, alpha), (False, 1 - alpha)):
         mine = [place for place in places if roles[place].perturbed == perturbed]
         for place in mine:  # the framework's factor on a slot's mean, times its weight
@@ -76,14 +76,14 @@ def test_slots_that_weigh_by_their_tokens_make_the_mix_of_the_means_over_tokens(
 @pytest.mark.parametrize("alpha", [0.2, 0.8])
 def test_equal_tokens_weigh_as_no_tokens(alpha):
     for index in range(3):
-        assert role(0, index, 1, 3, alpha, shares_of([4, 4, 4])).weight == pytest.approx(
+        assert role(0, index, 1, 3, alpha, role_shares([4, 4, 4])).weight == pytest.approx(
             role(0, index, 1, 3, alpha).weight, rel=1e-15
         )
 
 
 @pytest.mark.parametrize("items", [[5, 0], [0, 5], [0, 0]])
 def test_a_role_without_tokens_leaves_the_step_to_the_other(items):
-    assert [role(0, index, 1, 2, 0.3, shares_of(items)) for index in (0, 1)] == [Role(False, 1.0), Role(True, 1.0)]
+    assert [role(0, index, 1, 2, 0.3, role_shares(items)) for index in (0, 1)] == [Role(False, 1.0), Role(True, 1.0)]
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.5, 0.8])

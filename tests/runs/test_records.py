@@ -14,8 +14,8 @@ from hf_rwp.runs.records import (
     environment,
     hub_id,
     read_records,
+    scrub_paths,
     weights_digest,
-    without_places,
 )
 
 
@@ -68,7 +68,7 @@ def test_digests_are_equal_for_equal_bits_alone():
 def test_places_on_this_machine_are_left_out(value, kept, tmp_path, monkeypatch):
     (tmp_path / "here" / "pets").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert without_places(value) == kept
+    assert scrub_paths(value) == kept
 
 
 @pytest.mark.parametrize("name", ["timm/resnet50.a1_in1k", "gpt2"])
