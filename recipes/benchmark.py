@@ -258,7 +258,7 @@ def measure(name: str, rank: int, ranks: int, device: torch.device, args: Argume
 
 
 def combined(group: tuple[dict, ...], alone: dict) -> dict:
-    """One model's figures, of all ranks and of a single process. A step of the group lasts until its slowest rank is done."""
+    """One model's figures, of the ranks and of a single process. A step of ranks lasts until the slowest is done."""
     parallel = {
         kind: [max(times) for times in zip(*(rank["seconds"][kind] for rank in group), strict=True)]
         for kind in group[0]["seconds"]
