@@ -187,6 +187,16 @@ def test_a_missing_extra_is_named_in_one_line(name, package, extra):
     assert "The above exception was the direct cause" in run.stderr
 
 
+def test_a_comparison_with_sam_names_its_extra_and_one_without_needs_none(monkeypatch):
+    from hf_rwp.runs.methods import ComparisonArguments
+
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    line = "method 'sam' needs pytorch_optimizer, which is not installed: pip install 'hf-rwp[compare]'"
+    with pytest.raises(ModuleNotFoundError, match=re.escape(line)):
+        ComparisonArguments(methods=["base", "sam", "rwp"])
+    assert ComparisonArguments(methods=["base", "rwp"]).methods == ["base", "rwp"]
+
+
 def test_a_missing_package_of_no_extra_is_told_as_it_is():
     program = without({"torch"}) + "from hf_rwp import RWP"
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -1,5 +1,6 @@
 """The methods that recipes/compare.py sets side by side, the terms, and what each of them tries."""
 
+import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from hf_rwp import missing
 from hf_rwp.core.checks import check_all
 
 Settings = Mapping[str, float | None]
@@ -86,6 +88,9 @@ class ComparisonArguments:
             ("seeds", all(0 <= seed < 2**32 for seed in self.seeds), "in [0, 2^32)"),
             ("evaluations", self.evaluations >= 1, "at least 1"),
         )
+        needs_sam = [name for name in self.methods if METHODS[name].sam_every]
+        if needs_sam and not importlib.util.find_spec("pytorch_optimizer"):
+            raise ModuleNotFoundError(missing(f"method {needs_sam[0]!r}", "pytorch_optimizer", "compare"))
 
     def grid(self, strength: float | None) -> list[dict[str, float | None]]:
         """The settings that a method tries: as many for each, with or without a strength.
