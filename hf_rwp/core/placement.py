@@ -36,13 +36,15 @@ def role(
     replica: in [0, replicas). micro_step: in [0, micro_steps). alpha: the perturbed gradient's share, in (0, 1].
     shares: what the framework's own factors on the clean and on the perturbed slots' mean gradients add up to, >= 0;
         None where it averages all slots. Where one is 0 that role has no gradient, and the other's is the step's.
-    Raises ValueError where 0 < alpha < 1 and there is one slot alone: nothing to mix.
+    Raises ValueError where 0 < alpha < 1 and there is only one slot: nothing to mix.
     """
     if alpha == 1:
         return Role(True, 1.0)
     index, count = (replica, replicas) if replicas > 1 else (micro_step, micro_steps)
     if count < 2:
-        raise ValueError(f"one gradient on one replica cannot hold the mix of two that alpha={alpha} asks for")
+        raise ValueError(
+            f"alpha={alpha} mixes a clean and a perturbed gradient, but this step has only one, on one replica"
+        )
     if shares is not None and 0 in shares:
         return Role(index % 2 == 1, 1.0)
     total = count if shares is None else 1
@@ -80,7 +82,7 @@ def antithetic(replica: int, micro_step: int, replicas: int, micro_steps: int, a
     """Whose noise a perturbed slot takes, and its sign: (replica, micro_step, 1 or -1).
 
     The perturbed slots of a step are taken in pairs, replica by replica: the second has the opposite of the first's.
-    Where their number is odd, the last is alone.
+    Where their number is odd, the last one is without a partner.
     """
     if alpha == 1:
         order, slot = replica * micro_steps + micro_step, lambda n: (n // micro_steps, n % micro_steps)

@@ -1,8 +1,13 @@
-"""The flags of images, shared by all recipes."""
+"""The flags of images, shared by all recipes, and those of timm's models, optimizers and augmentation."""
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import timm
+import yaml
+from timm.optim import list_optimizers  # type: ignore[attr-defined]
 
 from hf_rwp.core.checks import check_all
 
@@ -27,7 +32,7 @@ class ImageArguments:
     )
     dataset: str | None = field(default=None, metadata={"help": "A dataset's id on the Hub, `ILSVRC/imagenet-1k`."})
     dataset_config: str | None = field(
-        default=None, metadata={"help": "Which configuration of the dataset, where it has several."}
+        default=None, metadata={"help": "Which configuration of the dataset, where it has more than one."}
     )
     train_split: str | None = field(default=None, metadata={"help": "Name of the split to train on; found if not set."})
     validation_split: str | None = field(
@@ -131,3 +136,150 @@ class ImageArguments:
 
 def _increasing(pair: Sequence[float] | None) -> bool:
     return pair is not None and len(pair) == 2 and 0 < pair[0] <= pair[1]
+
+
+@dataclass
+class TimmArguments:
+    """What timm's train.py knows of model, batch, optimizer, schedule, mixing and loss, under its names.
+
+    Raises ValueError for a value out of range and for a name that timm does not have.
+    """
+
+    # Model
+    model: str = field(default="test_resnet", metadata={"help": "A timm model."})
+    model_kwargs: str = field(default="{}", metadata={"help": "Further arguments of the model, as JSON or YAML."})
+    pretrained: str | None = field(
+        default=None,
+        metadata={
+            "nargs": "?",
+            "const": "timm",
+            "help": "Weights to start from, with a new head where the classes differ: a folder or an id on the Hub, "
+            "which name the model as well; without a value those that timm has for `--model`.",
+        },
+    )
+    drop: float | None = field(default=None, metadata={"help": "Dropout rate ahead of the classifier, in [0, 1)."})
+    drop_path: float | None = field(default=None, metadata={"help": "Rate of stochastic depth, in [0, 1)."})
+    channels_last: bool = field(default=False, metadata={"help": "Whether to use the channels_last memory format."})
+    torch_compile: bool = field(default=False, metadata={"help": "Whether to compile the model with torch.compile."})
+    mixed_precision: str | None = field(
+        default=None,
+        metadata={"help": "What accelerate launch says if not set.", "choices": ("no", "fp16", "bf16")},
+    )
+    sync_bn: bool = field(
+        default=False, metadata={"help": "Whether BatchNorm takes its statistics over the replicas of one role (GPUs)."}
+    )
+    model_ema: bool = field(
+        default=False, metadata={"help": "Whether to keep an average of the weights, evaluate it, and save it at last."}
+    )
+    model_ema_decay: float = field(default=0.9998, metadata={"help": "Decay of that average, in (0, 1)."})
+    model_ema_warmup: bool = field(default=False, metadata={"help": "Whether that decay begins small."})
+    # Batch
+    batch_size: int = field(default=64, metadata={"help": "Images per replica and optimizer step."})
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "Parts that a replica's batch is cut into, one backward pass each."}
+    )
+    aug_repeats: int = field(
+        default=1, metadata={"help": "Repeated augmentation: how often an epoch shows an image, beside fewer others."}
+    )
+    # Optimizer
+    opt: str = field(
+        default="sgd", metadata={"help": "A timm optimizer; sgd has Nesterov momentum, momentum the classical one."}
+    )
+    lr: float = field(default=0.1, metadata={"help": "Peak learning rate, for the batch as it is."})
+    weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay."})
+    weight_decay_1d: bool = field(default=False, metadata={"help": "Whether biases and norm weights decay as well."})
+    momentum: float = field(default=0.9, metadata={"help": "Momentum, where the optimizer has one."})
+    opt_eps: float | None = field(default=None, metadata={"help": "The optimizer's epsilon; its own if not set."})
+    opt_betas: list[float] | None = field(default=None, metadata={"help": "Its betas; its own if not set."})
+    layer_decay: float | None = field(
+        default=None, metadata={"help": "Factor on the learning rate from each layer to the one before, in (0, 1]."}
+    )
+    clip_grad: float | None = field(default=None, metadata={"help": "Gradient clipping, above 0; none if not set."})
+    clip_mode: str = field(
+        default="norm", metadata={"help": "How gradients are clipped.", "choices": ("norm", "value", "agc")}
+    )
+    # Schedule
+    epochs: int = field(default=10, metadata={"help": "Passes over the training images, cooldown not counted."})
+    sched: str = field(default="cosine", metadata={"help": "A timm schedule of the learning rate, per update."})
+    warmup_epochs: int = field(default=1, metadata={"help": "Epochs of linear warm-up."})
+    warmup_lr: float = field(default=1e-5, metadata={"help": "Learning rate at the start of warm-up."})
+    min_lr: float = field(default=0.0, metadata={"help": "Least learning rate of schedules that have one."})
+    decay_epochs: float | None = field(default=None, metadata={"help": "Epochs between steps of a step schedule."})
+    decay_milestones: list[int] | None = field(default=None, metadata={"help": "Epochs of a multistep schedule."})
+    decay_rate: float = field(default=0.1, metadata={"help": "Factor of a step of the schedule."})
+    cooldown_epochs: int = field(default=0, metadata={"help": "Epochs at the least learning rate, at the end."})
+    # Mixing and loss
+    mixup: float = field(default=0.0, metadata={"help": "Mixup's alpha; 0 is none."})
+    cutmix: float = field(default=0.0, metadata={"help": "CutMix's alpha; 0 is none."})
+    mixup_prob: float = field(default=1.0, metadata={"help": "Probability of Mixup or CutMix."})
+    mixup_switch_prob: float = field(default=0.5, metadata={"help": "Probability of CutMix, where both are on."})
+    mixup_mode: str = field(
+        default="batch", metadata={"help": "What one draw is for.", "choices": ("batch", "pair", "elem")}
+    )
+    mixup_off_epoch: int = field(default=0, metadata={"help": "Epoch from which on nothing is mixed; 0 is never."})
+    smoothing: float = field(default=0.0, metadata={"help": "Label smoothing, in [0, 1)."})
+    bce_loss: bool = field(default=False, metadata={"help": "Whether to use binary cross-entropy, as timm has it."})
+    bce_target_thresh: float | None = field(
+        default=None, metadata={"help": "Threshold above which mixed targets count as 1 for `--bce_loss`."}
+    )
+    bce_sum: bool = field(default=False, metadata={"help": "Whether `--bce_loss` is summed over classes."})
+
+    def __post_init__(self) -> None:
+        betas = self.opt_betas
+        check_all(
+            self,
+            ("model_kwargs", isinstance(yaml.safe_load(self.model_kwargs), dict), "a mapping, {name: value}"),
+            ("drop", self.drop is None or 0 <= self.drop < 1, "in [0, 1)"),
+            ("drop_path", self.drop_path is None or 0 <= self.drop_path < 1, "in [0, 1)"),
+            ("model_ema_decay", 0 < self.model_ema_decay < 1, "in (0, 1)"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, "at least 1"),
+            ("aug_repeats", self.aug_repeats >= 1, "at least 1"),
+            ("opt", self.opt != "adahessian", "one that needs no second derivatives"),
+            ("opt_betas", betas is None or len(betas) > 1, "two numbers or more, as the optimizer has"),
+            ("layer_decay", self.layer_decay is None or 0 < self.layer_decay <= 1, "in (0, 1]"),
+            ("clip_grad", self.clip_grad is None or self.clip_grad > 0, "above 0"),
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("sched", self.sched != "plateau", "a schedule that depends only on the number of updates"),
+            ("sched", self.sched != "none" or self.layer_decay is None, "`constant` or another one with layer_decay"),
+            ("warmup_epochs", self.warmup_epochs >= 0, "at least 0"),
+            ("cooldown_epochs", self.cooldown_epochs >= 0, "at least 0"),
+            ("mixup", self.mixup >= 0, "at least 0"),
+            ("cutmix", self.cutmix >= 0, "at least 0"),
+            ("mixup_prob", 0 <= self.mixup_prob <= 1, "in [0, 1]"),
+            ("mixup_switch_prob", 0 <= self.mixup_switch_prob <= 1, "in [0, 1]"),
+            ("smoothing", 0 <= self.smoothing < 1, "in [0, 1)"),
+        )
+        _check_known("model", "models", self.model, timm.list_models())
+        _check_known("opt", "optimizers", self.opt.removeprefix("lookahead_"), list_optimizers())
+
+    def check_batch(self, replicas: int, micro_steps: int, mixes: bool) -> None:
+        """Raise ValueError for a batch size that the parts of a step, or what happens to them, cannot share.
+
+        micro_steps: of a step, on each replica. mixes: whether a step has a clean and a perturbed gradient.
+        """
+        whole, repeats = self.batch_size, self.aug_repeats
+        halves = self.gradient_accumulation_steps == 1
+        if whole % micro_steps:
+            parts = "halves, a clean and a perturbed one" if halves else f"{micro_steps} parts"
+            raise ValueError(f"batch_size={whole} cannot be cut into {parts}: set a multiple of {micro_steps}")
+        part = whole // micro_steps
+        if (self.mixup or self.cutmix) and part % 2:
+            raise ValueError(
+                f"batch_size={whole} makes parts of {part} images, and Mixup and CutMix mix pairs of one part: set a "
+                f"multiple of {2 * micro_steps}"
+            )
+        together = whole if replicas > 1 else part
+        if mixes and together % repeats:
+            raise ValueError(
+                f"aug_repeats={repeats} and {together} images to a gradient: copies of one image would land in the "
+                "clean and in the perturbed gradient, which RWP needs from different images. Set batch_size to a "
+                f"multiple of {repeats * whole // together}, or aug_repeats to 1"
+            )
+
+
+def _check_known(name: str, kind: str, value: str, known: Sequence[Any]) -> None:
+    """Raise ValueError for a name that timm does not have; one with a `:` says where else it is from."""
+    if ":" not in value and value.split(".")[0] not in known:
+        similar = ", ".join(difflib.get_close_matches(value, known, n=5, cutoff=0))
+        raise ValueError(f"{name} must be one of timm's {kind}, got {value!r}. Similar names: {similar}")

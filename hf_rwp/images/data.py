@@ -98,8 +98,8 @@ def _load_folder(folder: Path, names: Mapping[str, Sequence[str]], **options: An
         )
     if set("[]*?") & set(str(folder.resolve())):
         raise ValueError(f"data_dir={str(folder)!r}: `datasets` takes [ ] * ? for a pattern, rename the folder")
-    # Named here: `datasets` alone takes a class folder called train or test for a split, and gives no labels at all if
-    # an unlabelled test folder lies beside the others.
+    # Named here: `datasets` by itself takes a class folder called train or test for a split, and gives no labels at all
+    # if an unlabelled test folder lies beside the others.
     present = [path.name for path in folder.iterdir() if path.is_dir()]
     files = {name: f"{name}/**" for name in (_first(wanted, present) for wanted in names.values()) if name}
     hint = (
@@ -224,3 +224,11 @@ def _with_classes(split: Dataset, names: list[str]) -> Dataset:
     # Set beside the images: `cast_column` would write the images anew.
     labels = Dataset.from_dict({"label": split["label"][:]}, features=Features(label=ClassLabel(names=names)))
     return concatenate_datasets([split.select_columns("image"), labels], axis=1)
+
+
+def describe_splits(splits: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """How many images each split of `load_images` has, None for a stream, and the name that it has in its source."""
+    return {
+        role: {"images": getattr(split, "num_rows", None), "split": str(split.split) if split.split else None}
+        for role, split in splits.items()
+    }

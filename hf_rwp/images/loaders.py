@@ -38,7 +38,7 @@ _DECODER = Image()
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """`image` in mode RGB; transparency is dropped, 16-bit grayscale is scaled (Pillow alone clips it to white)."""
+    """`image` in mode RGB; transparency is dropped, 16-bit grayscale is scaled (Pillow by itself clips it to white)."""
     if image.mode.startswith("I"):
         image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
@@ -71,7 +71,7 @@ class ImageDataset(torch.utils.data.Dataset[tuple[Any, int]]):
     """A split in memory or on disk, decoded, in RGB and transformed: (image, label) by row.
 
     A key is a row, or (row, epoch, position) from a `BatchPlan`; then a whole batch is transformed with random numbers
-    that depend on (seed, epoch, position of the first key) alone, and the global generators stay as they were.
+    that depend only on (seed, epoch, position of the first key), and the global generators stay as they were.
     A row that cannot be read is added to `unreadable`. In training the next readable row takes its place (a black
     image of class 0 once more than max_bad_images rows in a row have failed); else it is black, its label -1.
     """
@@ -133,7 +133,7 @@ class ImageStream(torch.utils.data.IterableDataset[Batch]):
     Training: shuffled by (seed, epoch) through a buffer of shuffle_buffer rows in each worker, each worker's short last
     batch dropped. Replicas and workers share the files; where replicas do not divide them, every replica reads all
     files and takes its part of the rows. Rows that cannot be read, or whose label is out of range, are added to
-    `unreadable` and skipped. Random transforms depend on (seed, epoch, replica, worker, number of the batch) alone.
+    `unreadable` and skipped. Random transforms depend only on (seed, epoch, replica, worker, number of the batch).
     """
 
     def __init__(
@@ -286,7 +286,7 @@ class ImageLoader:
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """What the next iteration gives. start: images of the epoch, over all replicas, that have been used before.
 
-        A stream reads and discards up to there; it continues exactly on the same number of replicas and workers alone.
+        A stream reads and discards up to there; it continues exactly only on the same number of replicas and workers.
         """
         self._epoch, self._start = epoch, start
         if self.plan is not None:
@@ -384,7 +384,7 @@ def _refuse_no_batch(size: int, batch_size: int, replicas: int, training: bool) 
 
 
 def _mixed(*place: int) -> int:
-    """A 64-bit seed from several numbers, each at least 0."""
+    """A 64-bit seed from some numbers, each at least 0."""
     return int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0])
 
 

@@ -40,7 +40,9 @@ def image_transforms(
     try:
         training: Any = create_transform(**{**options, **augmentation}, is_training=True)
     except AssertionError as error:
-        raise ValueError(f"aa={args.aa!r} is no augmentation that timm knows: write it like rand-m9-mstd0.5") from error
+        raise ValueError(
+            f"aa={args.aa!r} is not an augmentation that timm knows: write it like rand-m9-mstd0.5"
+        ) from error
     size = tuple(data_config["input_size"][-2:])
     if args.crop_padding is not None:  # in place of timm's random resized crop
         training.transforms[0] = Compose([Resize(size), RandomCrop(size, padding=args.crop_padding)])

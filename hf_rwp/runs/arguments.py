@@ -41,7 +41,7 @@ class RunArguments:
     logging_steps: int = field(
         default=10,
         metadata={
-            "help": "Optimizer steps from one report of the loss to the next; several replicas also agree then on "
+            "help": "Optimizer steps from one report of the loss to the next; replicas also agree then on "
             "unreadable images and on SIGTERM."
         },
     )

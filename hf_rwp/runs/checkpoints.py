@@ -1,7 +1,7 @@
 """Checkpoints on disk: each exists whole or not at all, and the last good one outlives whatever happens to the next.
 
 A run keeps them in one folder, as `step_N`, N the optimizer steps behind it. A name with a suffix (`.partial`,
-`.removed`) is no checkpoint: it is what a kill left of writing or removing one.
+`.removed`) is not a checkpoint but what a kill left of writing or removing one.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ def save_checkpoint(
                 save_model(module, str(partial / f"{name}.safetensors"))
 
     def publish() -> None:
-        """When all have written their part: say what it has to be like when it is read, and give it its name."""
+        """When all have written their part: say what it must be like when it is read, and give it its name."""
         if not accelerator.is_main_process:
             return
         (partial / STATE).write_text(json.dumps({"state": state, "sha256": _digests(partial)}))
@@ -70,7 +70,7 @@ def save_checkpoint(
 
 
 def read_state(folder: Path, needed: Collection[str] = ()) -> dict[str, Any]:
-    """The `state` that `save_checkpoint` wrote. needed: what it has to hold.
+    """The `state` that `save_checkpoint` wrote. needed: what it must hold.
 
     Raises ValueError, with the names of the files, where the folder is not as it was written: cut short, changed, with
     a file that does not belong there, or of something else.
@@ -81,7 +81,8 @@ def read_state(folder: Path, needed: Collection[str] = ()) -> dict[str, Any]:
         expected: dict[str, str] = written["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{folder} is no whole checkpoint ({type(error).__name__}: {error}): name a folder step_N that a run wrote"
+            f"{folder} is not a complete checkpoint ({type(error).__name__}: {error}): name a folder step_N "
+            "that a run wrote"
         ) from error
     found = _digests(folder)
     wrong = [f"{name} is missing" for name in expected.keys() - found.keys()]
@@ -114,7 +115,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, modules: Mapping[str
 
 
 def checkpoints_in(folder: Path) -> dict[int, Path]:
-    """The whole checkpoints in a folder by step, the oldest first."""
+    """The complete checkpoints in a folder by step, the oldest first."""
     found = ((path.name.removeprefix("step_"), path) for path in folder.glob("step_*"))
     return dict(sorted((int(step), path) for step, path in found if step.isdigit()))
 
@@ -155,7 +156,7 @@ def _refuse_code(folder: Path, suffix: str) -> None:
 
 
 def _flush(file: Path) -> None:
-    """Have the file on disk, not in memory alone, before a rename says that it is."""
+    """Have the file on disk, not only in memory, before a rename says that it is."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -25,7 +25,7 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None, de
     config = parser.parse_known_args(argv)[0].config
     settings = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {} if config else {}
     if not isinstance(settings, dict):
-        raise ValueError(f"{config} holds no flags: each has to be a line of its own, `name: value`")
+        raise ValueError(f"{config} holds no flags: each must be a line of its own, `name: value`")
     # As flags ahead of the others they are checked and converted alike, and the later flag wins.
     flags = [flag for name, value in settings.items() if value is not None for flag in _flags(name, value)]
     parsed: Arguments = parser.parse_args_into_dataclasses(flags + argv, look_for_args_file=False)[0]

@@ -120,7 +120,7 @@ def scrub_paths(value: Any) -> Any:
 
 
 def hub_id(name: str | None) -> str | None:
-    """The name of a model if it can only be one on the Hub, and is no path on this machine."""
+    """The name of a model if it can only be one on the Hub, and is not a path on this machine."""
     return name if name and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) and not Path(name).exists() else None
 
 
@@ -136,9 +136,9 @@ def _last_part(place: re.Match[str]) -> str:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a .jsonl file, none where there is no file; a last line that a kill cut short is left out.
+    """The records of a .jsonl file, none without a file; a last line that a kill cut short is left out.
 
-    Raises ValueError for a line that is no JSON.
+    Raises ValueError for a line that is not JSON.
     """
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     records = []
@@ -149,7 +149,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             if number == len(lines) and not line.endswith(b"\n"):
                 break
             raise ValueError(
-                f"{path}, line {number} is no record ({error}): remove that line, or name another file"
+                f"{path}, line {number} is not a record ({error}): remove that line, or name another file"
             ) from error
     return records
 
@@ -228,6 +228,14 @@ def summary(results: Results) -> str:
             "noise / weights": noise_sizes(rwp) or "-",
         }
     return aligned(rows)
+
+
+def epoch_line(row: Row) -> str:
+    """The figures of an epoch that a log shows, in a line."""
+    shown = {name: row.get(name) for name in ("train_loss", "top1", "top1_ema")}
+    return f"epoch {row['epoch']}: " + ", ".join(
+        f"{name} {value:.4f}" for name, value in shown.items() if value is not None
+    )
 
 
 def noise_sizes(report: Mapping[str, Any]) -> str:

@@ -43,7 +43,7 @@ from hf_rwp.runs.checkpoints import (
     save_checkpoint,
 )
 from hf_rwp.runs.files import write
-from hf_rwp.runs.records import Results, Row, weights_digest
+from hf_rwp.runs.records import Results, Row, epoch_line, noise_sizes, weights_digest
 
 PREEMPTED = 75  # the exit status after SIGTERM, once a checkpoint is saved: EX_TEMPFAIL, "try again later"
 RESULTS = "results.json"
@@ -105,7 +105,7 @@ def changed_flags(flags: Mapping[str, Any], saved: Mapping[str, Any]) -> list[st
 def refuse_other_flags(flags: Mapping[str, Any], saved: Mapping[str, Any], kept: Collection[str], weights: str) -> None:
     """Raise ValueError for a flag whose old value comes back with the checkpoint.
 
-    kept: their names. weights: the flag that starts from weights alone, as a user writes it.
+    kept: their names. weights: the flag that starts from nothing but weights, as a user writes it.
     """
     changed = [name for name in changed_flags(flags, saved) if name in kept]
     if changed:
@@ -172,6 +172,19 @@ def agree(
     return stops > 0, count
 
 
+def on_main(accelerator: Accelerator, function: Callable[[], object], expected: type[Exception]) -> None:
+    """Call `function` on the main process. Collective: the error `expected` of it is raised on all replicas."""
+    failure = None
+    if accelerator.is_main_process:
+        try:
+            function()
+        except expected as error:
+            failure = str(error)
+    failures = [text for text in gather_object([failure]) if text]
+    if failures:
+        raise expected(failures[0])
+
+
 def accuracy_of(row: Row) -> float:
     """What tells which epoch was the best."""
     return row["top1_ema"] if "top1_ema" in row else row["top1"]
@@ -183,6 +196,7 @@ class Background(Protocol):
     @property
     def busy(self) -> bool: ...
     def start(self, folder: Path, message: str) -> None: ...
+    def finish(self) -> None: ...
     def stop(self) -> None: ...
 
 
@@ -303,12 +317,15 @@ class Run:
             self._publish(improved=not self.images and self.step in best)
 
     def end_epoch(self, row: Row) -> None:
-        """Take an epoch's row into the history, report it, and save."""
+        """Take an epoch's row into the history, save, and report it."""
         self.history.append(row)
         self.images, self.seconds = 0, 0.0
         self.tracker.reset()
         self.accelerator.log({name: value for name, value in row.items() if isinstance(value, float)}, step=self.step)
         self.save()
+        if self.rwp and len(self.history) == 1:
+            self.accelerator.print(f"noise / weights: {noise_sizes(row['rwp']) or 'none yet'}")
+        self.accelerator.print(epoch_line(row))
 
     def stop(self) -> None:
         """Exit with the status `PREEMPTED`, after a save."""

@@ -19,7 +19,7 @@ import torch
 import yaml
 from hub_clients import Clients
 from hub_server import OTHER, READ, WRITE, HubServer, cut, silent, slow, status
-from imagenet import load_recipe, train, train_on_rank
+from imagenet import train, train_on_rank
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file
 from timm.data import resolve_data_config
@@ -556,9 +556,9 @@ def unheard(recipe, monkeypatch):
     def note(folder, *_, **__):
         pushed.append({file.name: file.read_bytes() for file in Path(folder).iterdir()})
 
-    monkeypatch.setattr(recipe, "reserve", lambda *_, **__: None)
-    monkeypatch.setattr(recipe, "push", note)
-    monkeypatch.setattr(recipe.BackgroundPush, "start", lambda _, folder, message: note(folder))
+    monkeypatch.setattr("hf_rwp.hub.publish.reserve", lambda *_, **__: None)
+    monkeypatch.setattr("hf_rwp.hub.publish.push", note)
+    monkeypatch.setattr("hf_rwp.hub.push.BackgroundPush.start", lambda _, folder, message: note(folder))
     return pushed
 
 
@@ -583,7 +583,7 @@ def test_the_best_weights_are_pushed_whatever_became_of_their_folder(recipe, tmp
         raise SafetensorError("I/O error: No space left on device")
 
     monkeypatch.setattr(recipe, "save_model", full)
-    monkeypatch.setattr(recipe, "accuracy_of", lambda row: -row["step"])
+    monkeypatch.setattr("hf_rwp.runs.run.accuracy_of", lambda row: -row["step"])
     train(recipe, tmp_path, *PUSH, "--hub_strategy=best", *flags)
     (files,) = unheard
     name = "ema" if flags else "model"
@@ -615,7 +615,7 @@ def test_a_disk_that_is_full_at_last_leaves_the_command_that_pushes(recipe, tmp_
 
 def test_weights_of_timm_are_named_as_the_base_model(recipe, tmp_path, monkeypatch):
     real = timm.create_model
-    monkeypatch.setattr(recipe.timm, "create_model", lambda name, pretrained, **options: real(name, **options))
+    monkeypatch.setattr("timm.create_model", lambda name, pretrained, **options: real(name, **options))
     train(recipe, tmp_path, "--pretrained", "--epochs=1")
     card = (tmp_path / "model" / "README.md").read_text()
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "timm/test_resnet.r160_in1k"
@@ -641,7 +641,7 @@ def test_a_disk_that_fills_up_stops_the_push_and_not_the_training(recipe, tmp_pa
         return real(*arguments, **options)
 
     monkeypatch.setattr(recipe, "save_model", full_at_first)
-    monkeypatch.setattr(recipe, "reserve", lambda *_, **__: None)
+    monkeypatch.setattr("hf_rwp.hub.publish.reserve", lambda *_, **__: None)
     with pytest.raises(SystemExit, match="unset HF_HUB_OFFLINE"):
         train(recipe, tmp_path, *PUSH, "--hub_strategy=every_save")
     assert re.search(r"nothing is pushed at step 3: .*No space left", capsys.readouterr().err)
@@ -651,11 +651,10 @@ def test_a_disk_that_fills_up_stops_the_push_and_not_the_training(recipe, tmp_pa
 
 def best_on_rank(folder):
     with pytest.MonkeyPatch.context() as patch:
-        recipe = load_recipe()
-        patch.setattr(recipe, "reserve", lambda *_, **__: None)
-        patch.setattr(recipe, "push", lambda folder, *_, **__: folder)
-        patch.setattr(recipe.BackgroundPush, "start", lambda *_: None)
-        patch.setattr(recipe, "accuracy_of", lambda row: -row["step"])
+        patch.setattr("hf_rwp.hub.publish.reserve", lambda *_, **__: None)
+        patch.setattr("hf_rwp.hub.publish.push", lambda folder, *_, **__: folder)
+        patch.setattr("hf_rwp.hub.push.BackgroundPush.start", lambda *_: None)
+        patch.setattr("hf_rwp.runs.run.accuracy_of", lambda row: -row["step"])
         return train_on_rank(folder, *PUSH, "--hub_strategy=best", "--model_ema")
 
 

@@ -21,8 +21,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, pipeline
 
 from hf_rwp.hub.export import save_model
+from hf_rwp.hub.push import PushError
 from hf_rwp.images.data import load_images
-from hf_rwp.runs.checkpoints import checkpoints_in
+from hf_rwp.runs.checkpoints import checkpoints_in, save_checkpoint
+from hf_rwp.runs.run import PREEMPTED
 
 FIGURES = ("epoch", "step", "train_loss", "loss_clean", "loss_perturbed", "learning_rate", "top1", "top5", "top1_ema")
 
@@ -212,7 +214,7 @@ def test_sigterm_saves_and_exits_with_a_status_of_its_own(recipe, preempting, tm
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
         train(recipe, tmp_path / "run")
-    assert stopped.value.code == recipe.PREEMPTED == 75
+    assert stopped.value.code == PREEMPTED == 75
     assert "saved step 4" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is handler
     assert steps(tmp_path / "run") == [3, 4]
@@ -319,24 +321,24 @@ def test_the_last_checkpoints_and_the_best_are_kept(recipe, tmp_path, monkeypatc
 
 def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_survives(recipe, tmp_path, monkeypatch):
     """The kernel refuses to write files beyond 64 KiB, in the middle of the weights' file."""
-    save, saves = recipe.save_checkpoint, []
+    saves = []
 
     def full(*arguments):
         saves.append(1)
         if len(saves) == 1:
-            return save(*arguments)
+            return save_checkpoint(*arguments)
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
         try:
-            return save(*arguments)
+            return save_checkpoint(*arguments)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr(recipe, "save_checkpoint", full)
+    monkeypatch.setattr("hf_rwp.runs.run.save_checkpoint", full)
     with pytest.raises(OSError, match=r"step_6 could not be written .* step_3 is intact"):
         train(recipe, tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_3"]
-    monkeypatch.setattr(recipe, "save_checkpoint", save)
+    monkeypatch.setattr("hf_rwp.runs.run.save_checkpoint", save_checkpoint)
     again = results_of(recipe, tmp_path / "run", "--resume_from_checkpoint=latest")
     assert_same_run(again, results_of(recipe, tmp_path / "whole"))
 
@@ -413,7 +415,7 @@ def test_a_checkpoint_of_another_method_or_a_longer_run_is_refused(recipe, tmp_p
 
 def test_what_is_no_whole_checkpoint_is_refused(recipe, tmp_path):
     (tmp_path / "step_3").mkdir()
-    with pytest.raises(ValueError, match="step_3 is no whole checkpoint"):
+    with pytest.raises(ValueError, match="step_3 is not a complete checkpoint"):
         train(recipe, tmp_path / "out", f"--resume_from_checkpoint={tmp_path / 'step_3'}")
 
 
@@ -567,7 +569,7 @@ def test_evaluation_of_weights_for_other_classes_is_refused(recipe, loaded, pict
     recipe.load_images = few_digits
     train(recipe, tmp_path / "run", "--epochs=1")
     recipe.load_images = load_images
-    with pytest.raises(ValueError, match="10 classes apart and the data has 2; class 0 is '0' there and 'dark' here"):
+    with pytest.raises(ValueError, match="has 10 classes, but the data has 2; class 0 is '0' there and 'dark' here"):
         train(recipe, tmp_path / "eval", f"--pretrained={tmp_path}/run/model", f"--data_dir={pictures}", "--eval_only")
 
 
@@ -577,9 +579,7 @@ def test_as_many_classes_in_another_order_are_not_evaluated(loaded, pictures, tm
     for split in ("train", "val"):
         (pictures / split / "dark").rename(pictures / split / "shade")
     source = f"--pretrained={tmp_path / 'run' / 'model'}"
-    with pytest.raises(
-        ValueError, match="2 classes apart and the data has 2; class 0 is 'dark' there and 'light' here"
-    ):
+    with pytest.raises(ValueError, match="has 2 classes, but the data has 2; class 0 is 'dark' there and 'light' here"):
         train(loaded, tmp_path / "eval", flags[0], "--eval_only", source)
     head = load_file(tmp_path / "run" / "model" / "model.safetensors")["fc.weight"]
     train(loaded, tmp_path / "tuned", *flags, source, "--lr=1e-30")
@@ -642,17 +642,12 @@ def test_pretrained_weights_that_are_a_program_are_refused_and_not_run(recipe, t
 
 
 def refused_on_rank(folder):
-    recipe = load_recipe()
-    reserve = recipe.reserve
-
     def refuses(*_, **__):
-        raise recipe.PushError("ada/net cannot be pushed to: it is not yours")
+        raise PushError("ada/net cannot be pushed to: it is not yours")
 
-    recipe.reserve = refuses
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_rwp.hub.publish.reserve", refuses)
         return train_on_rank(folder, "--push_to_hub", "--hub_model_id=ada/net")
-    finally:
-        recipe.reserve = reserve
 
 
 def test_a_repository_that_will_never_be_writable_stops_all_replicas_before_training(tmp_path):

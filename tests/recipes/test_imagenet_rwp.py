@@ -122,13 +122,13 @@ def fixed(recipe, monkeypatch):
     batches = FixedBatches(zip(pixels.split(32), labels.split(32), strict=True))
     torch.manual_seed(0)  # for some models a step of SAM amplifies rounding
     model = timm.create_model("test_resnet", num_classes=10)
-    monkeypatch.setattr(recipe.timm, "create_model", lambda *_, **__: model)
+    monkeypatch.setattr("timm.create_model", lambda *_, **__: model)
     build = recipe.build_loader
     monkeypatch.setattr(
         recipe, "build_loader", lambda *splits, **options: batches if options["training"] else build(*splits, **options)
     )
     schedule = SimpleNamespace(step_update=lambda _: None)
-    monkeypatch.setattr(recipe, "create_scheduler_v2", lambda *_, num_epochs, **__: (schedule, num_epochs))
+    monkeypatch.setattr(recipe, "create_scheduler", lambda args, *_, **__: (schedule, args.epochs))
     config = model.pretrained_cfg
     mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
     images = (pixels / 255 - mean) / std
@@ -348,12 +348,9 @@ def test_losses_are_timms(recipe, mixed):
 def sync_groups(alpha):
     """The ranks whose BatchNorm statistics this one shares; an average of the weights, made before, follows them."""
     recipe = load_recipe()
-    accelerator = SimpleNamespace(
-        num_processes=4, process_index=distributed.rank(), device=SimpleNamespace(type="cuda")
-    )
     plain = timm.create_model("test_resnet")
     ema = recipe.ModelEmaV3(plain, 0.5)
-    module = recipe.sync_batch_norm(plain, accelerator, alpha)
+    module = recipe.sync_bn(plain, torch.device("cuda"), distributed.rank(), 4, alpha)
     ema.update(module, step=1)
     assert all(map(torch.equal, ema.module.state_dict().values(), module.state_dict().values()))
     groups = {layer.process_group for layer in module.modules() if isinstance(layer, torch.nn.SyncBatchNorm)}
@@ -365,7 +362,7 @@ def sync_groups(alpha):
 def test_sync_bn_joins_the_replicas_of_one_role():
     """On gloo ranks that say they have GPUs: the layers themselves run on those alone."""
     assert distributed.run(4, sync_groups, 0.5) == [[0, 2], [1, 3], [0, 2], [1, 3]]
-    assert distributed.run(4, sync_groups, None) == [[0, 1, 2, 3]] * 4
+    assert distributed.run(4, sync_groups, 0.0) == [[0, 1, 2, 3]] * 4
 
 
 def test_sync_bn_needs_gpus(recipe, tmp_path):
@@ -514,26 +511,26 @@ def test_a_file_of_flags(recipe, tmp_path):
         (["--batch_size=1"], "clean and a perturbed.* multiple of 2"),
         (["--gradient_accumulation_steps=5"], "5 parts.* multiple of 5"),
         (["--batch_size=101", "--method=base"], "100 images make no whole batch of 101"),
-        (["--epochs=0"], "epochs=0"),
-        (["--rwp_alpha=2"], "rwp_alpha=2"),
-        (["--seed=-1"], "seed=-1"),
-        (["--opt=adahessian"], "opt='adahessian'.*second derivatives"),
-        (["--opt=agd"], "none of timm's optimizers.*adagrad"),
-        (["--sched=plateau"], "sched='plateau'"),
+        (["--epochs=0"], "epochs must be at least 1, got 0"),
+        (["--rwp_alpha=2"], "rwp_alpha must be .*, got 2"),
+        (["--seed=-1"], "seed must be .*, got -1"),
+        (["--opt=adahessian"], "opt must be .*second derivatives, got 'adahessian'"),
+        (["--opt=agd"], "one of timm's optimizers, got 'agd'.*adagrad"),
+        (["--sched=plateau"], "sched must be .*, got 'plateau'"),
         (["--batch_size=34", "--mixup=1"], "parts of 17 images.*multiple of 4"),
         (["--aug_repeats=3"], "clean and in the perturbed.*multiple of 6"),
-        (["--report_to=mlflow"], "mlflow.*no tracker"),
-        (["--model_kwargs=[1]"], "no mapping"),
+        (["--report_to=mlflow"], "unknown tracker 'mlflow'"),
+        (["--model_kwargs=[1]"], "must be a mapping.*, got"),
         (["--model_kwargs={nothing: 1}"], "nothing"),
         (["--eval_only"], "nothing to evaluate"),
-        (["--opt_betas=0.9"], "opt_betas=.*two numbers"),
+        (["--opt_betas=0.9"], "opt_betas must be two numbers.*, got"),
         (["--aa=trivial"], "aa='trivial'"),
         (["--model=pit_ti_224"], "takes images of 224 pixels"),
-        (["--drop=1"], "drop=1"),
-        (["--sam_rho=0"], "sam_rho=0"),
+        (["--drop=1"], "drop must be .*, got 1"),
+        (["--sam_rho=0"], "sam_rho must be above 0, got 0"),
         (["--cutout=16"], "cutout=16.*16 pixels"),
         (["--pretrained=absent/folder"], "absent/folder"),
-        (["--resume_from_checkpoint=latest"], "holds no checkpoint"),
+        (["--resume_from_checkpoint=latest"], "holds no complete checkpoint"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(recipe, tmp_path, flags, message):

@@ -65,7 +65,7 @@ def test_only_what_is_to_be_kept_is_kept(tmp_path):
 def test_what_is_not_whole_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "state.json").write_text(content)
-    with pytest.raises(ValueError, match="is no whole checkpoint"):
+    with pytest.raises(ValueError, match="is not a complete checkpoint"):
         read_state(tmp_path)
 
 

@@ -133,7 +133,7 @@ def test_a_last_line_without_its_end_is_kept(tmp_path):
 def test_what_is_no_record_is_named_and_kept(tmp_path):
     file = tmp_path / "runs.jsonl"
     file.write_text('{"top1": 0.5}\nhello\n{"top1": 0.7}\n')
-    with pytest.raises(ValueError, match="line 2 is no record"):
+    with pytest.raises(ValueError, match="line 2 is not a record"):
         append_record(file, {"top1": 0.8})
     with pytest.raises(ValueError, match="not JSON compliant"):
         append_record(tmp_path / "other.jsonl", {"loss": float("nan")})
