@@ -1,4 +1,4 @@
-"""The house of design.md: `import hf_rwp` is light, names load lazily, imports point one way."""
+"""The house of hf_rwp/README.md: `import hf_rwp` is light, names load lazily, imports point one way."""
 
 import ast
 import importlib

@@ -1,4 +1,4 @@
-"""Guarantee 5 of design.md for many weights in one call: the noise and the stds that `noise` gives each of them.
+"""Guarantee 5 of hf_rwp/README.md for many weights in one call: the noise and the stds that `noise` gives each of them.
 
 What the kernels do is tested in test_kernels.py; here a stub stands in for them, but for one step in a process where
 Triton interprets them.

@@ -1,4 +1,4 @@
-"""Guarantees 3, 6 and 8 of design.md where noise is written and taken back.
+"""Guarantees 3, 6 and 8 of hf_rwp/README.md where noise is written and taken back.
 
 1. Weights are bit-equal after `restore`, in every dtype and layout, whatever bits they hold.
 2. `suspend` and `resume` are bit-exact, unseen by autograd, and keep what was written to the weights between them.
