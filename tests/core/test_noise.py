@@ -1,6 +1,6 @@
 """Guarantee 5 of hf_rwp/README.md (noise), the pure part, and ARWP's and the schedule's closed forms.
 
-1. A filter is as hf_rwp/README.md says, and std is gamma times its norm (over sqrt(fan_in) in mode `filter_normalized`).
+1. A filter is as hf_rwp/README.md says, and std gamma times its norm (over sqrt(fan_in) in mode `filter_normalized`).
 2. The noise is std times a tile's draws, in the order of the elements, rounded once; any shape, layout, dtype.
 3. It is layout-free: whoever holds a part of a weight draws that part of the whole weight's noise, bit for bit.
 4. It has the right law per filter, and is independent between replicas, micro-steps, windows and parameters.

@@ -1,4 +1,4 @@
-"""Guarantee 2 of design.md, the pure part: the weights of the slots turn the framework's mean into the paper's mix.
+"""Guarantee 2 of hf_rwp/README.md, the pure part: the weights of slots turn the framework's mean into the paper's mix.
 
 All replicas 1 to 9, micro-steps 1 to 5 and alpha .2 .5 .8 1, counted out in exact fractions.
 """
