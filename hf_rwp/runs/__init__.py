@@ -1,1 +1,1 @@
-"""What a run leaves behind, and how it goes on: checkpoints, records, and the flags it was started with."""
+"""How a run is made of steps, what it leaves behind, and how it goes on: checkpoints, records, flags."""
