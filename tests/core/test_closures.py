@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from distributed import rank, run
+from distributed import rank, run_each
 from reference import mixed_gradient, noises, snapshot
 from timm.optim import create_optimizer_v2
 from torch import nn
@@ -402,10 +402,11 @@ def train_replicas(alpha, micro_steps, loop):
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize(("alpha", "micro_steps"), [(0.3, 1), (0.3, 2), (1.0, 2)])
-def test_the_gradient_of_two_replicas_is_the_mix(loop, alpha, micro_steps):
-    (passes, steps, slots), (others, same, _) = run(2, train_replicas, alpha, micro_steps, loop)
-    torch.testing.assert_close(same, steps, rtol=0, atol=0)
-    order = [one for pair in zip(passes, others, strict=True) for one in pair]
-    check(network(), order, steps, alpha, [2 * micro_steps] * 3)
-    assert slots["perturbed"] == (1 + (alpha == 1)) * 3 * micro_steps
+def test_the_gradient_of_two_replicas_is_the_mix(loop):
+    cases = [(0.3, 1, loop), (0.3, 2, loop), (1.0, 2, loop)]
+    for (alpha, micro_steps, _), ranks in zip(cases, run_each(2, train_replicas, cases), strict=True):
+        (passes, steps, slots), (others, same, _) = ranks
+        torch.testing.assert_close(same, steps, rtol=0, atol=0)
+        order = [one for pair in zip(passes, others, strict=True) for one in pair]
+        check(network(), order, steps, alpha, [2 * micro_steps] * 3)
+        assert slots["perturbed"] == (1 + (alpha == 1)) * 3 * micro_steps

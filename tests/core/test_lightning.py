@@ -9,7 +9,7 @@ raises, and in manual optimization always, since there the backward pass is over
 import pytest
 import torch
 import torch.nn.functional as F
-from distributed import run
+from distributed import run, run_each
 from reference import snapshot
 from test_closures import GAMMA, Recording, check, inputs, labels, loss_of, network, one_pass
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -204,8 +204,8 @@ TWO = [
 
 @pytest.mark.parametrize(("wrapped", "called", "manual"), [*TWO, ("self", "net", "")])
 def test_the_gradient_of_two_replicas_in_trainer_is_the_mix(wrapped, called, manual):
-    for alpha, micro_steps in [(0.3, 1), (0.3, 2), (1.0, 2)]:
-        ranks = run(2, train_replicas, alpha, micro_steps, wrapped, called, manual)
+    cases = [(alpha, micro_steps, wrapped, called, manual) for alpha, micro_steps in [(0.3, 1), (0.3, 2), (1.0, 2)]]
+    for (alpha, micro_steps, *_), ranks in zip(cases, run_each(2, train_replicas, cases), strict=True):
         (passes, steps, global_step), (others, same, _) = ranks
         torch.testing.assert_close(same, steps, rtol=0, atol=0)
         order = [one for pair in zip(passes, others, strict=True) for one in pair]

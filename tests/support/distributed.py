@@ -10,6 +10,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
@@ -28,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "torch.utils.checkpoint", "transformers.trainer"])
+_HEAVY = ["accelerate", "hf_rwp.core.optimizer", "lightning", "timm", "transformers.trainer"]
 _workers: list[tuple[BaseProcess, Connection]] = []
 _GRACE = 30  # seconds beyond the collectives' own timeout
 
@@ -39,6 +40,8 @@ def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 3
     function: importable by name; it finds a gloo group and the environment variables of torchrun. timeout: seconds, of
     every collective. Raises RuntimeError with the tracebacks where a rank raised, died or did not answer.
     """
+    if not _workers:  # what these tests use is imported once; DistributedDataParallel needs torch._dynamo
+        _context.set_forkserver_preload(["torch._dynamo", *[name for name in _HEAVY if name in sys.modules]])
     while len(_workers) < world:
         ours, theirs = _context.Pipe()
         process = _context.Process(target=_serve, args=(theirs, len(_workers)), daemon=True)
