@@ -143,22 +143,24 @@ def die_while_pushing(folder, *flags):
     """
     import imagenet
 
+    from hf_rwp.hub import publish
+
     recipe, made = imagenet.load_recipe(), []
-    real, validate = recipe.BackgroundPush, recipe.validate
+    real, validate = publish.BackgroundPush, recipe.validate
 
     def note(*arguments, **options):
         made.append(real(*arguments, **options))
         return made[0]
 
-    def dies(*arguments):
+    def dies(*arguments, **options):
         if made[0].busy:
             while not Path(folder, "uploading").exists():
                 time.sleep(1)
             made.append({file.name for file in Path(folder, "pushing").iterdir()})
             raise KeyboardInterrupt
-        return validate(*arguments)
+        return validate(*arguments, **options)
 
-    recipe.BackgroundPush, recipe.validate = note, dies
+    publish.BackgroundPush, recipe.validate = note, dies
     try:
         train(folder, *flags)
     except KeyboardInterrupt:
