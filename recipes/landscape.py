@@ -210,7 +210,7 @@ def on_held_out(args: Arguments, model: nn.Module, batches: Batches) -> dict[str
 
 
 def under_noise(args: Arguments, model: nn.Module, batches: Batches) -> list[dict[str, Any]]:
-    options = {"draws": args.draws, "mode": args.noise, "seed": args.seed}
+    options = {"draws": args.draws, "noise": args.noise, "seed": args.seed}
     return [asdict(level) for level in loss_under_noise(model, batches, args.gammas, **options)]
 
 

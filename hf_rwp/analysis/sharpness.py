@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
-from hf_rwp.core import noise
+from hf_rwp.core.noise import Source, add_noise_, filter_norms, noise_seeds, std_factor
 from hf_rwp.core.sharding import block_of
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -82,14 +82,14 @@ def loss_under_noise(
     gammas: Sequence[float],
     *,
     draws: int = 8,
-    mode: str = "filter",
+    noise: str = "filter",
     noise_1d: bool = True,
     seed: int = 0,
     loss: Loss = cross_entropy,
 ) -> list[UnderNoise]:
     """Loss rise and accuracy under the noise that RWP trains with, for every gamma.
 
-    gammas, mode, noise_1d: as in `RWP`. draws: of the noise, at least 3, the same ones for every gamma. The intervals
+    gammas, noise, noise_1d: as in `RWP`. draws: of the noise, at least 3, the same ones for every gamma. The intervals
     are Student's t over draws: they tell how well the mean over noise is known, for these images; where the noise
     wrecks the model losses are skewed, and the interval is rough. That of the accuracy is cut to [0, 1]. Raises
     ValueError for fewer draws.
@@ -100,16 +100,16 @@ def loss_under_noise(
     perturbed = [(position, weight) for position, weight in _positions(model) if noise_1d or weight.ndim > 1]
     positions = [position for position, _ in perturbed]
     with _evaluating(model), _restored([weight for _, weight in perturbed]) as clean:
-        sources = {weight.dtype: noise.Source(weight) for weight in clean}
+        sources = {weight.dtype: Source(weight) for weight in clean}
         at_weights = _measured(model, batches, loss)
         for gamma in gammas:
             points = []
             for draw in range(draws):
-                for weight, number in zip(clean, noise.noise_seeds(seed, draw, 0, 0, positions), strict=True):
+                for weight, number in zip(clean, noise_seeds(seed, draw, 0, 0, positions), strict=True):
                     weight.copy_(clean[weight])
                     block = block_of(weight)
-                    std = noise.filter_norms(block).mul_(noise.std_factor(block, gamma, mode))
-                    noise.add_noise_(block, std, number, sources[weight.dtype])
+                    std = filter_norms(block).mul_(std_factor(block, gamma, noise))
+                    add_noise_(block, std, number, sources[weight.dtype])
                 points.append(_measured(model, batches, loss))
             rise = estimate([point.loss - at_weights.loss for point in points])
             accuracy = estimate([point.accuracy for point in points])
@@ -192,13 +192,13 @@ def random_directions(model: nn.Module, count: int = 2, seed: int = 0) -> list[l
     directions = []
     for number in range(count):
         direction = []
-        seeds = noise.noise_seeds(seed, number, 1, 0, [position for position, _ in _positions(model)])
+        seeds = noise_seeds(seed, number, 1, 0, [position for position, _ in _positions(model)])
         for weight, own_seed in zip(_weights(model), seeds, strict=True):
             normal = torch.zeros(weight.shape, device=weight.device, dtype=_wide(weight))
             if weight.ndim > 1:
                 normal.normal_(generator=_generator(weight, own_seed))
                 block = block_of(normal)
-                scale = noise.filter_norms(block_of(weight)) / noise.filter_norms(block)
+                scale = filter_norms(block_of(weight)) / filter_norms(block)
                 block.memory.mul_(scale.unsqueeze(1))
             direction.append(normal)
         directions.append(direction)

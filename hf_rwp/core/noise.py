@@ -32,10 +32,10 @@ DEFAULT_GAMMA = {"filter": 0.01, "filter_normalized": 0.2}
 SCHEDULES = ("constant", "linear", "cosine")
 
 
-def check_mode(mode: str) -> None:
-    """Raise ValueError for a mode of noise that is none of `MODES`."""
-    if mode not in MODES:
-        raise ValueError(f"unknown noise mode {mode!r}; choose from {', '.join(MODES)}")
+def check_noise(noise: str) -> None:
+    """Raise ValueError for a mode of noise that is not one of `MODES`."""
+    if noise not in MODES:
+        raise ValueError(f"unknown noise mode {noise!r}; choose from {', '.join(MODES)}")
 
 
 def filter_norms(block: Block) -> Tensor:
@@ -45,15 +45,15 @@ def filter_norms(block: Block) -> Tensor:
     return norms
 
 
-def std_factor(block: Block, gamma: float, mode: str = "filter") -> float:
+def std_factor(block: Block, gamma: float, noise: str = "filter") -> float:
     """What the norm of each of a weight's filters is multiplied by for the standard deviation of its noise.
 
     gamma: >= 0. In mode `filter` relative to the filter's norm: std = gamma * ||filter|| (arXiv 2211.11489). In mode
         `filter_normalized` relative to the root mean square of the filter's weights: std = gamma * ||filter|| /
         sqrt(fan_in), so that ||noise|| is about gamma * ||weight|| however wide the layer.
     """
-    check_mode(mode)
-    return gamma / math.sqrt(max(1, block.length) if mode == "filter_normalized" else block.reals)
+    check_noise(noise)
+    return gamma / math.sqrt(max(1, block.length) if noise == "filter_normalized" else block.reals)
 
 
 def noise_seeds(seed: int, window: int, micro_step: int, replica: int, positions: Sequence[int]) -> list[int]:

@@ -23,7 +23,7 @@ from hf_rwp.core.checks import check
 from hf_rwp.core.damping import Damping
 from hf_rwp.core.draws import Target
 from hf_rwp.core.groups import Groups
-from hf_rwp.core.noise import check_mode, noise_seeds, std_factor
+from hf_rwp.core.noise import check_noise, noise_seeds, std_factor
 from hf_rwp.core.perturbation import Perturbation
 from hf_rwp.core.placement import Role, antithetic, role
 from hf_rwp.core.report import Report
@@ -45,7 +45,7 @@ class Options:
     """What `RWP` was given, but for what lives in the param groups."""
 
     alpha: float
-    mode: str
+    noise: str
     noise_1d: bool
     frozen: bool
     antithetic: bool
@@ -54,7 +54,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check("alpha", self.alpha, Real, lambda value: 0 <= value <= 1, "a number in [0, 1]")
-        check_mode(self.mode)
+        check_noise(self.noise)
         steps = self.accumulation_steps
         if steps is not None:
             check("accumulation_steps", steps, Integral, lambda value: value >= 1, "an integer >= 1")
@@ -214,7 +214,9 @@ class Windows:
                 "itself), two or more processes, or alpha=1 to perturb every gradient"
             )
         length, shares = announced or (given or self.accumulation.length, None)
-        factors = [std_factor(target.block, gamma, options.mode) for target, gamma in zip(targets, gammas, strict=True)]
+        factors = [
+            std_factor(target.block, gamma, options.noise) for target, gamma in zip(targets, gammas, strict=True)
+        ]
         return Window(self.groups.windows + 1, length, shares, replicas, targets, factors)
 
     def _perturb(self, window: Window) -> None:

@@ -19,7 +19,7 @@ from hf_rwp.analysis.sharpness import (
     random_directions,
     worst_case,
 )
-from hf_rwp.core import noise
+from hf_rwp.core.noise import hashes, noise_seeds
 
 
 class Quadratic(nn.Module):
@@ -87,27 +87,27 @@ def images():
     return [(torch.randn(n, 8), torch.randint(4, (n,))) for n in (16, 5)]
 
 
-def stds(model, gamma, mode="filter"):
+def stds(model, gamma, noise="filter"):
     """By hand: gamma times the norm of each row, or of a bias."""
     found = []
     for weight in model.parameters():
         rows = weight.detach().view(len(weight) if weight.ndim > 1 else 1, -1)
-        fan_in = rows.shape[1] if mode == "filter_normalized" else 1
+        fan_in = rows.shape[1] if noise == "filter_normalized" else 1
         found.append((gamma / fan_in**0.5 * rows.norm(dim=1, keepdim=True)).expand_as(rows).reshape(-1))
     return torch.cat(found)
 
 
-def epsilon(model, gamma, draw, mode="filter", seed=0, noise_1d=True):
+def epsilon(model, gamma, draw, noise="filter", seed=0, noise_1d=True):
     """The noise of a draw, from its definition: these weights are smaller than a tile, and have one seed each."""
     normal = []
-    for seed_of, weight in zip(noise.noise_seeds(seed, draw, 0, 0, range(2)), model.parameters(), strict=True):
-        generator = torch.Generator().manual_seed(noise.hashes([seed_of], 0)[0])
+    for seed_of, weight in zip(noise_seeds(seed, draw, 0, 0, range(2)), model.parameters(), strict=True):
+        generator = torch.Generator().manual_seed(hashes([seed_of], 0)[0])
         drawn = torch.randn(weight.numel(), generator=generator, dtype=torch.float64)
         normal.append(drawn * (noise_1d or weight.ndim > 1))
-    return torch.cat(normal) * stds(model, gamma, mode)
+    return torch.cat(normal) * stds(model, gamma, noise)
 
 
-@pytest.mark.parametrize("options", [{}, {"mode": "filter_normalized"}, {"noise_1d": False}, {"seed": 7}])
+@pytest.mark.parametrize("options", [{}, {"noise": "filter_normalized"}, {"noise_1d": False}, {"seed": 7}])
 def test_loss_under_noise_is_exact_for_the_given_draws(options):
     model = Quadratic(EIGENVALUES)
     w, gradient = model.flat.detach(), model.hessian @ model.flat.detach() + model.slope
