@@ -1261,22 +1261,30 @@ def test_checkpointing_of_the_whole_model_is_refused(reentrant):
     assert_same(snapshot(model), snapshot(network()))
 
 
+def matrices():
+    """What inductor compiles without C++, which takes the compiler a quarter of a minute for `network`."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 3, bias=False)).double()
+
+
+needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="no c++")
+
+
 @pytest.mark.parametrize(
-    ("how", "backend", "alpha"),
+    ("how", "backend", "alpha", "build"),
     [
-        pytest.param(
-            "torch.compile", "inductor", 0.8, marks=pytest.mark.skipif(not shutil.which("c++"), reason="no c++")
-        ),
-        ("torch.compile", "aot_eager", 0.5),
-        ("torch.compile", "aot_eager", 0.8),
-        ("compiled before it is wrapped", "aot_eager", 0.8),
-        ("module.compile", "aot_eager", 0.8),
+        pytest.param("torch.compile", "inductor", 0.8, matrices, marks=needs_compiler),
+        pytest.param("torch.compile", "inductor", 0.8, network, marks=[needs_compiler, pytest.mark.slow]),
+        ("torch.compile", "aot_eager", 0.5, network),
+        ("torch.compile", "aot_eager", 0.8, network),
+        ("compiled before it is wrapped", "aot_eager", 0.8, network),
+        ("module.compile", "aot_eager", 0.8, network),
     ],
 )
-def test_a_compiled_model_is_right_and_is_not_recompiled(how, backend, alpha):
+def test_a_compiled_model_is_right_and_is_not_recompiled(how, backend, alpha, build):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = network()
+    model = build()
     compiled = model if how == "module.compile" else torch.compile(model, backend=backend)
     if how == "module.compile":
         model.compile(backend=backend)
@@ -1287,7 +1295,7 @@ def test_a_compiled_model_is_right_and_is_not_recompiled(how, backend, alpha):
     assert graphs > 0
     run_windows(compiled, optimizer, inputs(8))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
-    watch.check(alpha, [2] * 6, twin=network())
+    watch.check(alpha, [2] * 6, twin=build())
 
 
 # Misuse
