@@ -208,7 +208,7 @@ def test_a_launcher_that_was_asked_for_two_processes_and_started_one_is_refused(
     wrap(net).remove()  # accelerate launch --num_processes 1
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RuntimeError, match="asked for several processes and started one"):
+    with pytest.raises(RuntimeError, match="told to start more than one process and started one"):
         wrap(net)
     monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")  # an address that somebody exported
     wrap(net)
