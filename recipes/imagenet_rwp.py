@@ -141,9 +141,9 @@ def main(args: Arguments) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hf_rwp.images").setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
 
-    # RWP mixes two gradients, so a replica that is alone halves its batch.
+    # RWP mixes two gradients, so a replica that is alone halves its batch; pairs of opposite noises take quarters.
     alpha = args.rwp_alpha if args.rwp and args.rwp_gamma != 0 else 0.0
-    micro_steps = max(args.gradient_accumulation_steps, fewest_micro_steps(replicas, alpha))
+    micro_steps = max(args.gradient_accumulation_steps, fewest_micro_steps(replicas, alpha, args.rwp_antithetic))
     flags, background = scrub_paths(asdict(args)), None
     checkpoint, state = find_checkpoint(args)
     if not args.eval_only:

@@ -259,8 +259,8 @@ class TimmArguments:
         micro_steps: of a step, on each replica. mixes: whether a step has a clean and a perturbed gradient.
         """
         whole, repeats = self.batch_size, self.aug_repeats
-        halves = self.gradient_accumulation_steps == 1
         if whole % micro_steps:
+            halves = micro_steps == 2 and self.gradient_accumulation_steps == 1
             parts = "halves, a clean and a perturbed one" if halves else f"{micro_steps} parts"
             raise ValueError(f"batch_size={whole} cannot be cut into {parts}: set a multiple of {micro_steps}")
         part = whole // micro_steps

@@ -582,3 +582,11 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_training(recipe, t
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"output_dir=.*file' cannot be written to"):
         train(recipe, tmp_path / "file")
+
+
+def test_antithetic_noise_gets_its_pairs_on_one_replica(recipe, tmp_path):
+    """From four quarters of each batch: three steps, two clean and two perturbed gradients in each."""
+    found = results_of(recipe, tmp_path, "--rwp_antithetic=true", "--epochs=1")
+    assert found["final"]["rwp"]["slots"] == {"clean": 6, "perturbed": 6}
+    with pytest.raises(ValueError, match="batch_size=30 cannot be cut into 4 parts: set a multiple of 4"):
+        train(recipe, tmp_path / "odd", "--rwp_antithetic=true", "--batch_size=30")
