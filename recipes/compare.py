@@ -46,6 +46,7 @@ from tqdm import tqdm
 from hf_rwp import RWP, LossTracker, RWPArguments
 from hf_rwp.analysis.plots import comparison
 from hf_rwp.analysis.timing import seconds_in_turns, timed
+from hf_rwp.core.buffers import sync_buffers
 from hf_rwp.core.checks import check_all
 from hf_rwp.core.noise import DEFAULT_GAMMA, gamma_factor
 from hf_rwp.core.placement import fewest_micro_steps, mixes
@@ -318,7 +319,7 @@ class Training:
     def evaluate(self, images: Images) -> dict[str, float]:
         """Top-1 accuracy in [0, 1] and mean cross-entropy, with clean weights and replica 0's buffers."""
         self.optimizer.eval()
-        broadcast(list(self.module.buffers()))
+        sync_buffers([self.module])
         self.module.eval()
         accuracy = Accuracy(images.labels.device)
         for pixels, labels in zip(images.pixels.split(512), images.labels.split(512), strict=True):

@@ -53,7 +53,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast, set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
 from safetensors.torch import load_file
 from timm.data import Mixup, resolve_data_config
 from timm.loss import BinaryCrossEntropy
@@ -65,6 +65,7 @@ from tqdm import tqdm
 
 from hf_rwp import RWP, LossTracker, RWPArguments
 from hf_rwp.analysis.plots import training_curves
+from hf_rwp.core.buffers import sync_buffers
 from hf_rwp.core.checks import check_all
 from hf_rwp.core.placement import fewest_micro_steps, mixes
 from hf_rwp.core.sharding import refuse_lone_processes
@@ -207,7 +208,7 @@ def main(args: Arguments) -> None:
                 row = train_one_epoch(training, epoch)
                 optimizer.eval()
                 # Replicas update BatchNorm's buffers apart; DDP gives them replica 0's only at its next forward pass.
-                broadcast([*module.buffers(), *(ema.module.buffers() if ema else ())])
+                sync_buffers([module, *averages.values()])
                 row |= evaluate(module)
                 if ema:
                     row |= {f"{name}_ema": value for name, value in evaluate(ema.module).items()}

@@ -22,7 +22,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from hf_rwp.core import registry
-from hf_rwp.core.buffers import unexpanded
+from hf_rwp.core.buffers import sync_buffers
 from hf_rwp.core.checks import check
 from hf_rwp.core.damping import Damping
 from hf_rwp.core.groups import Groups
@@ -34,7 +34,6 @@ from hf_rwp.core.placement import Role
 from hf_rwp.core.report import Report
 from hf_rwp.core.sharding import (
     Replicas,
-    broadcast,
     innermost,
     refuse_lone_processes,
     refuse_quantized,
@@ -272,7 +271,7 @@ class RWP(OptimizerWrapper):
         """Give all replicas replica 0's buffers (BatchNorm's), before evaluation and saving. Call it on all of them."""
         if self.replicas.count > 1:
             self._passes.suspend()
-            broadcast(map(unexpanded, self.model.buffers()), self.replicas)
+            sync_buffers([self.model], self.replicas)
 
     def report(self) -> dict[str, Any]:
         """What really happened so far, over all replicas. Collective: call it on all of them.

@@ -6,6 +6,7 @@ and ask for `Replicas` once a window.
 
 import math
 import os
+from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -83,11 +84,15 @@ def replicas_of(process_group: dist.ProcessGroup | None = None) -> Replicas:
 
 
 def broadcast(tensors: Iterable[Tensor], replicas: Replicas) -> None:
-    """Give all replicas the tensors of replica 0, in place. Collective."""
+    """Give all replicas the tensors of replica 0, in place. Collective: one for all of a dtype and device."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
-        values = tensor.contiguous()
+        alike[tensor.device, tensor.dtype].append(tensor)
+    for own in alike.values():
+        values = torch.cat([tensor.reshape(-1) for tensor in own])
         dist.broadcast(values, group=replicas.group, group_src=0)
-        tensor.copy_(values)
+        for tensor, part in zip(own, values.split([tensor.numel() for tensor in own]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
 
 
 def running_ddp() -> DistributedDataParallel | None:

@@ -627,6 +627,22 @@ def test_sync_buffers_gives_every_rank_those_of_rank_0(persistent):
     assert_same(found, {name: [buffer] * 3 for name, buffer in expected.items()})
 
 
+def sync_all() -> tuple[Counter[str], reference.Tensors]:
+    net = nn.Linear(2, 2)
+    for name, buffer in buffers_of(dist.get_rank()).items():
+        net.register_buffer(f"of_{name}", buffer)
+    optimizer = RWP(torch.optim.SGD(net.parameters(), lr=0.1), net)
+    with Collectives() as mode:
+        optimizer.sync_buffers()
+    return mode.counts, dict(net.named_buffers())
+
+
+def test_sync_buffers_is_one_broadcast_of_each_dtype():
+    for counts, found in run(2, sync_all):
+        assert sum(counts.values()) == 4, counts
+        assert_same(found, {f"of_{name}": buffer for name, buffer in buffers_of(0).items()})
+
+
 def train_and_sync(case: Case, order: str) -> list[reference.Tensors]:
     net, base = build(case)
     optimizer = wrap(case, net, base)
