@@ -97,7 +97,7 @@ def test_a_cutout_of_the_whole_image_is_refused():
 
 
 def test_an_unknown_augmentation_is_refused():
-    with pytest.raises(ValueError, match="aa='trivial' is no augmentation that timm knows"):
+    with pytest.raises(ValueError, match="aa='trivial' is not an augmentation that timm knows"):
         image_transforms(ImageArguments(data_dir="pets", aa="trivial"), CONFIG)
 
 
