@@ -58,7 +58,7 @@ from hf_rwp.core.checks import check_all
 from hf_rwp.core.sharding import refuse_lone_processes
 from hf_rwp.hub.card import add_card
 from hf_rwp.hub.push import PushError, push
-from hf_rwp.images.data import load_images
+from hf_rwp.images.data import describe_splits, load_images
 from hf_rwp.images.loaders import ImageDataset
 from hf_rwp.images.metrics import scores
 from hf_rwp.images.transforms import image_transforms
@@ -128,11 +128,11 @@ class Arguments(ModelArguments, RWPTrainingArguments):
     save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
     save_total_limit: int | None = field(default=2, metadata={"help": "How many of the last checkpoints are kept."})
     disable_tqdm: bool | None = field(
-        default=None, metadata={"help": "Whether to hide progress bars; shown on a terminal alone if not set."}
+        default=None, metadata={"help": "Whether to hide progress bars; shown only on a terminal if not set."}
     )
     logging_strategy: str = field(default="epoch", metadata={"help": "When to log the losses: no, steps or epoch."})
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Whether to hide losses that are no number; else training stops at one."}
+        default=False, metadata={"help": "Whether to hide losses that are not numbers; else training stops at one."}
     )
     logging_steps: float = field(
         default=50,
@@ -241,10 +241,7 @@ def main(args: Arguments) -> None:
         "replicas_sha256": sorted(set(digests)),  # one, as long as all replicas are bit-equal
         "arguments": flags,
         "base_model": base_of(model),
-        "data": {
-            role: {"images": split.num_rows, "split": str(split.split) if split.split else None}
-            for role, split in splits.items()
-        },
+        "data": describe_splits(splits),
         **environment(accelerator),
         "history": history,
     }
