@@ -50,7 +50,7 @@ from hf_rwp.core.buffers import sync_buffers
 from hf_rwp.core.checks import check_all
 from hf_rwp.core.noise import DEFAULT_GAMMA, gamma_factor
 from hf_rwp.core.placement import fewest_micro_steps, mixes
-from hf_rwp.core.sharding import refuse_lone_processes
+from hf_rwp.core.refusals import refuse_lone_processes
 from hf_rwp.images.data import load_images
 from hf_rwp.images.memory import Batches, Images, MemoryArguments, images_digest, select_images
 from hf_rwp.images.metrics import Accuracy

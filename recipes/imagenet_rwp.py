@@ -68,7 +68,7 @@ from hf_rwp.analysis.plots import training_curves
 from hf_rwp.core.buffers import sync_buffers
 from hf_rwp.core.checks import check_all
 from hf_rwp.core.placement import fewest_micro_steps, mixes
-from hf_rwp.core.sharding import refuse_lone_processes
+from hf_rwp.core.refusals import refuse_lone_processes
 from hf_rwp.hub.arguments import HubArguments
 from hf_rwp.hub.card import add_card
 from hf_rwp.hub.export import save_model

@@ -55,7 +55,7 @@ from transformers import set_seed
 from hf_rwp import RWPTrainingArguments
 from hf_rwp.analysis.plots import training_curves
 from hf_rwp.core.checks import check_all
-from hf_rwp.core.sharding import refuse_lone_processes
+from hf_rwp.core.refusals import refuse_lone_processes
 from hf_rwp.hub.card import add_card
 from hf_rwp.hub.push import PushError, push
 from hf_rwp.images.data import describe_splits, load_images

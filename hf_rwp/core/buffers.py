@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from hf_rwp.core.sharding import Replicas, broadcast, replicas_of
+from hf_rwp.core.replicas import Replicas, broadcast, replicas_of
 
 Guarded = tuple[nn.Module, str, Tensor]  # a buffer, its module and its name in there
 
@@ -54,7 +54,7 @@ def put_back(guarded: Iterable[Guarded]) -> None:
 def sync_buffers(modules: Iterable[nn.Module], replicas: Replicas | None = None) -> None:
     """Give all replicas replica 0's buffers. Collective. replicas: None for those of the world."""
     replicas = replicas or replicas_of()
-    if replicas.count > 1:
+    if replicas.groups:
         broadcast((unexpanded(buffer) for module in modules for buffer in module.buffers()), replicas)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,13 +11,14 @@ from torch import Tensor
 from hf_rwp.core.checks import check
 from hf_rwp.core.draws import Target
 from hf_rwp.core.noise import filter_norms
-from hf_rwp.core.sharding import block_of
+from hf_rwp.core.sharding import add_up, block_of, is_sharded
 
 
 class Damping:
     """ARWP's F of every weight, from the gradients that the steps use: the same on all replicas.
 
-    eta: >= 0, 0 for no damping. beta: F's decay, in [0, 1). fisher: F by parameter name, (rows,).
+    eta: >= 0, 0 for no damping. beta: F's decay, in [0, 1). fisher: F by parameter name, (rows,),
+    of the rows in this process's memory.
     """
 
     def __init__(self, eta: float, beta: float) -> None:
@@ -37,23 +39,40 @@ class Damping:
     def note(self, targets: Sequence[Target]) -> None:
         """Take the gradients of a step that is about to be made; F moves once it is, by `commit`."""
         self._next = dict(self.fisher)
-        for target in targets if self.eta else ():
-            if target.weight.grad is not None:
-                gradient = target.weight.grad.to_dense() if target.weight.grad.is_sparse else target.weight.grad
-                before = self.fisher.get(target.name)
-                before = None if before is None else before.to(gradient.device)
-                self._next[target.name] = arwp_fisher(before, gradient, self.beta)
+        own = [target for target in targets if target.weight.grad is not None] if self.eta else []
+        for target, squared in zip(own, _squared_norms([_gradient(target.weight) for target in own]), strict=True):
+            before = self.fisher.get(target.name)
+            self._next[target.name] = arwp_fisher(
+                None if before is None else before.to(squared.device), squared, self.beta
+            )
 
     def commit(self) -> None:
         self.fisher, self._next = self._next or self.fisher, {}
 
 
-def arwp_fisher(fisher: Tensor | None, gradient: Tensor, beta: float) -> Tensor:
-    """ARWP's F after a step with `gradient`, (rows,): beta * F + (sum over the filter of g^2), arXiv 2404.00357.
+def _gradient(weight: Any) -> Tensor:
+    """The gradient, dense, and cut as its weight is."""
+    gradient = weight.grad.to_dense() if weight.grad.is_sparse else weight.grad
+    if is_sharded(gradient) and gradient.placements != weight.placements:
+        gradient = gradient.redistribute(placements=weight.placements)
+    return gradient  # type: ignore[no-any-return]
 
-    fisher: F before it; None at the start, as 0. beta: in [0, 1).
+
+def _squared_norms(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Of every filter, (rows,) each. Collective where filters are cut: one for each group of processes."""
+    blocks = [block_of(gradient) for gradient in gradients]
+    squared = [filter_norms(block, torch.float64 if block.groups else None).square_() for block in blocks]
+    cut = [index for index, block in enumerate(blocks) if block.groups]
+    for index, total in zip(cut, add_up([squared[i] for i in cut], [blocks[i].groups for i in cut]), strict=True):
+        squared[index] = total.to(torch.promote_types(gradients[index].dtype, torch.float32))
+    return squared
+
+
+def arwp_fisher(fisher: Tensor | None, squared: Tensor, beta: float) -> Tensor:
+    """ARWP's F after a step, (rows,): beta * F + (sum over the filter of g^2), arXiv 2404.00357.
+
+    fisher: F before it; None at the start, as 0. squared: those sums, (rows,). beta: in [0, 1).
     """
-    squared = filter_norms(block_of(gradient)).square_()
     return squared if fisher is None else fisher.mul(beta).add_(squared)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_rwp.core import noise
-from hf_rwp.core.sharding import Block, block_of
+from hf_rwp.core.sharding import Block, add_up, block_like
 
 logger = logging.getLogger(__name__)
 
@@ -23,11 +23,13 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # in wh
 
 
 class Target(NamedTuple):
-    """A weight that noise goes on. position, name: in `named_parameters()`."""
+    """A weight that noise goes on. position, name: in `named_parameters()`. local: the weight, or of a DTensor the part
+    in this process's memory, which `block` describes."""
 
     position: int
     name: str
     weight: Tensor
+    local: Tensor
     block: Block
 
 
@@ -37,6 +39,7 @@ class _Plan(NamedTuple):
     targets: Sequence[Target]
     one_filter: list[list[int]]  # of one dtype each: their norms are a single call
     many_filters: list[int]
+    cut: list[int]  # whose filters other processes hold parts of
     small: list[tuple[list[int], list[Tensor]]]  # that fit into one scratch together, and their places in there
     large: list[int]
     fused: list[int]
@@ -77,16 +80,16 @@ class Draws:
 
         A tile's rows at a time, which is all the memory that this takes.
         """
-        block, own = block_of(target.weight), block_of(clean).memory
+        block, own = block_like(target.block, target.local), block_like(target.block, clean).memory
         height, _ = noise.tile_of(block, self._source(own))
         plan = self._plan
-        fuse = plan is not None and any(plan.targets[index].weight is target.weight for index in plan.fused)
+        fuse = plan is not None and any(plan.targets[index].local is target.local for index in plan.fused)
         for row, (noisy, values) in enumerate(zip(block.memory.split(height), own.split(height), strict=True)):
             # Of the same strides: in others sums may be rounded otherwise.
             part = torch.empty_like(noisy).copy_(values)
-            part_block = block._replace(memory=part, row=row * height)
+            part_block = block._replace(memory=part, row=block.row + row * height)
             stds = std[row * height :][: len(part)] if std.ndim else std
-            self._add_(self._made([target._replace(weight=part, block=part_block)], fuse), [stds], [seed])
+            self._add_(self._made([target._replace(local=part, block=part_block)], fuse), [stds], [seed])
             if not torch.equal(part.view(_BITS[part.dtype.itemsize]), noisy.view(_BITS[part.dtype.itemsize])):
                 return False
         return True
@@ -100,16 +103,20 @@ class Draws:
         one_filter: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
         small: dict[tuple[torch.device, torch.dtype], list[list[int]]] = defaultdict(lambda: [[]])
         room: dict[tuple[torch.device, torch.dtype], int] = defaultdict(lambda: noise.CPU_TILE)
-        many_filters, large, fused, storages = [], [], [], set()
+        many_filters, cut, large, fused, storages = [], [], [], [], set()
         for index, target in enumerate(targets):
-            weight, block = target.weight, target.block
+            local, block = target.local, target.block
             memory, kind = block.memory, (block.memory.device, block.memory.dtype)
             storage = memory.untyped_storage().data_ptr()
-            if fuse and _fuses(weight, block) and storage not in storages:  # of one storage one: they may overlap
+            if block.groups:
+                cut.append(index)
+            if fuse and _fuses(local, block) and storage not in storages:  # of one storage one: they may overlap
                 storages.add(storage)
                 fused.append(index)
                 continue
-            if len(memory) == 1:
+            if block.groups:
+                pass
+            elif len(memory) == 1:
                 one_filter[kind].append(index)
             else:
                 many_filters.append(index)
@@ -130,7 +137,7 @@ class Draws:
             scratch = self._source(memories[0]).scratch
             places = scratch[: sum(map(Tensor.numel, memories))].split([memory.numel() for memory in memories])
             batches.append((batch, [place.view(m.shape) for place, m in zip(places, memories, strict=True)]))
-        return _Plan(targets, list(one_filter.values()), many_filters, batches, large, fused, kernels)
+        return _Plan(targets, list(one_filter.values()), many_filters, cut, batches, large, fused, kernels)
 
     def _stds(self, plan: _Plan, factors: Sequence[float]) -> list[Tensor]:
         blocks = [target.block for target in plan.targets]
@@ -148,6 +155,12 @@ class Draws:
             many = [noise.filter_norms(blocks[index]) for index in plan.many_filters]
             torch._foreach_mul_(many, [factors[index] for index in plan.many_filters])
             stds |= zip(plan.many_filters, many, strict=True)
+        if plan.cut:
+            parts = [noise.filter_norms(blocks[index], torch.float64).square_() for index in plan.cut]
+            squares = add_up(parts, [blocks[index].groups for index in plan.cut])
+            for index, square in zip(plan.cut, squares, strict=True):
+                dtype = torch.promote_types(blocks[index].memory.dtype, torch.float32)
+                stds[index] = square.sqrt_().mul_(factors[index]).to(dtype)
         return [stds[index] for index in range(len(blocks))]
 
     def _add_(self, plan: _Plan, stds: Sequence[Tensor], seeds: Sequence[int]) -> None:
@@ -171,10 +184,10 @@ class Draws:
         return self._sources[key]
 
 
-def _fuses(weight: Tensor, block: Block) -> bool:
-    if weight.device.type != "cuda" or type(weight) not in (Tensor, nn.Parameter) or _kernels() is None:
+def _fuses(local: Tensor, block: Block) -> bool:
+    if local.device.type != "cuda" or type(local) not in (Tensor, nn.Parameter) or _kernels() is None:
         return False
-    return bool(_kernels().supports(block)) and _passes(weight.device, weight.dtype)
+    return bool(_kernels().supports(block)) and _passes(local.device, local.dtype)
 
 
 @functools.cache

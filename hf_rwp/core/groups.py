@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from hf_rwp.core.checks import check
 from hf_rwp.core.draws import Target
-from hf_rwp.core.sharding import block_of, refuse_unsupported
+from hf_rwp.core.refusals import refuse_unsupported
+from hf_rwp.core.sharding import block_of, local_of
 
 logger = logging.getLogger(__name__)
 
@@ -124,10 +125,9 @@ class Groups:
         gammas, named = self.gammas(), list(named)
         numbers = {id(p): number for number, group in enumerate(self._base.param_groups) for p in group["params"]}
         layouts = [
-            (name, id(p), p.requires_grad, p.data_ptr(), p.dtype, p.shape, p.stride())  # all that a `Block` rests on
-            for name, p in named
-            if p.requires_grad or frozen
-        ]
+            (name, id(p), p.requires_grad, id(local), local.data_ptr(), p.dtype, p.shape, local.shape, local.stride())
+            for name, p, local in ((name, p, local_of(p)) for name, p in named if p.requires_grad or frozen)
+        ]  # all that a `Block` rests on
         seen = layouts, numbers, [gamma > 0 for gamma in gammas], noise_1d, frozen
         if seen != self._seen:
             refuse_unsupported(parameter for _, parameter in named)
@@ -135,7 +135,7 @@ class Groups:
             for position, (name, weight) in enumerate(named):
                 number = self._number(name, weight, numbers) if weight.requires_grad else 0 if frozen else None
                 if number is not None and gammas[number] > 0 and (noise_1d or weight.ndim > 1):
-                    self._targets.append(Target(position, name, weight, block_of(weight)))
+                    self._targets.append(Target(position, name, weight, local_of(weight), block_of(weight)))
                     self._numbers.append(number)
         return self._targets, [gammas[number] for number in self._numbers]
 

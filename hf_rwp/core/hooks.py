@@ -1,5 +1,6 @@
 """What a wrapper needs of modules and autograd: hooks that stay behind, and the end of a backward pass."""
 
+import copy
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -22,16 +23,28 @@ class Hook:
         return Hook, ()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, *args: Any) -> None:
+    def __call__(self, *args: Any) -> Any:
         method = self._method and self._method()
-        if method:
-            method(*args)
+        return method(*args) if method else None
 
     @property
     def owner(self) -> Any:
         """The object whose method this is; None in a copy, and once the object is gone."""
         method = self._method and self._method()
         return getattr(method, "__self__", None)
+
+
+class Weighted(torch.autograd.Function):
+    """A tensor itself, whose gradient is multiplied by a weight. Not a view: in-place changes keep its hooks."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, weight: float) -> Tensor:
+        ctx.weight = weight
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient if ctx.weight == 1 else gradient * ctx.weight, None
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:
@@ -59,3 +72,28 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
             yield from tensors_in(value)
     elif dataclasses.is_dataclass(output):
         yield from tensors_in([getattr(output, field.name) for field in dataclasses.fields(output)])
+
+
+def with_tensors(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A model's output with `change` of each of the tensors that `tensors_in` finds, of the same types."""
+    if isinstance(output, Tensor):
+        return change(output)
+    if isinstance(output, tuple):
+        values = [with_tensors(value, change) for value in output]
+        return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
+    keys: Any = ()
+    if isinstance(output, Mapping):
+        keys = list(output)
+    elif isinstance(output, list):
+        keys = range(len(output))
+    elif dataclasses.is_dataclass(output):
+        keys = [field.name for field in dataclasses.fields(output)]
+    else:
+        return output
+    changed: Any = copy.copy(output)
+    for key in keys:
+        if isinstance(output, (Mapping, list)):
+            changed[key] = with_tensors(output[key], change)
+        else:
+            object.__setattr__(changed, key, with_tensors(getattr(output, key), change))
+    return changed

@@ -288,7 +288,7 @@ def _group(device: torch.device, dtype: torch.dtype, layout: str, members: list[
     group, tile = _GROUP.value, 4 * _GROUP.value
     rows = [len(block.memory) for block in blocks]
     norms, long, geometry, norm_programs, noise_programs = rows.copy(), [], [], [], []
-    for place, (memory, _, length, row, column, _) in enumerate(blocks):
+    for place, (memory, _, length, row, column, *_) in enumerate(blocks):
         numel, columns = memory.numel(), _columns(memory)
         pieces, first = -(-columns // _PIECE.value), sum(rows[:place])
         if pieces > 1:

@@ -1,11 +1,10 @@
 """The loss of clean and of perturbed micro-steps, kept apart."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from hf_rwp.core.optimizer import RWP
-from hf_rwp.core.sharding import replicas_of
+from hf_rwp.core.replicas import add_over, replicas_of
 
 
 class LossTracker:
@@ -51,8 +50,7 @@ class LossTracker:
             device = next(self._optimizer.model.parameters()).device if self._optimizer else self._device
             recent = torch.zeros(3, 2, device=device)
         replicas = self._optimizer.replicas if self._optimizer else replicas_of()
-        if replicas.count > 1:
-            dist.all_reduce(recent, group=replicas.group)
+        add_over(recent, replicas)
         sums = recent.tolist()
         self._sums = [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(self._sums, sums, strict=True)]
         return _means(sums)

@@ -38,9 +38,9 @@ def check_noise(noise: str) -> None:
         raise ValueError(f"unknown noise mode {noise!r}; choose from {', '.join(MODES)}")
 
 
-def filter_norms(block: Block) -> Tensor:
-    """The L2 norm of every filter of a block, (rows,), in float32 or better."""
-    dtype = torch.promote_types(block.memory.dtype, torch.float32)
+def filter_norms(block: Block, dtype: torch.dtype | None = None) -> Tensor:
+    """The L2 norm of every filter of a block, or of its part, (rows,). dtype: None for float32 or better."""
+    dtype = dtype or torch.promote_types(block.memory.dtype, torch.float32)
     norms: Tensor = torch.linalg.vector_norm(block.memory.flatten(1), dim=1, dtype=dtype)
     return norms
 
@@ -109,7 +109,9 @@ def add_noise_(block: Block, std: Tensor, seed: int, source: Source) -> None:
     std: of every filter in it, (rows,). seed: of the parameter's draw, see `noise_seeds`. source: of its device and
     dtype. A filter that cannot be flattened and is larger than a tile takes memory of its own for the moment.
     """
-    memory, (_, filters, length, row, column, _) = block.memory, block
+    memory, filters, length, row, column = block[:5]
+    if memory.numel() == 0:
+        return
     std = std.view(-1, *[1] * (memory.ndim - 1))
     bottom, right = row + len(memory), column + math.prod(memory.shape[1:])
     height, width = tile_of(block, source)

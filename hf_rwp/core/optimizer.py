@@ -31,15 +31,9 @@ from hf_rwp.core.noise import DEFAULT_GAMMA
 from hf_rwp.core.passes import Passes, State
 from hf_rwp.core.perturbation import Perturbation
 from hf_rwp.core.placement import Role
+from hf_rwp.core.refusals import innermost, refuse_lone_processes, refuse_quantized, refuse_unsupported
+from hf_rwp.core.replicas import Replicas, replicas_of
 from hf_rwp.core.report import Report
-from hf_rwp.core.sharding import (
-    Replicas,
-    innermost,
-    refuse_lone_processes,
-    refuse_quantized,
-    refuse_unsupported,
-    replicas_of,
-)
 from hf_rwp.core.window import Options, Windows
 from hf_rwp.core.wrapper import OptimizerWrapper
 
@@ -260,7 +254,7 @@ class RWP(OptimizerWrapper):
     @property
     def replicas(self) -> Replicas:
         """This process among the replicas, as of the latest window; before the first one as far as is known."""
-        return self._windows.replicas or replicas_of(self._options.process_group)
+        return self._windows.replicas or replicas_of(self._options.process_group, self.model.parameters())
 
     def scale_gamma(self, factor: float) -> None:
         """Set every group's `rwp_gamma` to `factor` (>= 0) times what it began with; see `noise.gamma_factor`."""
@@ -269,7 +263,7 @@ class RWP(OptimizerWrapper):
 
     def sync_buffers(self) -> None:
         """Give all replicas replica 0's buffers (BatchNorm's), before evaluation and saving. Call it on all of them."""
-        if self.replicas.count > 1:
+        if self.replicas.groups:
             self._passes.suspend()
             sync_buffers([self.model], self.replicas)
 

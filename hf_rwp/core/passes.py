@@ -6,7 +6,8 @@
 1. A forward pass in training mode with gradients enabled begins a micro-step, or joins the one that is pending. Any
    other sees clean weights.
 2. Between the two passes whoever looks (`state_dict`, copies, evaluation, `zero_grad`) finds clean weights.
-3. The gradient's weight goes on as a hook of every parameter, ahead of DDP's reduction.
+3. The gradient's weight goes on as a hook of every parameter, ahead of DDP's reduction; under FSDP2, which calls no
+   hooks of parameters, as one of every output.
 """
 
 import functools
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_rwp.core import registry
-from hf_rwp.core.hooks import Hook, at_end_of_backward, in_backward, tensors_in
+from hf_rwp.core.hooks import Hook, Weighted, at_end_of_backward, in_backward, tensors_in, with_tensors
 from hf_rwp.core.perturbation import Perturbation
 from hf_rwp.core.placement import Role
 from hf_rwp.core.window import Windows
@@ -56,7 +57,7 @@ class Passes:
             if isinstance(hook, Hook) and isinstance(hook.owner, Passes):
                 hook.owner.remove()
         self.handles: list[Any] = [  # of all hooks of the wrapper, those on its base too
-            # Ahead of hooks that compute weights from others, as weight_norm's.
+            # Ahead of hooks that compute weights from others, as weight_norm's, and of FSDP2's, which gathers them.
             model.register_forward_pre_hook(Hook(self._before_forward), prepend=True),
             model.register_forward_hook(Hook(self._after_forward), always_call=True),
         ]
@@ -104,6 +105,8 @@ class Passes:
         self.close()
 
     def _before_forward(self, module: nn.Module, *_: Any) -> None:
+        hooks: Any = module._forward_pre_hooks
+        hooks.move_to_end(self.handles[0].id, last=False)  # FSDP2's may have come since
         self._entries.append(_Entry.LOOKED)
         if not self._trains(module):
             if self.suspend():
@@ -119,21 +122,24 @@ class Passes:
             self.role = self._windows.begin(module)
             if self.role is not None:
                 self._entries[-1] = _Entry.BEGAN
-                if self.role.weight != 1:
+                self.micro_step = MicroStep(self.role)
+                if self.role.weight != 1 and not self._windows.gathers:
                     scale = functools.partial(torch.mul, other=self.role.weight)
                     for parameter in module.parameters():
                         if parameter.requires_grad:
                             self._weight_hooks.append(parameter.register_hook(scale))
-                self.micro_step = MicroStep(self.role)
 
-    def _after_forward(self, module: nn.Module, _: Any, output: Any) -> None:
+    def _after_forward(self, module: nn.Module, _: Any, output: Any) -> Any:
         entry = self._entries.pop() if self._entries else _Entry.LOOKED
         micro_step = self.micro_step
         if entry is _Entry.LOOKED or micro_step is None:
-            return
+            return None
         if entry is _Entry.SUSPENDED:
             self._perturbation.resume()  # the backward pass of an earlier one is still to come
-            return
+            return None
+        if self._windows.gathers:
+            weight = micro_step.role.weight  # once on each path, also where an output is made from another one
+            output = with_tensors(output, lambda t: Weighted.apply(t, weight) if t.grad_fn is not None else t)
         outputs = [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
         for tensor in outputs:
             tensor.register_hook(functools.partial(self._before_backward, micro_step))
@@ -144,6 +150,7 @@ class Passes:
             self._perturbation.suspend()
         elif not self._entries:
             self._perturbation.guard_copies()
+        return output if self._windows.gathers else None
 
     def _before_backward(self, micro_step: MicroStep, _: Tensor) -> None:
         if micro_step.stage is Stage.OVER:

@@ -7,17 +7,21 @@
    anybody may look at the weights. Autograd then finds what its forward pass saw: no in-place change is counted.
 3. `restore` copies the clean values back, which is exact in every dtype; subtracting the noise is not. What somebody
    else wrote into a noisy weight is lost by that, and `restore` says so.
+
+Where FSDP2 gathers the weights, all of this is done to the shards, and the next pass gathers them anew.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_rwp.core.buffers import Guarded, put_back, replaced, unexpanded
 from hf_rwp.core.draws import Draws, Target
+from hf_rwp.core.sharding import reshard
 from hf_rwp.core.watch import Copies, Writes
 
 Noise = Enum("Noise", ["ABSENT", "SHOWN", "SUSPENDED"])
@@ -38,6 +42,7 @@ class Perturbation:
         self._clean: list[Tensor] = []  # copies of their clean values; the memory is kept
         self._noisy: list[Tensor] = []  # their noisy values, while suspended
         self._guarded: Sequence[Guarded] = ()
+        self._gatherers: Sequence[Any] = ()
         self._draws, self._writes, self._copies = Draws(), Writes(), Copies()
 
     @torch.no_grad()
@@ -48,11 +53,14 @@ class Perturbation:
         seeds: Sequence[int],
         dampings: Sequence[Tensor | None] | None = None,
         guarded: Sequence[Guarded] = (),
+        gatherers: Sequence[Any] = (),
     ) -> None:
-        """Add noise to weights, see `Draws.add_`. guarded: the buffers that `restore` also puts back."""
+        """Add noise to weights, see `Draws.add_`. guarded: the buffers that `restore` also puts back. gatherers: those
+        of the weights (`sharding.gatherers`), which hold shards only."""
         self.restore()
+        self._gatherers = gatherers
         if targets is not self._targets:
-            weights = [target.weight for target in targets]
+            weights = [target.local for target in targets]
             self._clean = _room(weights, self._tensors, self._clean)
             self._tensors, self._targets = weights, targets
         buffers = [unexpanded(buffer) for *_, buffer in guarded]
@@ -76,6 +84,7 @@ class Perturbation:
         if self.noise is not Noise.SHOWN:
             return False
         self._copies.release()
+        reshard(self._gatherers)
         self._writes.look(self._clean, self._draws)
         noisy = [tensor.clone() for tensor in self._tensors]
         try:
@@ -94,6 +103,7 @@ class Perturbation:
         """Undo `suspend`: the weights hold the same noise again, bit for bit."""
         self._copies.release()
         if self.noise is Noise.SUSPENDED:
+            reshard(self._gatherers)
             _copy_all(*self._alike(self._clean, self._tensors))  # what was written to the weights meanwhile is kept
             self._writes.resumed()
             noisy, self.noise = self._noisy, Noise.SHOWN
@@ -112,6 +122,7 @@ class Perturbation:
         if self.noise is Noise.ABSENT:
             return []
         self._copies.release()
+        reshard(self._gatherers)
         failures = []
         if self.noise is Noise.SHOWN:
             self._writes.look(self._clean, self._draws)
@@ -147,9 +158,9 @@ class Perturbation:
         alike = self._alike(self._tensors, self._clean)
         if len(alike[0]) < len(self._tensors):
             failures += [
-                RuntimeError(f"a parameter of shape {tuple(clean.shape)} has shape {tuple(target.weight.shape)} now")
+                RuntimeError(f"a parameter of shape {tuple(clean.shape)} has shape {tuple(target.local.shape)} now")
                 for target, clean in zip(self._targets, self._clean, strict=False)
-                if target.weight.shape != clean.shape
+                if target.local.shape != clean.shape
             ]
         try:
             _copy_all(*alike)

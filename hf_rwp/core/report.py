@@ -1,17 +1,17 @@
 """What a wrapper really did."""
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from hf_rwp.core.draws import Target
 from hf_rwp.core.perturbation import Perturbation
-from hf_rwp.core.sharding import Replicas
+from hf_rwp.core.replicas import Replicas, gathered
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ class Report:
     """Micro-steps by kind since construction, and the noise relative to the weights as last measured."""
 
     slots: dict[str, int] = field(default_factory=lambda: {"clean": 0, "perturbed": 0})
-    sizes: list[tuple[str, int, float]] = field(default_factory=list)  # name, elements, size
+    norms: list[tuple[str, int, float, float]] = field(default_factory=list)  # name, elements, of noise and weight
     measures: bool = True  # at the next perturbed micro-step
     warned: bool = False
     before: int = 0  # windows that earlier wrappers of the model had
@@ -32,26 +32,30 @@ class Report:
             return
         by_size = sorted(targets, key=lambda target: -target.weight.numel())
         chosen = [by_size[0], by_size[len(by_size) // 2], by_size[-1]]
-        sizes = [relative_size(target.weight.detach(), perturbation.clean(target.weight)) for target in chosen]
-        self.sizes = [(t.name, t.weight.numel(), size.item()) for t, size in zip(chosen, sizes, strict=True)]
+        norms = [noise_and_weight(target.local.detach(), perturbation.clean(target.local)) for target in chosen]
+        self.norms = [(t.name, t.weight.numel(), *pair.tolist()) for t, pair in zip(chosen, norms, strict=True)]
         self.measures = False
-        logger.info("noise relative to the weights (name, elements, size): %s", self.sizes)
+        logger.info("noise and weights (name, elements, ||noise||, ||weight||): %s", self.norms)
         if not self.warned:
             self.warned = True
-            _warn(chosen[0], self.sizes[0][2])
+            _warn(chosen[0], relative_size([self.norms[0][2:]]))
 
     def gathered(self, replicas: Replicas) -> tuple[dict[str, int], dict[str, Any]]:
         """The slots of all replicas, and the sizes of the first that has any. Collective."""
-        everyone: list[Any] = [(self.slots, self.sizes)] * replicas.count
-        if replicas.count > 1:
-            dist.all_gather_object(everyone, (self.slots, self.sizes), group=replicas.group)
+        everyone = gathered((replicas.index, self.slots, self.norms), replicas)
         self.measures = True
-        sizes: list[tuple[str, int, float]] = next((sizes for _, sizes in everyone if sizes), [])
-        named = {
-            rank: {"name": name, "elements": elements, "size": size}
-            for rank, (name, elements, size) in zip(("largest", "median", "smallest"), sizes, strict=False)
+        slots = {index: slots for index, slots, _ in everyone}  # whoever holds one replica together had the same
+        measured = [index for index, _, norms in everyone if norms]
+        parts = [norms for index, _, norms in everyone if norms and index == min(measured)]
+        sizes = {
+            rank: {
+                "name": own[0][0],
+                "elements": own[0][1],
+                "size": relative_size([norms for _, _, *norms in own]),
+            }
+            for rank, own in zip(("largest", "median", "smallest"), zip(*parts, strict=True), strict=False)
         }
-        return {kind: sum(slots[kind] for slots, _ in everyone) for kind in self.slots}, named
+        return {kind: sum(own[kind] for own in slots.values()) for kind in self.slots}, sizes
 
 
 def _warn(target: Target, size: float) -> None:
@@ -72,13 +76,19 @@ def _warn(target: Target, size: float) -> None:
         )
 
 
-def relative_size(noisy: Tensor, clean: Tensor) -> Tensor:
-    """||noisy - clean|| / ||clean||, a 0-dim tensor in float32 or better; 0 where both are 0."""
+def noise_and_weight(noisy: Tensor, clean: Tensor) -> Tensor:
+    """||noisy - clean|| and ||clean||, (2,), in float32 or better."""
     dtype = torch.promote_types(clean.dtype, torch.float32)
     if clean.ndim == 0:
         noisy, clean = noisy.unsqueeze(0), clean.unsqueeze(0)
     rows = max(1, 2**16 * len(clean) // max(1, clean.numel()))  # some rows at a time: no second copy of a large weight
     pieces = zip(noisy.split(rows), clean.split(rows), strict=True)
     norms = [torch.linalg.vector_norm(some_noisy.to(dtype) - some_clean) for some_noisy, some_clean in pieces]
-    noise: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return noise.div_(torch.linalg.vector_norm(clean, dtype=dtype).clamp_min_(torch.finfo(dtype).tiny))
+    noise = torch.linalg.vector_norm(torch.stack(norms))
+    return torch.stack([noise, torch.linalg.vector_norm(clean, dtype=dtype).to(noise.dtype)])
+
+
+def relative_size(norms: Iterable[Sequence[float]]) -> float:
+    """||noise|| / ||weight|| of a weight, from both norms of each of its parts; 0 where both are 0."""
+    noise, weight = (math.hypot(*own) for own in zip(*norms, strict=True))
+    return noise / max(weight, torch.finfo(torch.float32).tiny)

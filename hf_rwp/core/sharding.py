@@ -1,23 +1,17 @@
-"""What of a weight is in this process's memory, and which replica of the weights this process is.
+"""What of a weight is in this process's memory.
 
-The one module that knows process groups, DistributedDataParallel and sharded parameters. All others work on a `Block`,
-and ask for `Replicas` once a window.
+The one module that knows sharded parameters (DTensor) and those who gather them (FSDP2). All others work on a `Block`.
 """
 
 import math
-import os
-from collections import defaultdict
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, PartialState, is_initialized
-from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 
 class Block(NamedTuple):
@@ -29,7 +23,8 @@ class Block(NamedTuple):
 
     memory: a view of the weight, (rows, columns) in the order of the elements and not of the memory; (rows, ...) where
         no view flattens them, as in channels_last. filters, length: of the whole weight. row, column: where `memory`
-        begins in it. reals: how many real numbers make up a number of the weight's, 1 or 2.
+        begins in it. reals: how many real numbers make up a number of the weight's, 1 or 2. groups: of the processes
+        that hold the other columns of the same rows, one for every mesh dimension that cuts filters.
     """
 
     memory: Tensor
@@ -38,172 +33,138 @@ class Block(NamedTuple):
     row: int = 0
     column: int = 0
     reals: int = 1
+    groups: tuple[dist.ProcessGroup, ...] = ()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor: one that a mesh of processes holds together, or each of them whole."""
+    return hasattr(tensor, "device_mesh")
+
+
+@torch.no_grad()
+def local_of(tensor: Tensor) -> Tensor:
+    """The part of a tensor that is in this process's memory, the same object each time; the tensor itself if whole."""
+    local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return local
 
 
 def block_of(weight: Tensor) -> Block:
-    """The block of `weight` in this process's memory; for now every weight is whole."""
-    memory = weight.detach()
-    shape = list(memory.shape)
-    while shape and shape[0] == 1:
-        del shape[0]
-    if len(shape) < 2:
-        shape.insert(0, 1)
+    """The block of `weight`, a plain tensor or a DTensor, in this process's memory.
+
+    Raises NotImplementedError for a DTensor that is cut within its filters other than along their first dimension.
+    """
+    memory, shape = local_of(weight).detach(), list(weight.shape)
+    own, offset = list(memory.shape), [0] * len(shape)
+    first = next((dim for dim, size in enumerate(shape) if size != 1), len(shape))  # the filters, or the only one
+    begin = first + 1 if len(shape) - first > 1 else first  # of the dimensions within a filter
+    groups: tuple[dist.ProcessGroup, ...] = ()
+    if is_sharded(weight):
+        offset, groups = _offset_and_groups(weight, begin)
+    rows = math.prod(own[:begin])
     reals = 2 if memory.is_complex() else 1
     if reals == 2:
         memory = torch.view_as_real(memory)
-        shape.append(2)
-    filters, length = shape[0], math.prod(shape[1:])
-    memory = memory.view(shape)
+    columns, filters, length = (
+        math.prod(own[begin:]) * reals,
+        math.prod(shape[:begin]),
+        math.prod(shape[begin:]) * reals,
+    )
+    row = offset[first] if begin > first else 0
+    column = sum(at * math.prod(shape[dim + 1 :]) for dim, at in enumerate(offset) if dim >= begin) * reals
+    memory = memory.view(rows, *memory.shape[begin:])
     if memory.ndim != 2:
         with suppress(RuntimeError):
-            memory = memory.view(filters, length)
-    return Block(memory, filters, length, reals=reals)
+            memory = memory.view(rows, columns)
+    return Block(memory, filters, length, row, column, reals, groups)
 
 
-@dataclass(frozen=True)
-class Replicas:
-    """The sets of processes that hold one whole copy of the weights each, and whose gradients are averaged.
+def block_like(block: Block, tensor: Tensor) -> Block:
+    """The same part of another tensor of the same shape. tensor: a copy of what is in this process's memory, say."""
+    memory = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return block._replace(memory=memory.view(block.memory.shape))
 
-    index: this process's, in [0, count). group: None for the world, and without torch.distributed.
-    broadcasts_buffers: whether something gives all of them the buffers of replica 0 ahead of a forward pass.
+
+def _offset_and_groups(weight: Any, begin: int) -> tuple[list[int], tuple[dist.ProcessGroup, ...]]:
+    """Where a DTensor's local part begins, and the groups of the mesh dimensions that cut its filters.
+
+    begin: the first of its dimensions within a filter. What is refused depends on what all processes know.
     """
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    index: int = 0
-    count: int = 1
-    group: dist.ProcessGroup | None = None
-    broadcasts_buffers: bool = False
-
-
-def replicas_of(process_group: dist.ProcessGroup | None = None) -> Replicas:
-    """Those of `process_group`; None: of the DDP whose forward pass is running, else of the world, else one."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return Replicas()
-    ddp = running_ddp()
-    group = process_group if process_group is not None or ddp is None else ddp.process_group
-    return Replicas(dist.get_rank(group), dist.get_world_size(group), group, ddp is not None and ddp.broadcast_buffers)
-
-
-def broadcast(tensors: Iterable[Tensor], replicas: Replicas) -> None:
-    """Give all replicas the tensors of replica 0, in place. Collective: one for all of a dtype and device."""
-    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-    for tensor in tensors:
-        alike[tensor.device, tensor.dtype].append(tensor)
-    for own in alike.values():
-        values = torch.cat([tensor.reshape(-1) for tensor in own])
-        dist.broadcast(values, group=replicas.group, group_src=0)
-        for tensor, part in zip(own, values.split([tensor.numel() for tensor in own]), strict=True):
-            tensor.copy_(part.view(tensor.shape))
-
-
-def running_ddp() -> DistributedDataParallel | None:
-    """The DistributedDataParallel whose forward pass is running now. A private call: torch has no public one."""
-    return DistributedDataParallel._get_active_ddp_module() if dist.is_available() else None
-
-
-def synchronizes() -> bool:
-    """Whether the gradients of the forward pass that is running now will be averaged over the replicas.
-
-    Raises NotImplementedError where some replicas may have run out of data.
-    """
-    ddp = running_ddp()
-    if ddp is None:  # by the loop itself, if there are others at all
-        return True
-    if ddp._join_config.enable:
-        raise NotImplementedError(
-            "RWP does not work inside DistributedDataParallel.join() or accelerator.join_uneven_inputs(): once a "
-            "replica is out of data, its clean or perturbed gradient is missing from the mix. Give all replicas the "
-            "same number of batches (drop_last=True, or Accelerate's even_batches), or set alpha=1"
-        )
-    return bool(ddp.require_backward_grad_sync)
-
-
-def innermost(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel and torch.compile: the one whose forward pass they all end in.
-
-    Raises NotImplementedError for DataParallel.
-    """
-    if isinstance(model, nn.DataParallel):
-        refuse_data_parallel()
-    if isinstance(model, DistributedDataParallel):
-        return innermost(model.module)
-    return innermost(model._orig_mod) if is_compiled_module(model) else model  # type: ignore[arg-type]
-
-
-def refuse_data_parallel() -> None:
-    """Raise NotImplementedError for nn.DataParallel."""
-    raise NotImplementedError(
-        "RWP does not work with DataParallel, whose replicas are copies of the weights that it cannot perturb: use "
-        "DistributedDataParallel (accelerate launch --multi_gpu), one process for each GPU"
-    )
-
-
-def refuse_unsupported(parameters: Iterable[Tensor]) -> None:
-    """Raise NotImplementedError where replicas do not hold whole weights of their own, or RWP cannot reach them."""
-    what = None
-    if is_initialized():
-        state = AcceleratorState()
-        parallelism = state.parallelism_config
-        if not (state.distributed_type.value == "NO" or state.distributed_type.value.startswith("MULTI_")):
-            what = state.distributed_type.value
-        elif parallelism is not None and parallelism.non_data_parallel_size * parallelism.dp_shard_size > 1:
-            what = "sharded, tensor, context or sequence parallelism"
-    for parameter in parameters:
-        if what is not None:
-            break
-        if not (parameter.__dict__ or parameter.device.type == "xla" or type(parameter) is not nn.Parameter):
-            continue  # most are ordinary ones
-        if hasattr(parameter, "device_mesh"):
-            what = "FSDP2 or tensor parallelism"
-        elif getattr(parameter, "_fsdp_flattened", False):
-            what = "FSDP"
-        elif hasattr(parameter, "ds_id"):
-            what = "DeepSpeed ZeRO-3"
-        elif parameter.device.type == "xla":
-            what = "XLA"
-    if what:
-        raise NotImplementedError(
-            f"RWP does not work with {what}: it needs a whole copy of the weights on every replica. What works is one "
-            "process, or DistributedDataParallel on any number of CPUs or GPUs (accelerate launch --multi_gpu)"
-        )
-
-
-def refuse_quantized(model: nn.Module) -> None:
-    """Raise NotImplementedError for a frozen parameter that Gaussian noise cannot be added to."""
-    for name, parameter in model.named_parameters():
-        if not (parameter.requires_grad or parameter.is_floating_point()):
+    mesh, groups = weight.device_mesh, []
+    cut = next((dim for dim in range(begin, weight.ndim) if weight.shape[dim] > 1), begin)
+    for mesh_dim, dim in sharded_dims(weight):
+        if dim > cut:
             raise NotImplementedError(
-                f"frozen=True would perturb {name}, which is of {parameter.dtype}: Gaussian noise needs floating-point "
-                "weights. Load the base weights unquantized (bfloat16), or leave frozen=False to perturb the others"
+                f"a weight of shape {tuple(weight.shape)} is cut along dim {dim} ({weight.placements}), inside its "
+                "filters: RWP works with weights cut along their first or second dimension, as fully_shard, "
+                "ColwiseParallel and RowwiseParallel do. Shard it along dim 0, or exclude it with rwp_gamma=0"
             )
+        if dim == cut and mesh.size(mesh_dim) > 1:
+            groups.append(mesh.get_group(mesh_dim))
+    _, offset = compute_local_shape_and_global_offset(weight.shape, mesh, weight.placements)
+    return list(offset), tuple(groups)
 
 
-_RANKS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+def sharded_dims(weight: Any) -> list[tuple[int, int]]:
+    """The mesh dimensions that cut a DTensor, each with the dimension of the tensor that it cuts."""
+    dims = [(mesh_dim, getattr(placement, "dim", None)) for mesh_dim, placement in enumerate(weight.placements)]
+    return [(mesh_dim, dim % weight.ndim) for mesh_dim, dim in dims if dim is not None]
 
 
-def refuse_lone_processes(decided: bool | None = None) -> None:
-    """Raise RuntimeError where a launcher started processes, or was told to, and each trains by itself.
+def add_up(parts: Sequence[Tensor], groups: Sequence[Sequence[dist.ProcessGroup]]) -> list[Tensor]:
+    """The sums of tensors over the processes of each one's groups. Collective: one for all that share a group.
 
-    decided: whether the process group would have been made by now; None: if Accelerate has looked for one.
+    parts: of one dtype and device. groups: as long, and alike on all processes.
     """
-    if decided is None:
-        decided = PartialState._shared_state != {}
-    if not decided or (dist.is_available() and dist.is_initialized()):
-        return
-    launched = os.environ.get("WORLD_SIZE", "1")
-    found = None
-    if launched.isdigit() and int(launched) > 1:
-        found = f"{launched} processes were launched (WORLD_SIZE={launched}), and each would train by itself"
-    elif (
-        # accelerate launch sets the one for every run and the other for more than one process; on a CPU it starts one
-        {"ACCELERATE_DYNAMO_BACKEND", "MASTER_ADDR"} <= os.environ.keys()
-        and not any(name in os.environ for name in _RANKS)
-        and not torch.cuda.is_available()
-    ):
-        found = "accelerate launch was told to start more than one process and started one"
-    if found:
-        raise RuntimeError(
-            f"{found}: there is no process group. On a machine where torch finds no GPU, Accelerate makes one with "
-            "ACCELERATE_USE_CPU=true in the environment and `accelerate launch --multi_gpu --num_processes 2`; a loop "
-            "of one's own calls torch.distributed.init_process_group first. For a single process launch one "
-            "(--num_processes 1)"
-        )
+    parts = list(parts)
+    for group in dict.fromkeys(group for one in groups for group in one):
+        indices = [index for index, one in enumerate(groups) if group in one]
+        total = torch.cat([parts[index].flatten() for index in indices])
+        dist.all_reduce(total, group=group)
+        for index, part in zip(indices, total.split([parts[index].numel() for index in indices]), strict=True):
+            parts[index] = part.view_as(parts[index])
+    return parts
+
+
+def gatherers(model: nn.Module) -> list[Any]:
+    """FSDP2's groups of parameters in a model: each gathers its weights ahead of a pass, and frees them after it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if not hasattr(fsdp, "FSDPModule"):
+        return []
+    found: dict[Any, None] = {}
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
+            state = module._get_fsdp_state()
+            state._state_ctx.post_optim_event = None  # a gather waits for whatever is under way, our noise too
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+            found.update(dict.fromkeys(group for group in groups if group is not None))
+    return list(found)
+
+
+def reshard(groups: Iterable[Any]) -> list[Any]:
+    """Let FSDP2's `groups` hold their shards only, so that the next use gathers what is in these by then.
+
+    Returns those whose weights a forward pass that runs now had gathered, see `gather`. Private calls: the public
+    `reshard` does nothing while a forward pass runs.
+    """
+    gathered = []
+    for group in groups:
+        if group._all_gather_result is not None:  # asked for ahead of time, and not waited for
+            group.wait_for_unshard()
+        if group.is_unsharded and group._training_state.name == "FORWARD":
+            gathered.append(group)
+        group._to_sharded()
+    return gathered
+
+
+def gather(groups: Iterable[Any]) -> None:
+    """Gather the weights of FSDP2's `groups`. Collective."""
+    for group in groups:
+        group.unshard()
+        group.wait_for_unshard()
+
+
+def all_reduced(groups: Iterable[Any]) -> bool:
+    """Whether FSDP2's `groups` average the gradients of the pass that runs now over all replicas."""
+    return all(group.reduce_grads and group.all_reduce_grads for group in groups)

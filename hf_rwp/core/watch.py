@@ -30,7 +30,7 @@ class Writes:
     def begin(self, targets: Sequence[Target], stds: Sequence[Tensor], seeds: Sequence[int]) -> None:
         """Noise is in the targets' weights now, and nothing else has happened."""
         self.found, self._drawn, self._others = [], (targets, stds, seeds), set()
-        self._versions = [target.weight._version for target in targets]
+        self._versions = [target.local._version for target in targets]
         self._compares, self._comparisons = self._comparisons > 0, self._comparisons - 1
         self._open = True
 
@@ -42,18 +42,18 @@ class Writes:
         if not self._open:
             return
         for index, (target, std, seed, own) in enumerate(zip(*self._drawn, clean, strict=False)):
-            suspect = self._compares or target.weight._version != self._versions[index]
-            if not suspect or target.name in self.found or own.shape != target.weight.shape:
+            suspect = self._compares or target.local._version != self._versions[index]
+            if not suspect or target.name in self.found or own.shape != target.local.shape:
                 continue  # another shape is another failure, which is told by name
             if index in self._others or not draws.holds(target, std, seed, own):
                 self.found.append(target.name)
         # Writes so far are judged: only those between `look` and `resumed` replace the clean values.
-        self._versions = [target.weight._version for target in self._drawn[0]]
+        self._versions = [target.local._version for target in self._drawn[0]]
         self._open = False
 
     def resumed(self) -> None:
         """The noise was suspended, when weights may be written to, and is there again."""
-        now = [target.weight._version for target in self._drawn[0]]
+        now = [target.local._version for target in self._drawn[0]]
         self._others |= {index for index, version in enumerate(now) if version != self._versions[index]}
         self._versions = now
         self._compares, self._open = False, True

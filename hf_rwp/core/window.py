@@ -26,14 +26,10 @@ from hf_rwp.core.groups import Groups
 from hf_rwp.core.noise import check_noise, noise_seeds, std_factor
 from hf_rwp.core.perturbation import Perturbation
 from hf_rwp.core.placement import Role, antithetic, role
+from hf_rwp.core.refusals import refuse_data_parallel, refuse_lone_processes
+from hf_rwp.core.replicas import Replicas, replicas_of, synchronizes
 from hf_rwp.core.report import Report
-from hf_rwp.core.sharding import (
-    Replicas,
-    refuse_data_parallel,
-    refuse_lone_processes,
-    replicas_of,
-    synchronizes,
-)
+from hf_rwp.core.sharding import gather, gatherers, local_of, reshard
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +58,9 @@ class Options:
 
 @dataclass
 class Window:
-    """number: of all windows, from 1 on. length: micro-steps that it is to have. completed: that it had so far.
-    synchronized: whether the gradients of one of them were averaged over the replicas."""
+    """number: of all windows, from 1 on. length: micro-steps that it is to have. gatherers: of the model, see
+    `sharding.gatherers`. completed: micro-steps that it had so far. synchronized: whether the gradients of one of them
+    were averaged over the replicas."""
 
     number: int
     length: int
@@ -71,6 +68,7 @@ class Window:
     replicas: Replicas
     targets: Sequence[Target]
     factors: Sequence[float]
+    gatherers: Sequence[Any]
     completed: int = 0
     synchronized: bool = False
 
@@ -105,12 +103,17 @@ class Windows:
         """Whether the next window will be perturbed."""
         return self.options.alpha > 0 and any(gamma > 0 for gamma in self.groups.gammas())
 
+    @property
+    def gathers(self) -> bool:
+        """Whether FSDP2 gathers the weights of the window that is open."""
+        return self.current is not None and bool(self.current.gatherers)
+
     def begin(self, module: nn.Module) -> Role | None:
         """Begin a micro-step, its noise in the weights; None: an ordinary one. module: that is called."""
         self.accumulation.advance()
         if self.stale:
             self.end()
-        window, alpha = self.current, self.options.alpha
+        window, alpha, gathered = self.current, self.options.alpha, []
         if window is None or not 0 < window.completed < window.length:
             if window is not None and window.completed and alpha < 1 and window.replicas.count == 1:
                 self._warn_once(
@@ -122,19 +125,24 @@ class Windows:
             if not self.active:
                 self.plain = True
                 return None
-            window = self.current = self._open(module)
+            gathering = gatherers(self.model)
+            gathered += reshard(gathering)  # or the weights that FSDP2 has gathered would hide the optimizer's
+            window = self.current = self._open(module, gathering)
         replicas = window.replicas
         if alpha < 1:
-            window.synchronized |= synchronizes()
+            window.synchronized |= synchronizes(window.gatherers)
         if replicas.count == window.length == 1 and alpha < 1:
             self._warn_once(
                 "an epoch ends with a step of one gradient, an ordinary step: take a number of batches that "
                 "gradient_accumulation_steps divides to avoid it"
             )
+            gather(gathered)
             return Role(False, 1.0)
         this = role(replicas.index, window.completed, replicas.count, window.length, alpha, window.shares)
         if this.perturbed:
+            gathered += reshard(window.gatherers)
             self._perturb(window)
+        gather(gathered)
         return this
 
     def completed(self, this: Role) -> None:
@@ -193,7 +201,7 @@ class Windows:
             )
         self.damping.note(window.targets)
 
-    def _open(self, module: nn.Module) -> Window:
+    def _open(self, module: nn.Module, gathering: Sequence[Any]) -> Window:
         if module is not self.model:
             refuse_data_parallel()
         refuse_lone_processes(decided=True)
@@ -202,7 +210,7 @@ class Windows:
         targets, gammas = self.groups.targets(self.model.named_parameters(), options.noise_1d, options.frozen)
         if not targets:
             raise RuntimeError(self.groups.why_no_target())
-        self.replicas = replicas = replicas_of(options.process_group)
+        self.replicas = replicas = replicas_of(options.process_group, self.model.parameters())
         announced, self.announced = self.announced, None
         given = options.accumulation_steps
         steps = announced[0] if announced else given or self.accumulation.steps
@@ -217,7 +225,7 @@ class Windows:
         factors = [
             std_factor(target.block, gamma, options.noise) for target, gamma in zip(targets, gammas, strict=True)
         ]
-        return Window(self.groups.windows + 1, length, shares, replicas, targets, factors)
+        return Window(self.groups.windows + 1, length, shares, replicas, targets, factors, gathering)
 
     def _perturb(self, window: Window) -> None:
         alpha, replicas = self.options.alpha, window.replicas
@@ -234,7 +242,8 @@ class Windows:
                 "broadcast_buffers=False): its running statistics are those of its perturbed passes. Call "
                 "sync_buffers() before evaluation and saving, where no average over all replicas is taken"
             )
-        self.perturbation.add(window.targets, factors, seeds, self.damping.factors(window.targets), guarded)
+        dampings = self.damping.factors(window.targets)
+        self.perturbation.add(window.targets, factors, seeds, dampings, guarded, window.gatherers)
         self.report.measure(window.targets, self.perturbation)
 
     def _check_length(self, window: Window) -> None:
@@ -268,4 +277,4 @@ class Windows:
 
 
 def _is_nonzero(gradient: Tensor | None) -> bool:
-    return gradient is not None and bool((gradient.to_dense() if gradient.is_sparse else gradient).any())
+    return gradient is not None and bool(local_of(gradient.to_dense() if gradient.is_sparse else gradient).any())

@@ -25,7 +25,7 @@ from transformers.utils.hub import PushInProgress
 from hf_rwp.core.losses import LossTracker
 from hf_rwp.core.optimizer import RWP
 from hf_rwp.core.placement import mixes, role_shares
-from hf_rwp.core.sharding import refuse_data_parallel, refuse_lone_processes, refuse_unsupported
+from hf_rwp.core.refusals import refuse_data_parallel, refuse_lone_processes, refuse_unsupported
 from hf_rwp.runs.records import base_of, environment, scrub_paths
 from hf_rwp.trainer.arguments import RWPArguments
 from hf_rwp.trainer.halves import in_halves, rows

@@ -36,7 +36,7 @@ def mixed_weights() -> list[Tensor]:
 
 
 def targets_of(weights: Sequence[Tensor]) -> list[Target]:
-    return [Target(number, f"w{number}", weight, block_of(weight)) for number, weight in enumerate(weights)]
+    return [Target(number, f"w{number}", weight, weight, block_of(weight)) for number, weight in enumerate(weights)]
 
 
 def seeds_of(weights: Sequence[Tensor]) -> list[int]:

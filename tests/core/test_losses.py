@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_rwp import RWP, LossTracker
 from hf_rwp.core.placement import Role
-from hf_rwp.core.sharding import Replicas
+from hf_rwp.core.replicas import Replicas
 
 CLEAN, PERTURBED = Role(perturbed=False, weight=0.4), Role(perturbed=True, weight=1.6)
 

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from hf_rwp import RWP
 from hf_rwp.core import damping, noise, report, window
-from hf_rwp.core.sharding import Block, Replicas, block_of
+from hf_rwp.core.replicas import Replicas
+from hf_rwp.core.sharding import Block, block_of
 
 FALSE_ALARM = 1e-6
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -410,7 +411,7 @@ def test_noises_in_a_run_are_independent_between_parameters_micro_steps_windows_
     samples = {}
     for index in (1, 3):
         model = copy.deepcopy(network)
-        monkeypatch.setattr(window, "replicas_of", lambda _, index=index: Replicas(index, 5))
+        monkeypatch.setattr(window, "replicas_of", lambda *_, index=index: Replicas(index, 5))
         optimizer = RWP(torch.optim.SGD(model.parameters(), lr=0.0), model, gamma=1.0, accumulation_steps=3)
         with seen_weights(model) as seen:
             for _ in range(2):
@@ -504,7 +505,8 @@ def test_arwp_fisher_is_the_decaying_sum_of_squared_filter_norms(shape, beta):
     for gradient in gradients:
         before = None if fisher is None else fisher.clone()
         history.append((fisher, before))
-        fisher = damping.arwp_fisher(fisher, gradient, beta)
+        squared = noise.filter_norms(block_of(gradient)).square()
+        fisher = damping.arwp_fisher(fisher, squared, beta)
     expected = torch.zeros(shape, dtype=torch.float64)
     for age, gradient in enumerate(reversed(gradients)):
         expected += beta**age * transcribed_std(gradient, 1.0).square()
@@ -543,5 +545,14 @@ def test_gamma_factor_is_one_by_default_and_refuses_an_unknown_schedule():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_relative_size_is_the_norm_of_the_difference_over_the_norm(dtype):
     clean = torch.tensor([3.0, -4.0], dtype=dtype)
-    assert report.relative_size(torch.tensor([3.0, -3.5], dtype=dtype), clean).item() == pytest.approx(0.1)
-    assert report.relative_size(torch.zeros(3, dtype=dtype), torch.zeros(3, dtype=dtype)).item() == 0.0
+    norms = report.noise_and_weight(torch.tensor([3.0, -3.5], dtype=dtype), clean)
+    assert norms.tolist() == [0.5, 5.0]
+    assert report.relative_size([norms.tolist()]) == pytest.approx(0.1)
+    assert report.relative_size([[0.0, 0.0]]) == 0.0
+
+
+def test_the_relative_size_of_a_cut_weight_is_that_of_the_whole():
+    noisy, clean = torch.randn(2, 40, dtype=torch.float64)
+    parts = [report.noise_and_weight(*own).tolist() for own in zip(noisy.split(17), clean.split(17), strict=True)]
+    whole = (noisy - clean).norm() / clean.norm()
+    assert report.relative_size(parts) == pytest.approx(whole.item(), rel=1e-12)

@@ -1506,6 +1506,17 @@ def test_checkpoint_loaders_of_torch_distributed_work():
     assert fresh.report()["windows"] == 2
 
 
+REFUSED = {  # what Accelerate's state says, and what is named with what works
+    "FSDP": ({"fsdp_plugin": SimpleNamespace(fsdp_version=1)}, "FSDP of version 1.*What works.*fsdp_version: 2"),
+    "DEEPSPEED": (
+        {"deepspeed_plugins": {"one": SimpleNamespace(zero_stage=3, selected=True)}},
+        "ZeRO-3.*What works.*stage 2.*FSDP2",
+    ),
+    "MEGATRON_LM": ({}, "MEGATRON_LM.*What works"),
+    "XLA": ({}, "XLA.*What works"),
+}
+
+
 @pytest.mark.parametrize(
     ("when", "kind"),
     [
@@ -1514,34 +1525,42 @@ def test_checkpoint_loaders_of_torch_distributed_work():
         ("forward", "XLA"),
     ],
 )
-def test_what_holds_no_whole_weights_is_refused_at_the_first_chance(kind, when):
+def test_what_cuts_weights_anywhere_is_refused_at_the_first_chance(kind, when):
     accelerator = Accelerator(cpu=True)
     model = network()
     optimizer = None if when == "construction" else wrap(model)
     PartialState._shared_state["distributed_type"] = DistributedType[kind]  # where Accelerate itself keeps it
+    plugins, message = REFUSED[kind]
+    AcceleratorState._shared_state.update(plugins)
     chances = {
         "construction": lambda: wrap(model),
         "prepare": lambda: accelerator.prepare_optimizer(optimizer),
         "forward": lambda: model(inputs(1)[0]),
     }
-    with pytest.raises(NotImplementedError, match=f"{kind}.*What works"):
+    with pytest.raises(NotImplementedError, match=message):
         chances[when]()
 
 
-@pytest.mark.parametrize("mark", ["device_mesh", "_fsdp_flattened", "ds_id"])
-def test_sharded_parameters_are_refused(mark):
+@pytest.mark.parametrize(
+    ("marks", "message"),
+    [
+        ({"_fsdp_flattened": True}, "FSDP of version 1.*fsdp_version: 2"),
+        ({"ds_id": 0}, "ZeRO-3"),
+        ({"allreduce": False, "group_name": "ep_size_2"}, "mixture of experts"),
+    ],
+)
+def test_parameters_of_engines_that_cut_weights_anywhere_are_refused(marks, message):
     model = network()
-    setattr(model[0].weight, mark, True)
-    with pytest.raises(NotImplementedError, match="whole copy of the weights"):
+    for name, value in marks.items():
+        setattr(model[0].weight, name, value)
+    with pytest.raises(NotImplementedError, match=message):
         wrap(model)
 
 
-@pytest.mark.parametrize("sizes", [(2, 1), (1, 2)])
-def test_parallelism_inside_a_replica_is_refused(sizes):
+def test_sequence_parallelism_without_a_mesh_is_refused():
     Accelerator(cpu=True)
-    config = SimpleNamespace(non_data_parallel_size=sizes[0], dp_shard_size=sizes[1])
-    AcceleratorState().parallelism_config = config
-    with pytest.raises(NotImplementedError, match="sharded, tensor, context or sequence parallelism"):
+    AcceleratorState().parallelism_config = SimpleNamespace(sp_size=2)
+    with pytest.raises(NotImplementedError, match=r"sequence parallelism.*context parallelism under FSDP2"):
         wrap(network())
 
 

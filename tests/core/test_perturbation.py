@@ -32,7 +32,8 @@ from hf_rwp.core import buffers, draws, noise, perturbation, watch
 from hf_rwp.core.buffers import guarded_buffers
 from hf_rwp.core.draws import Draws, Target
 from hf_rwp.core.perturbation import Noise, Perturbation
-from hf_rwp.core.sharding import Replicas, block_of
+from hf_rwp.core.replicas import Replicas
+from hf_rwp.core.sharding import block_of
 
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -85,7 +86,7 @@ def targets_of(weights: nn.Module | Iterable[Tensor]) -> list[Target]:
     named = (
         weights.named_parameters() if isinstance(weights, nn.Module) else ((f"w{i}", w) for i, w in enumerate(weights))
     )
-    return [Target(position, name, weight, block_of(weight)) for position, (name, weight) in enumerate(named)]
+    return [Target(position, name, weight, weight, block_of(weight)) for position, (name, weight) in enumerate(named)]
 
 
 def guarded_of(model: nn.Module) -> list[buffers.Guarded]:

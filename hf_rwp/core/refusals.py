@@ -1,0 +1,118 @@
+"""What RWP does not work with, refused by name ahead of any work; and the module inside of wrappers."""
+
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState, is_initialized
+from accelerate.utils import is_compiled_module
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel and torch.compile: the one whose forward pass they all end in.
+
+    Raises NotImplementedError for DataParallel.
+    """
+    if isinstance(model, nn.DataParallel):
+        refuse_data_parallel()
+    if isinstance(model, DistributedDataParallel):
+        return innermost(model.module)
+    return innermost(model._orig_mod) if is_compiled_module(model) else model  # type: ignore[arg-type]
+
+
+def refuse_data_parallel() -> None:
+    """Raise NotImplementedError for nn.DataParallel."""
+    raise NotImplementedError(
+        "RWP does not work with DataParallel, whose replicas are copies of the weights that it cannot perturb: use "
+        "DistributedDataParallel (accelerate launch --multi_gpu), one process for each GPU"
+    )
+
+
+def refuse_unsupported(parameters: Iterable[Tensor]) -> None:
+    """Raise NotImplementedError where RWP cannot reach the weights, or does not know whose gradients are averaged."""
+    found = _refused_by_accelerate() if is_initialized() else None
+    for parameter in parameters:
+        if found is not None:
+            break
+        if not (parameter.__dict__ or parameter.device.type == "xla"):
+            continue  # most are ordinary ones
+        if getattr(parameter, "_fsdp_flattened", False):
+            found = _FSDP1
+        elif hasattr(parameter, "ds_id"):
+            found = _ZERO3
+        elif getattr(parameter, "allreduce", True) is False and hasattr(parameter, "group_name"):
+            found = "DeepSpeed's mixture of experts, whose experts have replicas of their own", "a dense model"
+        elif parameter.device.type == "xla":
+            found = "XLA", "CPUs and GPUs"
+    if found:
+        raise NotImplementedError(f"RWP does not work with {found[0]}. What works is {found[1]}")
+
+
+_ELSEWHERE = "DistributedDataParallel, FSDP2 (fsdp_version: 2), tensor parallelism and DeepSpeed ZeRO up to stage 2"
+_FSDP1 = (
+    "FSDP of version 1, which cuts weights anywhere; it is Accelerate's default",
+    "FSDP2: `fsdp_version: 2` in Accelerate's configuration, FullyShardedDataParallelPlugin(fsdp_version=2), "
+    '"fsdp_config": {"version": 2} of TrainingArguments, or torch\'s fully_shard',
+)
+_ZERO3 = (
+    "DeepSpeed ZeRO-3, which cuts weights anywhere",
+    "ZeRO up to stage 2, or FSDP2 (fsdp_version: 2), which shards the weights as well",
+)
+
+
+def _refused_by_accelerate() -> tuple[str, str] | None:
+    """What RWP does not work with in the state that Accelerate has set up, and what works."""
+    state = AcceleratorState()
+    kind, parallelism = state.distributed_type.value, state.parallelism_config
+    if parallelism is not None and getattr(parallelism, "sp_size", 1) > 1:
+        return "DeepSpeed's sequence parallelism", "context parallelism under FSDP2, or longer gradient accumulation"
+    if kind == "FSDP":
+        return None if getattr(state.fsdp_plugin, "fsdp_version", 1) == 2 else _FSDP1
+    if kind == "DEEPSPEED":
+        return _ZERO3 if getattr(state.deepspeed_plugin, "zero_stage", 0) == 3 else None
+    return None if kind == "NO" or kind.startswith("MULTI_") else (kind, _ELSEWHERE)
+
+
+def refuse_quantized(model: nn.Module) -> None:
+    """Raise NotImplementedError for a frozen parameter that Gaussian noise cannot be added to."""
+    for name, parameter in model.named_parameters():
+        if not (parameter.requires_grad or parameter.is_floating_point()):
+            raise NotImplementedError(
+                f"frozen=True would perturb {name}, which is of {parameter.dtype}: Gaussian noise needs floating-point "
+                "weights. Load the base weights unquantized (bfloat16), or leave frozen=False to perturb the others"
+            )
+
+
+_RANKS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def refuse_lone_processes(decided: bool | None = None) -> None:
+    """Raise RuntimeError where a launcher started processes, or was told to, and each trains by itself.
+
+    decided: whether the process group would have been made by now; None: if Accelerate has looked for one.
+    """
+    if decided is None:
+        decided = PartialState._shared_state != {}
+    if not decided or (dist.is_available() and dist.is_initialized()):
+        return
+    launched = os.environ.get("WORLD_SIZE", "1")
+    found = None
+    if launched.isdigit() and int(launched) > 1:
+        found = f"{launched} processes were launched (WORLD_SIZE={launched}), and each would train by itself"
+    elif (
+        # accelerate launch sets the one for every run and the other for more than one process; on a CPU it starts one
+        {"ACCELERATE_DYNAMO_BACKEND", "MASTER_ADDR"} <= os.environ.keys()
+        and not any(name in os.environ for name in _RANKS)
+        and not torch.cuda.is_available()
+    ):
+        found = "accelerate launch was told to start more than one process and started one"
+    if found:
+        raise RuntimeError(
+            f"{found}: there is no process group. On a machine where torch finds no GPU, Accelerate makes one with "
+            "ACCELERATE_USE_CPU=true in the environment and `accelerate launch --multi_gpu --num_processes 2`; a loop "
+            "of one's own calls torch.distributed.init_process_group first. For a single process launch one "
+            "(--num_processes 1)"
+        )

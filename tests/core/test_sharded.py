@@ -1,0 +1,33 @@
+"""The guarantees where a mesh of processes holds the weights: FSDP2, HSDP, tensor parallelism, on real gloo ranks."""
+
+import pytest
+from distributed import run, run_each, stop
+from sharded import PARALLEL, Case, assert_mixed, record
+
+
+@pytest.fixture(autouse=True)
+def new_processes():
+    """DTensor caches plans with the names of process groups, which a test before this one may have ended."""
+    stop()
+
+
+ENGINES = ["hsdp", "replicate", "fsdp", "tp", "fsdp_tp", "hsdp_tp"]
+
+
+def cases_of(engine: str, **options) -> list[Case]:
+    counts = (1, 2, 3) if engine in PARALLEL else (2, 3)
+    cases = [Case(engine, alpha, accumulation=count, **options) for count in counts for alpha in (0.3, 1.0)]
+    return cases if engine in PARALLEL else [*cases, Case(engine, 1.0, **options)]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_step_gradient_is_the_mix(engine):
+    cases = cases_of(engine)
+    for case, ranks in zip(cases, run_each(cases[0].world, record, [(case,) for case in cases]), strict=True):
+        assert_mixed(case, ranks)
+
+
+@pytest.mark.parametrize("engine", ["hsdp", "fsdp"])
+def test_first_forward_when_the_hook_of_fsdp2_is_in_front(engine):
+    case = Case(engine, accumulation=2, wrapped_first=True)
+    assert_mixed(case, run(4, record, case))
