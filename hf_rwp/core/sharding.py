@@ -48,6 +48,16 @@ def local_of(tensor: Tensor) -> Tensor:
     return local
 
 
+@torch.no_grad()
+def whole_of(tensor: Tensor) -> Tensor:
+    """A tensor as a plain one, itself if it is. Collective for a DTensor: its shards are gathered, on its mesh's device
+    where they are kept elsewhere (CPU offload)."""
+    if not is_sharded(tensor):
+        return tensor
+    whole: Tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
+    return whole
+
+
 def block_of(weight: Tensor) -> Block:
     """The block of `weight`, a plain tensor or a DTensor, in this process's memory.
 
@@ -136,6 +146,8 @@ def gatherers(model: nn.Module) -> list[Any]:
     for module in model.modules():
         if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
             state = module._get_fsdp_state()
+            if state._is_root is None:
+                state._lazy_init()  # the first forward pass does, and may move the shards to memory of another size
             state._state_ctx.post_optim_event = None  # a gather waits for whatever is under way, our noise too
             groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
             found.update(dict.fromkeys(group for group in groups if group is not None))

@@ -68,6 +68,8 @@ class BatchTransform:
 
     Chance comes from Python's and the device's global generators at the moment of the call: timm's PrefetchLoader does
     the same a batch ahead, where seeding a step no longer reaches it.
+
+    nothing: a batch of one image that counts for nothing, its label -1.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class BatchTransform:
             for name in ("mean", "std")
         )
         self._device, self._erasings, self._memory_format = device, erasings, memory_format
+        self.nothing = torch.zeros(1, *data_config["input_size"]), torch.tensor([-1])
 
     def __call__(self, images: Tensor) -> Tensor:
         images = images.to(self._device, non_blocking=True).float().sub_(self._mean).div_(self._std)

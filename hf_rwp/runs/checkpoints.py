@@ -17,8 +17,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from accelerate.utils.other import load
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from hf_rwp.runs.distributed_checkpoints import METADATA, refuse_code
+from hf_rwp.runs.sharded import is_mesh, is_sharded_model, load_whole, whole_weights
 
 STATE = "state.json"
 
@@ -37,16 +41,21 @@ def save_checkpoint(
 
     def write() -> None:
         accelerator.save_state(str(partial))
-        if accelerator.is_main_process:
-            for name, module in (modules or {}).items():
-                save_model(module, str(partial / f"{name}.safetensors"))
+        for name, module in (modules or {}).items():
+            file = str(partial / f"{name}.safetensors")
+            if is_sharded_model(module):
+                weights = whole_weights(module, accelerator.is_main_process)
+                if weights:
+                    save_file(weights, file)
+            elif accelerator.is_main_process:
+                save_model(module, file)
 
     def publish() -> None:
         """When all have written their part: say what it must be like when it is read, and give it its name."""
         if not accelerator.is_main_process:
             return
         (partial / STATE).write_text(json.dumps({"state": state, "sha256": _digests(partial)}))
-        for file in partial.iterdir():
+        for file in partial.rglob("*"):
             _flush(file)
         if folder.exists():  # by a run on other replicas, at this same step
             shutil.rmtree(partial)
@@ -58,7 +67,7 @@ def save_checkpoint(
         failure = None
         try:
             part()
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:  # torch has errors of its own
             failure = f"{type(error).__name__}: {error}"
         failures = [text for text in gather_object([failure]) if text]
         if failures:
@@ -105,11 +114,16 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, modules: Mapping[str
     data are refused.
     """
     _refuse_code(folder, ".pkl")  # which accelerate goes on without if it cannot read them
+    _refuse_other_layout(accelerator, folder)
     try:
         accelerator.load_state(str(folder))
         for name, module in (modules or {}).items():
-            load_model(module, str(folder / f"{name}.safetensors"))
-    except (OSError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+            file = str(folder / f"{name}.safetensors")
+            if is_sharded_model(module):
+                load_whole(module, load_file(file))
+            else:
+                load_model(module, file)
+    except (OSError, EOFError, RuntimeError, SafetensorError, CheckpointException, pickle.UnpicklingError) as error:
         _refuse_code(folder, ".bin")
         raise ValueError(f"{folder} cannot be resumed from: {type(error).__name__}: {error}") from error
 
@@ -134,14 +148,33 @@ def remove_checkpoints(folder: Path, keep: Collection[int]) -> None:
 
 def _digests(folder: Path) -> dict[str, str]:
     digests = {}
-    for file in folder.iterdir():
-        if file.name != STATE and file.is_file():
+    for file in sorted(folder.rglob("*")):
+        if file != folder / STATE and file.is_file():
             sha = hashlib.sha256()
             with file.open("rb") as content:
                 while block := content.read(2**20):
                     sha.update(block)
-            digests[file.name] = sha.hexdigest()
+            digests[file.relative_to(folder).as_posix()] = sha.hexdigest()
     return digests
+
+
+def _refuse_other_layout(accelerator: Accelerator, folder: Path) -> None:
+    """Raise ValueError for weights that were saved whole and are sharded now, or the other way round, or hold code."""
+    sharded, whole = (list(folder.glob(pattern)) for pattern in ("pytorch_model_fsdp*", "model.safetensors"))
+    if whole if is_mesh(accelerator) else sharded:
+        was, now = ("whole", "sharded by FSDP2") if whole else ("sharded by FSDP2", "whole")
+        raise ValueError(
+            f"{folder} cannot be resumed from: its weights were {was}, and are {now} here. Start as it was started, or "
+            "begin anew from the weights that a finished run wrote"
+        )
+    for metadata in sorted(folder.glob(f"*/{METADATA}")):
+        try:
+            refuse_code(metadata.parent)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"{folder} cannot be resumed from: {metadata.parent.name} holds more than tensors and plain data, or "
+                f"is cut short ({error})"
+            ) from error
 
 
 def _refuse_code(folder: Path, suffix: str) -> None:

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hf_rwp.core.losses import LossTracker
+from hf_rwp.runs.sharded import is_mesh
 
 Part = tuple[Any, ...]  # what the loss of one part is a function of: (images, labels)
 
@@ -40,7 +41,8 @@ def accumulate(
 
     model: what `accelerator.prepare` or DistributedDataParallel gave. loss_of: calls it on one part, and returns the
     mean loss. accelerator: None where the loop is plain PyTorch. tracker: takes each part's loss, unless `track` is
-    false. sync: whether the last backward pass averages the gradients over the replicas; the others never do.
+    false. sync: whether the last backward pass averages the gradients over the replicas; the others do so only where
+    FSDP2 holds the weights, since a gradient that it has not reduced is whole on every process.
     """
     for number, part in enumerate(parts, start=1):
         synchronizes = sync and number == len(parts)
@@ -96,4 +98,6 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
 
 
 def _no_sync(model: nn.Module, accelerator: Accelerator | None) -> Any:
+    if accelerator is not None and is_mesh(accelerator):
+        return nullcontext()
     return getattr(model, "no_sync", nullcontext)() if accelerator is None else accelerator.no_sync(model)
