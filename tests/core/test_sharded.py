@@ -1,8 +1,9 @@
 """The guarantees where a mesh of processes holds the weights: FSDP2, HSDP, tensor parallelism, on real gloo ranks."""
 
 import pytest
+import sharded
 from distributed import run, run_each, stop
-from sharded import PARALLEL, Case, assert_mixed, record
+from sharded import PARALLEL, Case, assert_mixed, record, shard
 
 
 @pytest.fixture(autouse=True)
@@ -31,3 +32,21 @@ def test_step_gradient_is_the_mix(engine):
 def test_first_forward_when_the_hook_of_fsdp2_is_in_front(engine):
     case = Case(engine, accumulation=2, wrapped_first=True)
     assert_mixed(case, run(4, record, case))
+
+
+def assigned(case: Case) -> list:
+    """`record`, with weights that `load_state_dict(assign=True)` put in the place of the sharded ones."""
+
+    def shard_and_assign(*args) -> None:
+        shard(*args)
+        args[1].load_state_dict({name: value.clone() for name, value in args[1].state_dict().items()}, assign=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharded, "shard", shard_and_assign)
+        return record(case)
+
+
+@pytest.mark.parametrize("engine", ["hsdp", "fsdp"])
+def test_shards_that_fsdp2_moves_at_the_first_forward_get_their_noise(engine):
+    case = Case(engine, alpha=1.0)
+    assert_mixed(case, run(4, assigned, case))
