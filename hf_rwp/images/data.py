@@ -3,29 +3,36 @@
 What is wrong with splits, columns and labels is refused here, before training; images are not looked into.
 """
 
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
+import pyarrow as pa
 from datasets import (
     ClassLabel,
     Dataset,
     DatasetDict,
+    DatasetInfo,
     Features,
     Image,
     IterableDataset,
-    IterableDatasetDict,
-    Value,
-    concatenate_datasets,
-    load_dataset,
+    NamedSplit,
+    SplitDict,
+    SplitInfo,
 )
+from timm.utils.misc import natural_key  # type: ignore[attr-defined]
 
-_TRAIN = ("train", "training")
-_VALIDATION = ("validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")  # the first found is taken
+from hf_rwp.images.classes import choose_columns, refuse_unlearned, two_columns, with_classes
+from hf_rwp.images.files import Tree, scan
+from hf_rwp.images.folders import HOLD_OUT, ROLES, TRAIN, VALIDATION, Labelled, listed, read_images
+from hf_rwp.images.found import Found, ImageSplits, ImageStreams
+from hf_rwp.images.tables import is_saved, load_hub, load_saved, load_tables
+
 _ENCODED = Image(decode=False)
+_FLAT_FRACTION = 0.2  # held out of a folder that has no split for evaluation
 
 
 def load_digits(seed: int = 0) -> DatasetDict:
@@ -50,180 +57,218 @@ def load_images(
     dataset: str | None = None,
     *,
     dataset_config: str | None = None,
+    dataset_revision: str | None = None,
     train_split: str | None = None,
     validation_split: str | None = None,
+    validation_fraction: float | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
     num_classes: int | None = None,
     streaming: bool = False,
-) -> DatasetDict | IterableDatasetDict:
+) -> ImageSplits | ImageStreams:
     """Images and labels as splits "train" and "validation", each with the columns image and label (ClassLabel).
 
     image holds {"path", "bytes"}, not decoded: a broken file is met where it can be counted, not here.
-    data_dir: a folder, either train/CLASS/IMAGE and validation/CLASS/IMAGE (or val, test, ...), or parquet files or
-    WebDataset tar shards with the split in their name or folder. dataset: an id on the Hub, dataset_config its
-    configuration. Neither: the digits. Splits are found by name, columns by type, where they are not named.
+    data_dir: a folder: train/CLASS/IMAGE and validation/CLASS/IMAGE (or val, test, ..., in any case), or CLASS/IMAGE,
+    of which a fifth is held out; or parquet files or WebDataset tar shards with the split in their name or folder; or
+    what `save_to_disk` wrote. dataset: an id on the Hub, dataset_config and dataset_revision its configuration and
+    revision; or a folder too. Neither: the digits. Splits and columns that are not named are found by name and type.
+    validation_fraction: of each class of the training images, held out for evaluation, always the same ones.
     num_classes: of plain integer labels; a ClassLabel, or a scan of all labels without streaming, tells it too.
     streaming: rows are read when used, from disk or the Hub; then only the first row of each split is looked at.
-    Raises ValueError for splits, columns and labels that are missing, empty, ambiguous or out of range.
+    What was found is in `found` of the result. Raises ValueError for splits, columns and labels that are missing,
+    empty, ambiguous or out of range.
     """
     if data_dir is not None and dataset is not None:
         raise ValueError(f"both data_dir={data_dir!r} and dataset={dataset!r} are set: set only one of them")
+    if dataset is not None and Path(dataset).expanduser().is_dir():
+        data_dir, dataset = dataset, None
+    found, asked = Found(), {"train": train_split, "validation": validation_split}
     if data_dir is None and dataset is None:
         digits = load_digits().cast_column("image", _ENCODED)
-        return IterableDatasetDict({n: s.to_iterable_dataset() for n, s in digits.items()}) if streaming else digits
-    names = {
-        "train": _TRAIN if train_split is None else (train_split,),
-        "validation": _VALIDATION if validation_split is None else (validation_split,),
-    }
+        found.source = "the handwritten digits of scikit-learn"
+        return _finished(dict(digits), found, streaming)
+    options: dict[str, Any] = {"name": dataset_config, "streaming": streaming, "found": found}
     if data_dir is not None:
-        found = _load_folder(Path(data_dir).expanduser(), names, name=dataset_config, streaming=streaming)
+        folder = _folder(data_dir)
+        saved = is_saved(folder) or any(is_saved(part) for part in folder.iterdir() if part.is_dir())
+        tree = Tree(folder) if saved else scan(folder.resolve())
+        if not saved and _are_images(tree):
+            read = read_images(tree, asked, label_column, validation_fraction, found)
+            return _of_paths(read, asked, validation_fraction, found, streaming)
+        loaded = load_saved(folder, streaming, found) if saved else load_tables(tree, asked, **options)
     else:
-        hint = "Check the id, your access (`hf auth login`) and the connection, or set data_dir to a folder with a copy"
-        found = _load(str(dataset), hint, name=dataset_config, streaming=streaming)
-    splits = {role: _split(found, role, candidates) for role, candidates in names.items()}
-    columns = {role: _columns(role, split, image_column, label_column) for role, split in splits.items()}
+        loaded = load_hub(str(dataset), revision=dataset_revision, **options)
+    splits = _roles(loaded, asked, validation_fraction, found)
+    columns = {role: choose_columns(role, split, image_column, label_column) for role, split in splits.items()}
+    image, label = columns["train"]
+    found.columns = {"image": image, "label": label}
     features = {role: splits[role].features[label] for role, (_, label) in columns.items()}
-    splits = {role: _two_columns(split, *columns[role]) for role, split in splits.items()}
-    classes = _class_names(splits, features, {role: label for role, (_, label) in columns.items()}, num_classes)
+    splits = {role: two_columns(split, *columns[role]) for role, split in splits.items()}
+    splits = with_classes(splits, features, {role: label for role, (_, label) in columns.items()}, num_classes, found)
+    if "validation" not in splits:
+        splits = _held_out(splits["train"], validation_fraction or _FLAT_FRACTION, found)
+    return _finished(splits, found, streaming)
+
+
+def _finished(splits: dict[str, Any], found: Found, streaming: bool) -> ImageSplits | ImageStreams:
+    found.count(splits)
+    made: ImageSplits | ImageStreams
     if streaming:
-        return IterableDatasetDict({k: s.cast_column("label", ClassLabel(names=classes)) for k, s in splits.items()})
-    return DatasetDict({role: _with_classes(split, classes) for role, split in splits.items()})
+        made = ImageStreams({role: _streamed(split) for role, split in splits.items()})
+    else:
+        made = ImageSplits(splits)
+    made.found = found
+    return made
 
 
-def _load_folder(folder: Path, names: Mapping[str, Sequence[str]], **options: Any) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"data_dir={str(folder)!r} is not a folder: set the one that holds train and validation"
-        )
-    if set("[]*?") & set(str(folder.resolve())):
-        raise ValueError(f"data_dir={str(folder)!r}: `datasets` takes [ ] * ? for a pattern, rename the folder")
-    # Named here: `datasets` by itself takes a class folder called train or test for a split, and gives no labels at all
-    # if an unlabelled test folder lies beside the others.
-    present = [path.name for path in folder.iterdir() if path.is_dir()]
-    files = {name: f"{name}/**" for name in (_first(wanted, present) for wanted in names.values()) if name}
-    hint = (
-        "It needs train/CLASS/IMAGE and validation/CLASS/IMAGE, or parquet files or tar shards, with images for both "
-        "splits"
-    )
-    return _load(str(folder.resolve()), hint, data_files=files or None, **options)
-
-
-def _load(path: str, hint: str, **options: Any) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = load_dataset(path, **options)
-    except (ConnectionError, FileNotFoundError, ValueError) as error:
-        raise ValueError(f"{path!r} could not be loaded: {error}. {hint}") from error
-    return found
-
-
-def _first(names: Iterable[str], present: Iterable[str]) -> str | None:
-    return next((name for name in names if name in present), None)
-
-
-def _split(found: Mapping[str, Any], role: str, names: Sequence[str]) -> Any:
-    name = _first(names, found)
-    if name is None:
-        raise ValueError(
-            f"no {role} split among {', '.join(found)}, of {', '.join(names)}: set {role}_split to one there is"
-        )
-    return found[name]
-
-
-def _columns(role: str, split: Any, image: str | None, label: str | None) -> tuple[str, str]:
-    """The names of the columns with the images and the labels."""
-    features = split.features or {}
-    images = [name for name, feature in features.items() if isinstance(feature, Image)]
-    classes = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    integers = [name for name, feature in features.items() if isinstance(feature, Value) and "int" in feature.dtype]
-
-    def only(kind: str, argument: str, named: str | None, possible: list[str], preferred: list[str]) -> str:
-        if named in possible:
-            return str(named)
-        if named is not None or len(preferred) != 1:
-            asked = f"{argument}={named!r} is not one" if named is not None else f"set {argument} to the one to use"
-            raise ValueError(
-                f"one {kind} column is needed, and the {role} split has these: {', '.join(preferred) or 'none'} (of "
-                f"{', '.join(features)}): {asked}. An image folder needs class folders of equal depth"
-            )
-        return preferred[0]
-
-    return (
-        only("image", "image_column", image, images, images),
-        only("ClassLabel or integer", "label_column", label, classes + integers, classes or integers),
-    )
-
-
-def _two_columns(split: Any, image: str, label: str) -> Any:
-    if isinstance(split, Dataset):
-        split = split.cast_column(image, _ENCODED).select_columns([image, label])
-        return split.rename_columns({image: "image", label: "label"})
-    # Not `cast_column`: a remote stream comes with a step that decodes, which this takes away.
-    split = with_plain_labels(split.decode(False), label).select_columns([image, label])
-    renamed = {old: new for old, new in ((image, "image"), (label, "label")) if old != new}
-    return split.rename_columns(renamed) if renamed else split
-
-
-def with_plain_labels(split: IterableDataset, column: str) -> IterableDataset:
-    """A stream that gives labels out of range too: as a ClassLabel, one would end it."""
-    # Class folders give names, all in range.
-    return split if split.info.builder_name == "imagefolder" else split.cast_column(column, Value("int64"))
-
-
-def _labels_seen(role: str, split: Any) -> set[Any] | None:
-    """The split's labels; None for a stream, of which one row is read. Raises ValueError if it is empty."""
-    streaming = isinstance(split, IterableDataset)
-    if (next(iter(split), None) is None) if streaming else len(split) == 0:
-        raise ValueError(f"the {role} split holds no rows: it needs some, or set {role}_split to another one")
-    return None if streaming else set(split.unique("label"))
-
-
-def _class_names(
-    splits: Mapping[str, Any], features: Mapping[str, Any], columns: Mapping[str, str], num_classes: int | None
-) -> list[str]:
-    """The classes' names ("0", "1", ... where the labels are plain integers), once every label is one of them."""
-    seen = {role: _labels_seen(role, split) for role, split in splits.items()}
-    named = {role: feature.names for role, feature in features.items() if isinstance(feature, ClassLabel)}
-    if len(named) == 2 and named["train"] != named["validation"]:
-        ours, theirs = next(pair for pair in itertools.zip_longest(*named.values()) if pair[0] != pair[1])
-        raise ValueError(
-            f"the label names differ: where train (column {columns['train']!r}) has {ours!r}, validation has {theirs!r}"
-            f" ({len(named['train'])} and {len(named['validation'])} names): bring both into one order"
-        )
-    known = next(iter(named.values()), None)
-    if known is not None and num_classes not in (None, len(known)):
-        raise ValueError(
-            f"num_classes={num_classes}, but column {columns['train']!r} has {len(known)} classes: leave it out"
-        )
-    if known is None and num_classes is None and seen["train"] is None:
-        raise ValueError(
-            f"column {columns['train']!r} holds plain integers, and a stream does not tell how many classes they stand "
-            "for: set num_classes"
-        )
-    labels = set().union(*(some or () for some in seen.values()))
-    names: list[str] = known or [str(label) for label in range(num_classes or len(labels))]
-    for role, some in seen.items():
-        strays = sorted((some or set()) - set(range(len(names))), key=str)
-        if strays:
-            raise ValueError(
-                f"column {columns[role]!r} holds {', '.join(map(str, strays[:5]))} in the {role} split, but its "
-                f"{len(names)} classes are 0 to {len(names) - 1}: relabel these rows, or drop them"
-            )
-    unlearned = sorted((seen["validation"] or set()) - (seen["train"] or set()))
-    if unlearned and seen["train"] and splits["train"].info.builder_name == "imagefolder":
-        raise ValueError(
-            f"validation has images of class {', '.join(names[label] for label in unlearned[:5])}, and train has none: "
-            "the class folders must have the same names"
-        )
-    return names
-
-
-def _with_classes(split: Dataset, names: list[str]) -> Dataset:
-    if isinstance(split.features["label"], ClassLabel):
+def _streamed(split: Any) -> IterableDataset:
+    """A split as a stream that knows how many images it has, if a table does."""
+    if isinstance(split, IterableDataset):
         return split
-    # Set beside the images: `cast_column` would write the images anew.
-    labels = Dataset.from_dict({"label": split["label"][:]}, features=Features(label=ClassLabel(names=names)))
-    return concatenate_datasets([split.select_columns("image"), labels], axis=1)
+    stream: IterableDataset = split.to_iterable_dataset(num_shards=max(1, min(64, len(split))))
+    name = str(stream.split) if stream.split else "train"
+    if stream.split:
+        stream.info.splits = SplitDict({name: SplitInfo(name, num_examples=len(split))})
+    return stream
+
+
+# A folder of images.
+
+
+def _folder(data_dir: str) -> Path:
+    folder = Path(data_dir).expanduser()
+    if folder.is_dir():
+        return folder
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"data_dir={str(folder)!r} is not a folder, nor anything else: set the one that holds train and "
+            "validation, or the class folders"
+        )
+    unpack = " Unpack it, and set the folder" if folder.suffix in (".zip", ".tar", ".gz", ".tgz") else ""
+    raise ValueError(f"data_dir={str(folder)!r} is a file and not a folder: set the one that holds it.{unpack}")
+
+
+def _are_images(tree: Tree) -> bool:
+    """Whether the folder is one of images, or else of tables. Raises ValueError where it is neither, or may be both."""
+    tables = [folder.path / table for folder in tree.walk() for table in folder.tables]
+    if tree.total and tables:
+        folders = [folder.path for folder in tree.walk() if folder.images and folder is not tree]
+        if len(folders) < 2:
+            return False
+        raise ValueError(
+            f"{tree.path} holds images, in {listed(folders, 2)}, and {len(tables):,} tables, such as {tables[0].name}: "
+            "keep one of both in it"
+        )
+    if not tree.total and not tables:
+        raise ValueError(
+            f"{tree.path} holds no images ({tree.others_below()}). It needs train/CLASS/IMAGE and "
+            "validation/CLASS/IMAGE, or CLASS/IMAGE, or parquet files or tar shards, with images for both splits"
+        )
+    return not tables
+
+
+def _of_paths(
+    read: dict[str, Labelled], asked: Mapping[str, str | None], fraction: float | None, found: Found, streaming: bool
+) -> ImageSplits | ImageStreams:
+    for part in read.values():
+        part.labels = [unicodedata.normalize("NFC", label) for label in part.labels]
+    names = sorted(set(read["train"].labels), key=natural_key)
+    if asked["validation"] is not None and asked["validation"] == asked["train"]:
+        read["validation"] = read["train"]
+        _on_training(found)
+    refuse_unlearned(names, {role: set(part.labels) for role, part in read.items()})
+    tables = {role: _table(part, names) for role, part in read.items()}
+    if "validation" not in tables:
+        tables = _held_out(tables["train"], fraction or _FLAT_FRACTION, found)
+    return _finished(tables, found, streaming)
+
+
+def _table(part: Labelled, names: list[str]) -> Dataset:
+    """The images by their paths; nothing is copied or written."""
+    paths, numbers = pa.array(part.paths, pa.string()), {name: number for number, name in enumerate(names)}
+    images = pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], ["bytes", "path"])
+    labels = pa.array([numbers[label] for label in part.labels], pa.int64())
+    info = DatasetInfo(features=Features(image=_ENCODED, label=ClassLabel(names=names)))
+    return Dataset(pa.table({"image": images, "label": labels}), info=info, split=NamedSplit(_split_name(part.name)))
+
+
+def _split_name(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "._" else "_" for letter in name) or "train"
+
+
+# Splits.
+
+
+def _roles(
+    loaded: Mapping[str, Any], asked: Mapping[str, str | None], fraction: float | None, found: Found
+) -> dict[str, Any]:
+    """The splits for training and evaluation; only the first where a part of it is to be held out."""
+    train, validation = (
+        _first(loaded, (asked[role],) if asked[role] else usual)
+        for role, usual in zip(ROLES, (TRAIN, VALIDATION), strict=True)
+    )
+    there = listed(loaded)
+    if train is None:
+        words = asked["train"] or listed(TRAIN)
+        raise ValueError(f"no train split among {there}, of {words}: set train_split to one there is")
+    if fraction is not None:
+        if validation is not None:
+            found.notes.append(f"validation_fraction is set: the split {validation} was not used")
+        return {"train": _refuse_stream(loaded[train])}
+    if validation is None:
+        words = asked["validation"] or listed(VALIDATION, 9)
+        raise ValueError(
+            f"no validation split among {there}, of {words}: set validation_split to one there is, or {HOLD_OUT}"
+        )
+    if train == validation:
+        if asked["train"] != asked["validation"]:
+            raise ValueError(
+                f"train_split and validation_split would both be {train}, and evaluation on what trains says nothing: "
+                f"set {HOLD_OUT}"
+            )
+        _on_training(found)
+    found.splits = {"train": train, "validation": validation}
+    return {"train": loaded[train], "validation": loaded[validation]}
+
+
+def _on_training(found: Found) -> None:
+    found.held_out = False
+    found.notes.append("evaluation is on one split with training: its figures are not those of held-out images")
+
+
+def _first(loaded: Mapping[str, Any], words: Any) -> str | None:
+    return next((name for word in words for name in loaded if word in (name, name.lower())), None)
+
+
+def _refuse_stream(split: Any) -> Any:
+    if isinstance(split, IterableDataset):
+        raise ValueError("a part of a stream cannot be held out: leave out streaming, or set validation_split")
+    return split
+
+
+def _held_out(split: Dataset, fraction: float, found: Found) -> dict[str, Dataset]:
+    """`split` in two: of each class a fraction, at least one image where it has two, for validation."""
+    labels, chance = np.asarray(split.with_format("numpy")["label"][:]), np.random.default_rng(0)
+    held: list[int] = []
+    alone = 0
+    for label in np.unique(labels):
+        rows = chance.permutation(np.flatnonzero(labels == label))
+        count = min(len(rows) - 1, max(1, round(fraction * len(rows))))
+        alone += count == 0
+        held += rows[:count].tolist()
+    if not held:
+        raise ValueError("no class has two images, so that none can be held out: set validation_split to other images")
+    kept = np.setdiff1d(np.arange(len(labels)), held)
+    lone = f"; {alone} classes with one image are in training only" if alone else ""
+    found.notes.append(
+        f"{len(held):,} of {len(labels):,} images, {fraction:.0%} of each class, were held out for evaluation, always "
+        f"the same ones{lone}"
+    )
+    found.splits = {"train": found.splits.get("train"), "validation": "held out of the training images"}
+    parts = {"train": split.select(kept), "validation": split.select(sorted(held))}
+    parts["validation"].info.splits = None
+    return parts
 
 
 def describe_splits(splits: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
