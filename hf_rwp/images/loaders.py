@@ -19,12 +19,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import PIL.Image
 import torch
-from datasets import Dataset, Image, IterableDataset
+from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from hf_rwp.images.data import with_plain_labels
+from hf_rwp.images.classes import with_plain_labels
+from hf_rwp.images.pixels import decoded
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +35,6 @@ Key: TypeAlias = tuple[int, int, int]  # row, epoch, position in the epoch
 
 _STREAM_SLOTS = 2**20
 _GRACE = 30  # seconds that a worker outlives a SIGTERM, as long as launchers wait before they kill
-_DECODER = Image()
-
-
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """`image` in mode RGB; transparency is dropped, 16-bit grayscale is scaled (Pillow by itself clips it to white)."""
-    if image.mode.startswith("I"):
-        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
 
 
 class UnreadableImages:
@@ -65,6 +58,10 @@ class UnreadableImages:
         """Those flagged so far, in order; alike on all replicas for the same image."""
         slots: list[int] = self._flags.nonzero().flatten().tolist()
         return slots
+
+    def restore(self, slots: Sequence[int]) -> None:
+        """Count those that an earlier session of the run met; they are not named again."""
+        self._flags[list(slots)] = 1
 
 
 class ImageDataset(torch.utils.data.Dataset[tuple[Any, int]]):
@@ -111,7 +108,7 @@ class ImageDataset(torch.utils.data.Dataset[tuple[Any, int]]):
 
     def _decoded(self, row: int, encoded: Mapping[str, Any] | None) -> PIL.Image.Image | None:
         try:
-            return _decoded(encoded)
+            return decoded(encoded)
         except Exception as error:  # Pillow's decoders raise nearly anything
             path = encoded and encoded["path"]
             self.unreadable.add(row, f"row {row} ({path})" if path else f"row {row}", error)
@@ -193,7 +190,7 @@ class ImageStream(torch.utils.data.IterableDataset[Batch]):
             try:
                 if label is None or not 0 <= label < self.classes:
                     raise ValueError(f"label {label} is none of the {self.classes} classes, 0 to {self.classes - 1}")
-                image = _decoded(encoded)
+                image = decoded(encoded)
             except Exception as error:  # Pillow's decoders raise nearly anything
                 path, content = (encoded["path"], encoded["bytes"]) if encoded else (None, None)
                 # Rows change their number when shuffled; what they hold is the same in every epoch.
@@ -404,12 +401,6 @@ def _seeded(*place: int) -> Iterator[None]:
         torch.default_generator.set_state(kept[2])
 
 
-def _decoded(encoded: Mapping[str, Any] | None) -> PIL.Image.Image:
-    if encoded is None:
-        raise ValueError("the row holds no image")
-    return to_rgb(_DECODER.decode_example(encoded))
-
-
 def _collated(items: Sequence[tuple[Any, int]]) -> Batch:
     images, labels = zip(*items, strict=True)
     if isinstance(images[0], Tensor) and images[0].dtype != torch.uint8:
@@ -422,8 +413,12 @@ def _collated(items: Sequence[tuple[Any, int]]) -> Batch:
 
 
 def _outlive_sigterm(_: int) -> None:
-    """A cluster sends SIGTERM to workers too, and torch ends a process whose worker dies: it may be about to save."""
+    """A cluster sends SIGTERM to workers too, and torch ends a process whose worker dies: it may be about to save.
+
+    So does a terminal with Ctrl-C; what a worker does then is up to the process that it loads for, with which it ends.
+    """
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _unchanged(batch: Any) -> Any:
