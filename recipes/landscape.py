@@ -66,7 +66,15 @@ from hf_rwp.runs.records import command_of, environment, scrub_paths, without_na
 BITS = (8, 4)
 # The flags of images that mean something here; the others are those of training, or each model's own affair.
 USED = {"data_dir", "dataset", "dataset_config", "train_split", "validation_split", "image_column", "label_column"}
-USED |= {"num_classes", "streaming", "shuffle_buffer", "max_bad_images", "workers"}
+USED |= {
+    "dataset_revision",
+    "validation_fraction",
+    "num_classes",
+    "streaming",
+    "shuffle_buffer",
+    "max_bad_images",
+    "workers",
+}
 PLACES = {"models", "device", "output_dir"}
 
 

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -15,6 +16,8 @@ from hf_rwp.core.checks import check_all
 _DIGITS = {"img_size": 32, "crop_pct": 1.0, "scale": [0.7, 1.0], "hflip": 0.0, "color_jitter": 0.0}
 _OTHER_DATA = {"scale": [0.08, 1.0], "hflip": 0.5, "color_jitter": 0.4, "train_interpolation": "random"}
 
+_BUILDERS = ("imagefolder", "parquet", "webdataset")
+
 
 @dataclass
 class ImageArguments:
@@ -26,17 +29,30 @@ class ImageArguments:
     data_dir: str | None = field(
         default=None,
         metadata={
-            "help": "A folder: train/CLASS/IMAGE and validation/CLASS/IMAGE, or parquet files, or WebDataset shards "
-            "(.tar). The embedded digits if neither this nor `--dataset` is set."
+            "help": "A folder: train/CLASS/IMAGE and validation/CLASS/IMAGE, or CLASS/IMAGE, or parquet files, or "
+            "WebDataset shards (.tar). The embedded digits if neither this nor `--dataset` is set."
         },
     )
-    dataset: str | None = field(default=None, metadata={"help": "A dataset's id on the Hub, `ILSVRC/imagenet-1k`."})
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "A dataset's id on the Hub, `ILSVRC/imagenet-1k`; a folder is as for `--data_dir`."},
+    )
     dataset_config: str | None = field(
         default=None, metadata={"help": "Which configuration of the dataset, where it has more than one."}
+    )
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the dataset on the Hub; its newest if not set."}
     )
     train_split: str | None = field(default=None, metadata={"help": "Name of the split to train on; found if not set."})
     validation_split: str | None = field(
         default=None, metadata={"help": "Name of the split to evaluate on; found if not set."}
+    )
+    validation_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of each class of the training images, in (0, 1), that is held out for evaluation, always "
+            "the same ones; 0.2 of a folder of classes without splits, else none if not set."
+        },
     )
     image_column: str | None = field(default=None, metadata={"help": "Name of the images' column; found if not set."})
     label_column: str | None = field(default=None, metadata={"help": "Name of the labels' column; found if not set."})
@@ -104,6 +120,10 @@ class ImageArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.dataset and Path(self.dataset).expanduser().is_dir() and self.data_dir is None:
+            self.data_dir, self.dataset = self.dataset, None
+        if self.dataset in _BUILDERS and self.data_dir is not None:  # as `datasets` has them
+            self.dataset = None
         for name, default in (_OTHER_DATA if self.data_dir or self.dataset else _DIGITS).items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
@@ -111,6 +131,14 @@ class ImageArguments:
             self,
             ("data_dir", self.data_dir is None or self.dataset is None, "unset where dataset is set"),
             ("streaming", not self.streaming or self.data_dir or self.dataset, "false without data_dir or dataset"),
+            ("dataset_revision", self.dataset_revision is None or self.dataset, "unset without dataset"),
+            ("validation_split", *_apart(self.train_split, self.validation_split)),
+            ("validation_fraction", self.validation_fraction is None or 0 < self.validation_fraction < 1, "in (0, 1)"),
+            (
+                "validation_fraction",
+                self.validation_fraction is None or ((self.data_dir or self.dataset) and self.validation_split is None),
+                "unset without data_dir or dataset, and where validation_split is set",
+            ),
             ("shuffle_buffer", self.shuffle_buffer >= 1, "at least 1"),
             ("max_bad_images", self.max_bad_images >= 0, "at least 0"),
             ("workers", self.workers >= 0, "at least 0"),
@@ -129,9 +157,16 @@ class ImageArguments:
     @property
     def data_options(self) -> dict[str, Any]:
         """Keyword arguments for `hf_rwp.images.data.load_images`."""
-        names = ["data_dir", "dataset", "dataset_config", "train_split", "validation_split"]
-        names += ["image_column", "label_column", "num_classes", "streaming"]
+        names = ["data_dir", "dataset", "dataset_config", "dataset_revision", "train_split", "validation_split"]
+        names += ["validation_fraction", "image_column", "label_column", "num_classes", "streaming"]
         return {name: getattr(self, name) for name in names}
+
+
+def _apart(train: str | None, validation: str | None) -> tuple[bool, str]:
+    return (
+        train is None or train != validation,
+        "another split than train_split (validation_fraction holds out a part of it)",
+    )
 
 
 def _increasing(pair: Sequence[float] | None) -> bool:

@@ -219,3 +219,30 @@ def test_pickled_arguments_hold_no_token(tmp_path):
     assert (again.rwp_gamma, again.hub_token, again.output_dir) == (0.5, None, str(tmp_path))
     assert copy.deepcopy(arguments).rwp_gamma == 0.5
     assert arguments.hub_token == "hf_secret"
+
+
+def test_a_dataset_that_is_a_folder_is_a_data_dir(tmp_path):
+    args = ImageArguments(dataset=str(tmp_path))
+    assert (args.data_dir, args.dataset) == (str(tmp_path), None)
+    assert args.scale == [0.08, 1.0]
+
+
+@pytest.mark.parametrize("builder", ["imagefolder", "webdataset", "parquet"])
+def test_a_builder_of_datasets_with_a_folder_is_the_folder(tmp_path, builder):
+    args = ImageArguments(dataset=builder, data_dir=str(tmp_path))
+    assert (args.data_dir, args.dataset) == (str(tmp_path), None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"data_dir": "a", "validation_fraction": 1.0}, r"validation_fraction must be in \(0, 1\)"),
+        ({"validation_fraction": 0.2}, "validation_fraction must be unset without data_dir"),
+        ({"data_dir": "a", "validation_fraction": 0.2, "validation_split": "val"}, "where validation_split is set"),
+        ({"data_dir": "a", "train_split": "train", "validation_split": "train"}, "another split than train_split"),
+        ({"data_dir": "a", "dataset_revision": "main"}, "dataset_revision must be unset without dataset"),
+    ],
+)
+def test_splits_that_contradict_each_other_are_refused(settings, named):
+    with pytest.raises(ValueError, match=named):
+        ImageArguments(**settings)
