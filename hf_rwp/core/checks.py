@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def check(name: str, value: Any, kind: type, valid: Callable[[Any], bool], valid_range: str) -> None:
+def check(name: str, value: Any, kind: type | tuple[type, ...], valid: Callable[[Any], bool], valid_range: str) -> None:
     """Raise ValueError by name where a value is of another kind or out of range."""
     if not (isinstance(value, kind) and valid(value)):
         raise ValueError(f"{name} must be {valid_range}, got {value!r}")

@@ -4,10 +4,11 @@
 2. A torch function that is given one runs with the weight plus its noise, drawn for this call and dropped after it.
 3. What autograd would keep of that for the backward pass is kept as the stand-in, and drawn again: the same bits.
 
-The weight itself is never written to, so that nothing has to be restored, whatever raises. Noise is in the memory of one
-weight at a time. It is the noise that `Perturbation` would have added, bit for bit.
+The weight itself is never written to, so that nothing has to be restored, whatever raises. One weight is noisy at a
+time. The noise is the one that `Perturbation` would have added to the weight, bit for bit.
 """
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
@@ -15,10 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from hf_rwp.core.draws import Draws, Target
 from hf_rwp.core.hooks import with_tensors
+from hf_rwp.core.sharding import block_like
+
+_autograd: Any = torch._C._autograd
 
 # Methods that say something about a tensor whatever its values are.
 _FACTS = {"size", "dim", "ndimension", "stride", "storage_offset", "numel", "nelement", "element_size", "__len__"}
@@ -34,24 +37,25 @@ class Noisy(Tensor):
     """In place of a frozen weight, or of a view of it: torch functions take its clean values plus its noise.
 
     What reaches its memory by another way finds NaN there, and never the clean values without a word. clean: what it
-    stands for. draw: gives the noisy values, in memory of their own. writes: takes the name of a weight that something
-    wrote into, which is lost.
+    stands for. draw: gives the noisy values, in memory of their own. label: its name. writes: takes that where
+    something wrote into it, which is lost.
     """
 
     _is_param = True  # isinstance(..., nn.Parameter) asks for it
     clean: Tensor
     draw: Callable[[], Tensor]
-    name: str
+    label: str
     writes: list[str]
 
     @staticmethod
-    def of(clean: Tensor, draw: Callable[[], Tensor], name: str, writes: list[str]) -> "Noisy":
+    def of(clean: Tensor, draw: Callable[[], Tensor], label: str, writes: list[str]) -> "Noisy":
         values = torch.full((), torch.nan, dtype=clean.dtype, device=clean.device).expand(clean.shape)
         noisy: Noisy = Tensor._make_subclass(Noisy, values)
-        noisy.clean, noisy.draw, noisy.name, noisy.writes = clean, draw, name, writes
+        noisy.clean, noisy.draw, noisy.label, noisy.writes = clean, draw, label, writes
         return noisy
 
     @classmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "")
@@ -64,29 +68,33 @@ class Noisy(Tensor):
                 return first
             if _share_memory(shown, first.clean):
                 rest, draw = args[1:], first.draw
-                return cls.of(shown.detach(), lambda: function(draw(), *rest, **kwargs), first.name, first.writes)
-        elif name == "data_ptr":
+                return cls.of(shown.detach(), lambda: function(draw(), *rest, **kwargs), first.label, first.writes)
+        elif isinstance(first, cls) and name == "data_ptr":
             raise NotImplementedError(
-                f"something reads the memory of {first.name} directly, as a kernel of its own (Triton) does, where "
+                f"something reads the memory of {first.label} directly, as a kernel of its own (Triton) does, where "
                 'noise is drawn for torch functions only: give RWP frozen="copy"'
             )
-        drawn: dict[int, tuple[Noisy, Tensor]] = {}
+        drawn: list[tuple[Noisy, Tensor]] = []
 
         def real(tensor: Tensor) -> Tensor:
             if not isinstance(tensor, cls):
                 return tensor
-            if id(tensor) not in drawn:
-                drawn[id(tensor)] = tensor, tensor.draw()
-            return drawn[id(tensor)][1]
+            known = next((values for noisy, values in drawn if noisy is tensor), None)
+            if known is None:
+                drawn.append((tensor, known := tensor.draw()))
+            return known
 
         args, kwargs = with_tensors(tuple(args), real), with_tensors(kwargs, real)
-        versions = [values._version for _, values in drawn.values()]
-        with _kept_as_recipes(list(drawn.values())):
-            result = function(*args, **kwargs)
-        for (noisy, values), version in zip(drawn.values(), versions, strict=True):
-            if values._version != version and noisy.name not in noisy.writes:
-                noisy.writes.append(noisy.name)
-        return result
+        versions, pack = [values._version for _, values in drawn], _Pack(drawn)
+        try:  # not `with`: an interrupt between these and the calls would leave the hooks behind
+            _autograd._push_saved_tensors_default_hooks(pack, _unpacked)
+            return function(*args, **kwargs)
+        finally:
+            _autograd._pop_saved_tensors_default_hooks()
+            for (noisy, values), version in zip(drawn, versions, strict=True):
+                if values._version != version and noisy.label not in noisy.writes:
+                    noisy.writes.append(noisy.label)
+            drawn.clear()  # autograd keeps the hook
 
     def __deepcopy__(self, memo: Any) -> Any:
         return deepcopy(self.clean, memo)
@@ -102,7 +110,7 @@ class _Recipe(NamedTuple):
     version: int
     size: Sequence[int]
     stride: Sequence[int]
-    offset: int
+    offset: Any
 
 
 class _Passed(NamedTuple):
@@ -113,34 +121,34 @@ class _Passed(NamedTuple):
     unpack: Callable[[Any], Tensor] | None
 
 
-def _kept_as_recipes(drawn: Sequence[tuple[Noisy, Tensor]]) -> saved_tensors_hooks:
-    """A context in which autograd keeps none of the noisy values. drawn: stand-ins, and the values drawn for them."""
-    around: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)  # of which only the innermost are called
+class _Pack:
+    """Autograd's hook for what a function saves. drawn: stand-ins, and the values drawn for them."""
 
-    def pack(tensor: Tensor) -> _Recipe | _Passed:
-        for noisy, values in drawn:
+    def __init__(self, drawn: list[tuple[Noisy, Tensor]]) -> None:
+        self.drawn = drawn
+        self._around: Any = _autograd._top_saved_tensors_default_hooks(False)  # or they would not be called
+
+    def __call__(self, tensor: Tensor) -> _Recipe | _Passed:
+        for noisy, values in self.drawn:
             if tensor.dtype == values.dtype and _share_memory(tensor, values):
                 version = noisy.clean._version
                 return _Recipe(noisy, version, tensor.size(), tensor.stride(), tensor.storage_offset())
-        if around is None:
+        if self._around is None:
             return _Passed(tensor, tensor._version, None)
-        return _Passed(around[0](tensor), 0, around[1])
+        pack, unpack = self._around
+        return _Passed(pack(tensor), 0, unpack)
 
-    return saved_tensors_hooks(pack, _unpacked)
 
-
-@torch.no_grad()
 def _unpacked(packed: _Recipe | _Passed) -> Tensor:
     if isinstance(packed, _Passed):
         if packed.unpack is not None:
-            with torch.enable_grad():  # a checkpoint computes anew
-                return packed.unpack(packed.kept)
+            return packed.unpack(packed.kept)
         if packed.kept._version != packed.version:
             raise RuntimeError(_CHANGED % f"a tensor of shape {tuple(packed.kept.shape)}")
         return packed.kept  # type: ignore[no-any-return]
     noisy, version, size, stride, offset = packed
     if noisy.clean._version != version:
-        raise RuntimeError(_CHANGED % noisy.name)
+        raise RuntimeError(_CHANGED % noisy.label)
     values = noisy.draw()
     if (values.size(), values.stride(), values.storage_offset()) == (size, stride, offset):
         return values
@@ -159,63 +167,86 @@ def _share_memory(one: Tensor, other: Tensor) -> bool:
 
 
 class Layers:
-    """The frozen weights of a model whose noise is drawn where it is needed; at most one noise at a time."""
+    """The frozen weights of a model whose noise is drawn where it is needed; at most one noise at a time.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model, self._draws = model, Draws()
-        self._homes: list[list[tuple[nn.Module, str]]] = []  # of the latest targets: who holds each, and its name there
-        self._shown: list[tuple[nn.Module, str, Tensor, Noisy]] = []  # and the weight that a stand-in stands for
+    model: None for one in which all noise is added to the weights.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self._model = model
+        self._given: Sequence[Target] = ()  # and who holds each that this takes, by its index there; and the others
+        self._homes: dict[int, list[tuple[nn.Module, str]]] = {}
+        self._others: list[Target] = []
+        self._places: list[tuple[nn.Module, str, Tensor, Noisy]] = []  # and the weight that a stand-in stands for
         self._writes: list[str] = []
 
-    def split(self, targets: Sequence[Target]) -> tuple[list[int], list[int]]:
-        """Indices of the targets that this works for, and of the others, which need a copy."""
-        homes = _homes(self._model, targets)
-        self._homes = list(homes.values())
-        return list(homes), [index for index in range(len(targets)) if index not in homes]
-
-    def add(self, targets: Sequence[Target], factors: Sequence[float], seeds: Sequence[int]) -> None:
-        """Begin a noise, and show it. targets: those that `split` took last."""
-        self.end()
-        shown: list[tuple[nn.Module, str, Tensor, Noisy]] = []
-        for homes, target, factor, seed in zip(self._homes, targets, factors, seeds, strict=True):
-            noisy = Noisy.of(target.weight.detach(), self._drawer(target, factor, seed), target.name, self._writes)
-            shown += [(module, name, target.weight, noisy) for module, name in homes]
-        self._shown = shown
-        self.show()
+    def take(
+        self,
+        targets: Sequence[Target],
+        factors: Sequence[float],
+        seeds: Sequence[int],
+        dampings: Sequence[Tensor | None] | None,
+    ) -> tuple[Sequence[Target], Sequence[float], Sequence[int], Sequence[Tensor | None] | None]:
+        """Begin a noise, which `show` shows, of the weights that this works for; the arguments of all others."""
+        if self._model is None:
+            return targets, factors, seeds, dampings
+        if targets is not self._given:
+            _keep_from_compilation()
+            self._homes = _homes(self._model, targets)
+            self._others = [target for index, target in enumerate(targets) if index not in self._homes]
+            self._given = targets
+        places: list[tuple[nn.Module, str, Tensor, Noisy]] = []
+        for index, homes in self._homes.items():
+            target = targets[index]
+            draw = _drawer(target, factors[index], seeds[index])
+            noisy = Noisy.of(target.weight.detach(), draw, target.name, self._writes)
+            places += [(module, name, target.weight, noisy) for module, name in homes]
+        self._places = places
+        rest = [index for index in range(len(targets)) if index not in self._homes]
+        kept = None if dampings is None else [dampings[index] for index in rest]  # what is frozen has no gradients
+        return self._others, [factors[index] for index in rest], [seeds[index] for index in rest], kept
 
     def show(self) -> None:
         """Put the stand-ins in their places, where there is a noise."""
-        for module, name, weight, noisy in self._shown:
+        for module, name, weight, noisy in self._places:
             if module._parameters.get(name) is weight:
                 module._parameters[name] = noisy  # type: ignore[assignment]
 
     def hide(self) -> None:
-        """Put the weights back in their places, which a backward pass needs not."""
-        for module, name, weight, noisy in self._shown:
-            if module._parameters.get(name) is noisy:
+        """Put the weights back in their places. A backward pass needs no stand-ins, but for what it computes anew."""
+        for module, name, weight, noisy in self._places:
+            held: Any = module._parameters.get(name)
+            if held is noisy:
                 module._parameters[name] = weight  # type: ignore[assignment]
 
     def end(self) -> list[str]:
         """End the noise; the names of the weights that something wrote into, which is lost."""
         self.hide()
-        self._shown, writes, self._writes = [], self._writes, []
+        self._places, writes, self._writes = [], self._writes, []
         return writes
 
     def noisy(self, weight: Tensor) -> Tensor | None:
-        """The noisy values of a weight, in memory of their own; None for another one."""
-        found = next((noisy for _, _, own, noisy in self._shown if own is weight), None)
+        """The noisy values of a weight, in memory of their own; None where no noise is drawn for it."""
+        found = next((noisy for _, _, own, noisy in self._places if own is weight), None)
         return None if found is None else found.draw()
 
-    def _drawer(self, target: Target, factor: float, seed: int) -> Callable[[], Tensor]:
-        stds: list[Tensor] = []
 
-        @torch.no_grad()
-        def draw() -> Tensor:
-            if not stds:
-                stds.append(self._draws.std(target, factor))
-            return self._draws.noisy(target, stds[0], seed, target.local)
+def _drawer(target: Target, factor: float, seed: int) -> Callable[[], Tensor]:
+    @torch.no_grad()
+    def draw() -> Tensor:
+        values = torch.empty_like(target.local, requires_grad=False).copy_(target.local)
+        own = target._replace(local=values, block=block_like(target.block, values))
+        Draws().add_([own], [factor], [seed])  # one that is kept would keep the values
+        return values
 
-        return draw
+    return draw
+
+
+def _keep_from_compilation() -> None:
+    """Let torch.compile take a stand-in as it is, in eager mode."""
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    if dynamo is not None and hasattr(dynamo.config, "nontraceable_tensor_subclasses"):
+        dynamo.config.nontraceable_tensor_subclasses.add(Noisy)
 
 
 def _homes(model: nn.Module, targets: Sequence[Target]) -> dict[int, list[tuple[nn.Module, str]]]:

@@ -27,6 +27,7 @@ from hf_rwp.core.checks import check
 from hf_rwp.core.damping import Damping
 from hf_rwp.core.groups import Groups
 from hf_rwp.core.hooks import in_backward
+from hf_rwp.core.layers import Layers
 from hf_rwp.core.noise import DEFAULT_GAMMA
 from hf_rwp.core.passes import Passes, State
 from hf_rwp.core.perturbation import Perturbation
@@ -68,7 +69,7 @@ class RWP(OptimizerWrapper):
             `filter` (the paper's) or `filter_normalized`, see `hf_rwp.core.noise.std_factor`.
         noise_1d (`bool`, *optional*, defaults to `True`):
             Whether parameters of at most one dimension (biases, norm weights) are perturbed as well.
-        frozen (`bool`, *optional*, defaults to `False`):
+        frozen (`bool` or `str`, *optional*, defaults to `False`):
             Whether frozen parameters are perturbed as well, with the first group's gamma: the base weights under LoRA,
             as in Flat-LoRA (arXiv 2409.14396). They must be floating-point.
         eta (`float`, *optional*, defaults to 0.0):
@@ -108,7 +109,7 @@ class RWP(OptimizerWrapper):
         accumulation_steps: int | None = None,
         noise: str = "filter",
         noise_1d: bool = True,
-        frozen: bool = False,
+        frozen: bool | str = False,
         eta: float = 0.0,
         beta: float = 0.99,
         antithetic: bool = False,
@@ -130,7 +131,8 @@ class RWP(OptimizerWrapper):
         registry.refuse_overlap(self.model)
         # All that changes later is in objects that are never replaced: Lightning Fabric copies this __dict__.
         self._options = Options(alpha, noise, noise_1d, frozen, antithetic, accumulation_steps, process_group)
-        self._damping, perturbation = Damping(eta, beta), Perturbation()
+        perturbation = Perturbation(Layers(self.model if frozen is True else None))
+        self._damping = Damping(eta, beta)
         gamma = DEFAULT_GAMMA[noise] if gamma is None else gamma
         self._groups = Groups(optimizer, self.model, gamma, seed, registry.windows_of(self.model))
         self._report = Report(before=self._groups.windows)

@@ -136,6 +136,8 @@ class Passes:
             return None
         if entry is _Entry.SUSPENDED:
             self._perturbation.resume()  # the backward pass of an earlier one is still to come
+            if not self._entries:
+                self._perturbation.guard_copies()
             return None
         if self._windows.gathers:
             weight = micro_step.role.weight  # once on each path, also where an output is made from another one

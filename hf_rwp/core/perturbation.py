@@ -8,7 +8,8 @@
 3. `restore` copies the clean values back, which is exact in every dtype; subtracting the noise is not. What somebody
    else wrote into a noisy weight is lost by that, and `restore` says so.
 
-Where FSDP2 gathers the weights, all of this is done to the shards, and the next pass gathers them anew.
+Where FSDP2 gathers the weights, all of this is done to the shards, and the next pass gathers them anew. Frozen weights
+need no copy: `layers` has their noise drawn wherever something computes with them.
 """
 
 from collections import defaultdict
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from hf_rwp.core.buffers import Guarded, put_back, replaced, unexpanded
 from hf_rwp.core.draws import Draws, Target
+from hf_rwp.core.layers import Layers
 from hf_rwp.core.sharding import reshard
 from hf_rwp.core.watch import Copies, Writes
 
@@ -33,11 +35,13 @@ class Perturbation:
     One copy of the perturbed weights, kept from one perturbation to the next, is all the memory it holds beside a
     bounded scratch, and a second copy while suspended. A model that is never perturbed costs none.
     At every moment the copy or the weights are whole, so that an interrupt anywhere leaves something to restore from.
+    layers: draws the noise of those weights that need no copy.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Layers | None = None) -> None:
         self.noise = Noise.ABSENT
-        self._targets: Sequence[Target] = ()
+        self._layers = layers or Layers()
+        self._targets: Sequence[Target] = ()  # those with a copy
         self._tensors: list[Tensor] = []  # the targets' weights, then the guarded buffers
         self._clean: list[Tensor] = []  # copies of their clean values; the memory is kept
         self._noisy: list[Tensor] = []  # their noisy values, while suspended
@@ -59,6 +63,7 @@ class Perturbation:
         of the weights (`sharding.gatherers`), which hold shards only."""
         self.restore()
         self._gatherers = gatherers
+        targets, factors, seeds, dampings = self._layers.take(targets, factors, seeds, dampings)
         if targets is not self._targets:
             weights = [target.local for target in targets]
             self._clean = _room(weights, self._tensors, self._clean)
@@ -72,6 +77,7 @@ class Perturbation:
         try:
             stds = self._draws.add_(targets, factors, seeds, dampings)
             self._writes.begin(targets, stds, seeds)
+            self._layers.show()
         except BaseException:  # an interrupt too: half the noise is neither clean nor the paper's
             self._writes.end()
             self.restore()
@@ -83,6 +89,7 @@ class Perturbation:
         """Make the weights clean until `resume`; False, and nothing done, where no noise is in them."""
         if self.noise is not Noise.SHOWN:
             return False
+        self._layers.hide()
         self._copies.release()
         reshard(self._gatherers)
         self._writes.look(self._clean, self._draws)
@@ -110,6 +117,7 @@ class Perturbation:
             _copy_all(*self._alike(self._tensors, noisy), unseen=True)
             self._noisy = []
             torch.clear_autocast_cache()
+        self._layers.show()
 
     @torch.no_grad()
     def restore(self) -> list[str]:
@@ -119,8 +127,9 @@ class Perturbation:
         that has another shape by now keeps that, and its values. RuntimeError: a weight could not be restored; the
         perturbation is over all the same.
         """
+        written = self._layers.end()
         if self.noise is Noise.ABSENT:
-            return []
+            return written
         self._copies.release()
         reshard(self._gatherers)
         failures = []
@@ -130,22 +139,27 @@ class Perturbation:
         put_back(self._guarded)
         self.noise, self._noisy, self._guarded = Noise.ABSENT, [], ()
         torch.clear_autocast_cache()
-        written = self._writes.end()
+        written += self._writes.end()
         if failures:
             raise RuntimeError(f"noise is left in {len(failures)} weights or buffers: {failures[0]}") from failures[0]
         return written
 
     def guard_copies(self) -> None:
         """Until the noise is suspended, resumed or restored, whoever copies or pickles a noisy tensor suspends it."""
+        self._layers.hide()
         if self.noise is Noise.SHOWN:
             buffers = [(buffer, buffer) for *_, buffer in self._guarded]
             buffers += [(now, buffer) for (*_, buffer), now in replaced(self._guarded) if now is not None]
             weights = [(target.weight, target.weight) for target in self._targets]
             self._copies.guard([*weights, *buffers], self.suspend)
 
-    def clean(self, weight: Tensor) -> Tensor:
-        """The clean values of a perturbed weight."""
-        return next(clean for tensor, clean in zip(self._tensors, self._clean, strict=True) if tensor is weight)
+    def values(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The noisy and the clean values of a perturbed weight."""
+        drawn = self._layers.noisy(weight)
+        if drawn is not None:
+            return drawn, weight.detach()
+        clean = next(clean for tensor, clean in zip(self._tensors, self._clean, strict=True) if tensor is weight)
+        return weight.detach(), clean
 
     @staticmethod
     def _alike(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -32,7 +32,7 @@ class Report:
             return
         by_size = sorted(targets, key=lambda target: -target.weight.numel())
         chosen = [by_size[0], by_size[len(by_size) // 2], by_size[-1]]
-        norms = [noise_and_weight(target.local.detach(), perturbation.clean(target.local)) for target in chosen]
+        norms = [noise_and_weight(*perturbation.values(target.local)) for target in chosen]
         self.norms = [(t.name, t.weight.numel(), *pair.tolist()) for t, pair in zip(chosen, norms, strict=True)]
         self.measures = False
         logger.info("noise and weights (name, elements, ||noise||, ||weight||): %s", self.norms)

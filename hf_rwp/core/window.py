@@ -43,7 +43,7 @@ class Options:
     alpha: float
     noise: str
     noise_1d: bool
-    frozen: bool
+    frozen: bool | str
     antithetic: bool
     accumulation_steps: int | None
     process_group: dist.ProcessGroup | None
@@ -51,6 +51,7 @@ class Options:
     def __post_init__(self) -> None:
         check("alpha", self.alpha, Real, lambda value: 0 <= value <= 1, "a number in [0, 1]")
         check_noise(self.noise)
+        check("frozen", self.frozen, (bool, str), lambda value: value in (False, True, "copy"), 'a bool or "copy"')
         steps = self.accumulation_steps
         if steps is not None:
             check("accumulation_steps", steps, Integral, lambda value: value >= 1, "an integer >= 1")
@@ -207,7 +208,7 @@ class Windows:
         refuse_lone_processes(decided=True)
         registry.refuse_overlap(self.model)
         options = self.options
-        targets, gammas = self.groups.targets(self.model.named_parameters(), options.noise_1d, options.frozen)
+        targets, gammas = self.groups.targets(self.model.named_parameters(), options.noise_1d, bool(options.frozen))
         if not targets:
             raise RuntimeError(self.groups.why_no_target())
         self.replicas = replicas = replicas_of(options.process_group, self.model.parameters())

@@ -221,7 +221,7 @@ def test_the_clean_values_are_at_hand_while_there_is_noise():
     model, noisy = nn.Linear(4, 4), Perturbation()
     clean = model.weight.detach().clone()
     add(noisy, model)
-    assert torch.equal(noisy.clean(model.weight), clean)
+    assert torch.equal(noisy.values(model.weight)[1], clean)
     assert not torch.equal(model.weight, clean)
 
 
@@ -698,11 +698,11 @@ def test_memory_is_one_copy_allocated_once(dtype):
     assert allocated(noisy.suspend) == everything + weights
     assert allocated(noisy.resume) == 0
     assert allocated(noisy.restore) == 0
-    copies = [noisy.clean(parameter).data_ptr() for parameter in parameters]
+    copies = [noisy.values(parameter)[1].data_ptr() for parameter in parameters]
     for seed in range(1, watch.COMPARISONS + 2):
         assert allocated(begin) == stds
         assert allocated(noisy.restore) == (weights if seed < watch.COMPARISONS else 0)
-    assert [noisy.clean(parameter).data_ptr() for parameter in parameters] == copies
+    assert [noisy.values(parameter)[1].data_ptr() for parameter in parameters] == copies
 
 
 # 6. Interrupts
