@@ -29,17 +29,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _context = multiprocessing.get_context("forkserver")
-_HEAVY = ["accelerate", "hf_rwp.core.optimizer", "lightning", "timm", "transformers.trainer"]
+_HEAVY = ["accelerate", "hf_rwp.core.optimizer", "lightning", "timm", "torch.distributed.fsdp"]
+_HEAVY += ["torch.distributed.tensor.parallel", "transformers.trainer"]
 _workers: list[tuple[BaseProcess, Connection]] = []
-_GRACE = 30  # seconds beyond the collectives' own timeout
+_kept: dict[int, tempfile.TemporaryDirectory[str]] = {}  # by world: the store of a group that the next call may have
+_GRACE = 3  # seconds beyond the collectives' own timeout
 
 
-def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 30) -> list[Any]:
+def run(
+    world: int, function: Callable[..., Any], *args: Any, timeout: float = 30, keep_group: bool = False
+) -> list[Any]:
     """What `function(*args)` returned on each of `world` ranks, by rank.
 
     function: importable by name; it finds a gloo group and the environment variables of torchrun. timeout: seconds, of
-    every collective. Raises RuntimeError with the tracebacks where a rank raised, died or did not answer.
+    every collective. keep_group: calls of this kind that follow one another share a process group, and what DTensor
+    keeps by its name. Raises RuntimeError with the tracebacks where a rank raised, died or did not answer.
     """
+    folder = _kept.pop(world, None) if keep_group else None
+    fresh = folder is None
+    if keep_group and fresh:
+        stop()  # plans of DTensor name groups of the past
+    _kept.clear()
+    folder = folder or tempfile.TemporaryDirectory()
     if not _workers:  # what these tests use is imported once; DistributedDataParallel needs torch._dynamo
         _context.set_forkserver_preload(["torch._dynamo", *[name for name in _HEAVY if name in sys.modules]])
     while len(_workers) < world:
@@ -49,17 +60,18 @@ def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 3
         theirs.close()
         _workers.append((process, ours))
     workers = _workers[:world]
-    with tempfile.TemporaryDirectory() as folder:
-        job = pickle.dumps((function, args, world, os.path.join(folder, "store"), timeout))
-        for _, connection in workers:
-            connection.send_bytes(job)
-        deadline = time.monotonic() + timeout + _GRACE
-        outcomes = [_answer(connection, deadline) for _, connection in workers]
+    job = pickle.dumps((function, args, world, os.path.join(folder.name, "store") if fresh else None, timeout))
+    for _, connection in workers:
+        connection.send_bytes(job)
+    deadline = time.monotonic() + timeout + _GRACE
+    outcomes = [_answer(connection, deadline) for _, connection in workers]
     failures = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(outcomes) if failure]
     if any("no answer" in failure for failure in failures):
         stop()
     if failures:
         raise RuntimeError(f"{function.__name__} failed on {len(failures)} of {world} ranks\n" + "\n".join(failures))
+    if keep_group:
+        _kept[world] = folder
     return [value for value, _ in outcomes]
 
 
@@ -75,6 +87,7 @@ def rank() -> int:
 
 def stop() -> None:
     """End the processes; the next `run` starts new ones."""
+    _kept.clear()
     while _workers:
         process, connection = _workers.pop()
         connection.close()
@@ -109,11 +122,13 @@ def _serve(connection: Connection, rank: int) -> None:
         gc.collect()
         gc.freeze()  # what is imported by now: the garbage collector need not go over it
         os.environ.update(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
-        _leave_group()  # not before: a rank that is done may still be needed by the others
+        if store:
+            _leave_group()  # not before: a rank that is done may still be needed by the others
         options = {"rank": rank, "world_size": world, "timeout": timedelta(seconds=timeout)}
         _begin()
         try:
-            dist.init_process_group("gloo", init_method=f"file://{store}", **options)
+            if store:
+                dist.init_process_group("gloo", init_method=f"file://{store}", **options)
             answer = pickle.dumps((function(*args), ""))
         except BaseException:
             answer = pickle.dumps((None, traceback.format_exc()))

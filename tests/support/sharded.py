@@ -2,7 +2,8 @@
 
 `record(case)` runs on every rank of `distributed.run` and returns what each saw as whole tensors: the weights of every
 forward pass as the layers found them (after FSDP2's gathers), the gradient at `step`, the weights before and after.
-`assert_mixed` compares the gradients with `reference.mixed_gradient` at those weights.
+`assert_mixed` compares the gradients with `reference.mixed_gradient` at those weights. `follow(case)` returns no more
+than the parts of gradients and weights that each rank has, to be compared with another run's, bit for bit.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ MESHES: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
     "hsdp_tp": ((2, 1, 2), ("replicate", "shard", "tp")),
 }
 PARALLEL = {"hsdp", "replicate", "hsdp_tp"}
+_meshes: dict[str, Any] = {}
 
 
 class Layer(nn.Module):
@@ -77,11 +79,18 @@ class Case:
     accumulation: int = 1
     windows: int = 3
     wrapped_first: bool = False
-    reshard_after_forward: Any = None
     sync_each: bool = True  # whether every micro-step's gradients are reduced, not the last one's alone
+    ahead: Callable[[nn.Module], Any] | None = None  # called before every forward pass
     between: Callable[[nn.Module, Any], None] | None = None  # called between the forward and the backward pass
+    after: Callable[[nn.Module], Any] | None = None  # called after every backward pass
+    clip: float | None = None
     dtype: torch.dtype = torch.float64
     options: dict[str, Any] = field(default_factory=dict)  # of RWP
+    sharding: dict[str, Any] = field(default_factory=dict)  # of fully_shard
+    change: Callable[[nn.Module], nn.Module] | None = None  # of the model, ahead of the sharding
+    shard: Callable[["Case", nn.Module, DeviceMesh | None], None] | None = None  # in place of `shard`
+    loss: Callable[[Any, Tensor, Tensor], Tensor] | None = None  # of (model, inputs, targets)
+    scale: float = 1.0  # of the loss, which gradients are divided by ahead of the step
 
     @property
     def world(self) -> int:
@@ -112,8 +121,17 @@ def snapshot(model: nn.Module) -> reference.Tensors:
 
 
 def mesh_of(case: Case) -> DeviceMesh | None:
+    """One for all cases of an engine, while the process group lasts: a mesh makes groups of its own."""
     shape, names = MESHES[case.engine]
-    return init_device_mesh("cpu", shape, mesh_dim_names=names) if shape else None
+    if not shape:
+        return None
+    world = dist.group.WORLD
+    if _meshes.get("world") is not world:
+        _meshes.clear()
+        _meshes["world"] = world
+    if case.engine not in _meshes:
+        _meshes[case.engine] = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    return _meshes[case.engine]
 
 
 def shard(case: Case, model: nn.Module, mesh: DeviceMesh | None) -> None:
@@ -122,26 +140,32 @@ def shard(case: Case, model: nn.Module, mesh: DeviceMesh | None) -> None:
     if "tp" in names:
         plan = {"layers.*.up": ColwiseParallel(), "layers.*.down": RowwiseParallel()}
         parallelize_module(model, mesh["tp"] if mesh.ndim > 1 else mesh, plan)
-    data = tuple(name for name in names if name != "tp")
-    if data:
-        options = {} if case.reshard_after_forward is None else {"reshard_after_forward": case.reshard_after_forward}
-        data_mesh = mesh[data] if mesh.ndim > len(data) else mesh
+    if data_mesh := data_mesh_of(case, mesh):
         for layer in model.layers:
-            fully_shard(layer, mesh=data_mesh, **options)
-        fully_shard(model, mesh=data_mesh, **options)
+            fully_shard(layer, mesh=data_mesh, **case.sharding)
+        fully_shard(model, mesh=data_mesh, **case.sharding)
+
+
+def data_mesh_of(case: Case, mesh: DeviceMesh | None) -> DeviceMesh | None:
+    """That fully_shard works along."""
+    names = MESHES[case.engine][1]
+    data = tuple(name for name in names if name != "tp")
+    return (mesh[data] if len(names) > len(data) else mesh) if data else None
 
 
 def build(case: Case) -> tuple[nn.Module, RWP, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = Net(HIDDEN if "tp" in case.engine else 7).to(case.dtype)
     mesh = mesh_of(case)
+    if case.change:
+        model = case.change(model)
     if not case.wrapped_first:
-        shard(case, model, mesh)
+        (case.shard or shard)(case, model, mesh)
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     steps = case.accumulation if case.accumulation > 1 else None
     optimizer = RWP(base, model, gamma=case.gamma, alpha=case.alpha, accumulation_steps=steps, **case.options)
     if case.wrapped_first:
-        shard(case, model, mesh)
+        (case.shard or shard)(case, model, mesh)
         base.param_groups[0]["params"] = list(model.parameters())
     return model, optimizer, base
 
@@ -188,17 +212,27 @@ def train(case: Case, model: nn.Module, optimizer: Any, stepped: Callable[[list[
     """The loop. stepped: called after every step with the window's batches and roles."""
     batches: list[Any] = []
     gathers = hasattr(model, "set_requires_gradient_sync") and not case.sync_each
+    loss_of = case.loss or (lambda model, x, y: mse_loss(model(x), y))
     for index in range(case.windows * case.accumulation):
         x, y = batch(case, index)
         last = (index + 1) % case.accumulation == 0
         if gathers:
             model.set_requires_gradient_sync(last)
-        output = model(x)
+        if case.ahead:
+            case.ahead(model)
+        loss = loss_of(model, x, y) * (case.scale / case.accumulation)
         batches.append((x, y, optimizer.role))
         if case.between:
             case.between(model, optimizer)
-        (mse_loss(output, y) / case.accumulation).backward()
+        loss.backward()
+        if case.after:
+            case.after(model)
         if last:
+            for parameter in model.parameters():
+                if case.scale != 1 and parameter.grad is not None:
+                    parameter.grad /= case.scale
+            if case.clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), case.clip)
             optimizer.step()
             optimizer.zero_grad()
             stepped(batches)
@@ -223,6 +257,44 @@ def record(case: Case) -> list[Window]:
     with seen_weights(model) as seen:
         train(case, model, optimizer, stepped)
     return windows[:-1]
+
+
+Parts = dict[str, Tensor]  # by parameter name, what one rank holds
+
+
+def parts_of(model: nn.Module) -> Parts:
+    return {plain_name(name): part(parameter) for name, parameter in model.named_parameters()}
+
+
+def part(tensor: Tensor) -> Tensor:
+    """A copy of what is in this process's memory."""
+    tensor = tensor.detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def plain_name(name: str) -> str:
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def follow(case: Case) -> tuple[list[Parts], list[Parts]]:
+    """Of one rank: the gradient at every step, and the weights after it."""
+    model, optimizer, base = build(case)
+    gradients, weights = [], []
+
+    def stepping(*_: Any) -> None:
+        named = model.named_parameters()
+        gradients.append({plain_name(name): part(p.grad) for name, p in named if p.grad is not None})
+
+    base.register_step_pre_hook(stepping)
+    train(case, model, optimizer, lambda _: weights.append(parts_of(model)))
+    return gradients, weights
+
+
+def assert_replicas_agree(case: Case, ranks: list[Any]) -> None:
+    """What ranks of different replicas that hold the same parts returned is the same, bit for bit."""
+    size = case.world // MESHES[case.engine][0][0] if case.engine in PARALLEL else case.world
+    for rank, own in enumerate(ranks):
+        assert_same(own, ranks[rank % size])
 
 
 def replica_index(case: Case, rank: int) -> int:
