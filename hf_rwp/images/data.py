@@ -127,9 +127,8 @@ def _streamed(split: Any) -> IterableDataset:
     if isinstance(split, IterableDataset):
         return split
     stream: IterableDataset = split.to_iterable_dataset(num_shards=max(1, min(64, len(split))))
-    name = str(stream.split) if stream.split else "train"
-    if stream.split:
-        stream.info.splits = SplitDict({name: SplitInfo(name, num_examples=len(split))})
+    name = str(split.split or "train")
+    stream.info.splits = SplitDict({name: SplitInfo(name, num_examples=len(split))})
     return stream
 
 
@@ -266,9 +265,7 @@ def _held_out(split: Dataset, fraction: float, found: Found) -> dict[str, Datase
         f"the same ones{lone}"
     )
     found.splits = {"train": found.splits.get("train"), "validation": "held out of the training images"}
-    parts = {"train": split.select(kept), "validation": split.select(sorted(held))}
-    parts["validation"].info.splits = None
-    return parts
+    return {"train": split.select(kept), "validation": split.select(sorted(held))}
 
 
 def describe_splits(splits: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -83,6 +83,11 @@ def _find_splits(tree: Tree, asked: Mapping[str, str | None]) -> dict[str, Tree]
             )
         if name in tree.folders:
             splits[role] = tree.folders[name]
+    if len(splits) == 2 and splits["train"] is splits["validation"] and asked["train"] != asked["validation"]:
+        raise ValueError(
+            f"train_split and validation_split would both be {splits['train'].path.name}, and evaluation on what "
+            f"trains says nothing: set {HOLD_OUT} in place of them"
+        )
     return splits
 
 
@@ -99,9 +104,9 @@ def _has_splits(tree: Tree) -> bool:
 def _unwrapped(tree: Tree, asked: Mapping[str, str | None], found: Found) -> Tree:
     """The folder itself, or the one in it that holds all of its images, and so on."""
     root, named = tree, {*filter(None, asked.values())}
-    while not tree.labels and not any(name in named or name.lower() in TRAIN + VALIDATION for name in tree.folders):
+    while not any(name in named or name.lower() in TRAIN + VALIDATION for name in tree.folders):
         holding = [folder for folder in tree.folders.values() if folder.total]
-        if len(holding) != 1 or holding[0].images or len(tree.images) > holding[0].total // 100:
+        if metadata_file(tree) or len(holding) != 1 or holding[0].images or len(tree.images) > holding[0].total // 100:
             break
         tree = holding[0]
     if tree is not root:

@@ -368,7 +368,8 @@ def build_loader(
 
 
 def _known_size(split: IterableDataset) -> int | None:
-    known = (split.info.splits or {}).get(str(split.split))
+    sizes = split.info.splits or {}
+    known = next(iter(sizes.values()), None) if split.split is None else sizes.get(str(split.split))
     return known.num_examples or None if known else None
 
 
