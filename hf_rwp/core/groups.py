@@ -37,6 +37,7 @@ class Groups:
         check("gamma", gamma, Real, lambda value: 0 <= value < math.inf, "a finite number >= 0")
         check("seed", seed, Integral, lambda value: -(2**63) <= value < 2**63, "an integer of 64 bits")
         self._base, self._model = base, model
+        self._groups = base.param_groups  # as they were when a window opened
         self._homes: dict[str, tuple[weakref.ref[Tensor], int]] = {}  # by name: the weight, and its group's number
         self._seen: Any = None  # what the targets below rest on
         self._targets: list[Target] = []
@@ -81,11 +82,29 @@ class Groups:
 
     @windows.setter
     def windows(self, value: int) -> None:
-        for group in self._base.param_groups:
+        for group in self._all:
             group["rwp_windows"] = value
 
+    @property
+    def _all(self) -> list[dict[str, Any]]:
+        """The groups; DeepSpeed's ZeRO steps them one by one, each in the place of all."""
+        now, before = self._base.param_groups, self._groups
+        part = len(now) < len(before) and {id(group) for group in now} <= {id(group) for group in before}
+        return before if part else now
+
+    @property
+    def later(self) -> bool:
+        """Whether the base has a part of the groups now, without the first: a step of them goes on."""
+        return self._base.param_groups[0] is not self._all[0]
+
+    @property
+    def swapped(self) -> bool:
+        """Whether the groups hold something else in place of the weights that `targets` found."""
+        held = {id(parameter) for group in self._all for parameter in group["params"]}
+        return any(target.weight.requires_grad and id(target.weight) not in held for target in self._targets)
+
     def gammas(self, initial: bool = False) -> list[float]:
-        return [float(group["initial_rwp_gamma" if initial else "rwp_gamma"]) for group in self._base.param_groups]
+        return [float(group["initial_rwp_gamma" if initial else "rwp_gamma"]) for group in self._all]
 
     def scale(self, factor: float) -> None:
         for group in self._base.param_groups:
@@ -122,6 +141,7 @@ class Groups:
 
         The list is the same object as before where it holds the same. NotImplementedError: see `refuse_unsupported`.
         """
+        self._groups = self._base.param_groups
         gammas, named = self.gammas(), list(named)
         numbers = {id(p): number for number, group in enumerate(self._base.param_groups) for p in group["params"]}
         layouts = [

@@ -32,7 +32,13 @@ from hf_rwp.core.noise import DEFAULT_GAMMA
 from hf_rwp.core.passes import Passes, State
 from hf_rwp.core.perturbation import Perturbation
 from hf_rwp.core.placement import Role
-from hf_rwp.core.refusals import innermost, refuse_lone_processes, refuse_quantized, refuse_unsupported
+from hf_rwp.core.refusals import (
+    innermost,
+    refuse_lone_processes,
+    refuse_optimizer,
+    refuse_quantized,
+    refuse_unsupported,
+)
 from hf_rwp.core.replicas import Replicas, replicas_of
 from hf_rwp.core.report import Report
 from hf_rwp.core.window import Options, Windows
@@ -115,6 +121,7 @@ class RWP(OptimizerWrapper):
         antithetic: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        refuse_optimizer(optimizer)
         if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, (RWP, AcceleratedOptimizer)):
             raise TypeError(
                 f"RWP wraps a plain torch.optim.Optimizer and got {type(optimizer).__name__}: wrap the base optimizer, "

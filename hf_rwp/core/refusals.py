@@ -1,7 +1,9 @@
 """What RWP does not work with, refused by name ahead of any work; and the module inside of wrappers."""
 
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,10 +16,17 @@ from torch.nn.parallel import DistributedDataParallel
 def innermost(model: nn.Module) -> nn.Module:
     """The module inside DistributedDataParallel and torch.compile: the one whose forward pass they all end in.
 
-    Raises NotImplementedError for DataParallel.
+    Raises NotImplementedError for DataParallel and DeepSpeed's pipelines; TypeError for DeepSpeed's engine.
     """
     if isinstance(model, nn.DataParallel):
         refuse_data_parallel()
+    if _is_of(model, "deepspeed.runtime.pipe"):
+        _refuse("DeepSpeed's pipelines, whose forward passes overlap", _UP_TO_2)
+    if _is_of(model, "deepspeed.runtime.engine"):
+        raise TypeError(
+            "RWP was given DeepSpeed's engine, whose optimizer is made by now: wrap the base optimizer and the module "
+            "first, RWP(base, model), then call deepspeed.initialize(model=model, optimizer=...) with what that gave"
+        )
     if isinstance(model, DistributedDataParallel):
         return innermost(model.module)
     return innermost(model._orig_mod) if is_compiled_module(model) else model  # type: ignore[arg-type]
@@ -31,9 +40,23 @@ def refuse_data_parallel() -> None:
     )
 
 
+def refuse_optimizer(optimizer: Any) -> None:
+    """Raise TypeError for an optimizer yet to be built, NotImplementedError for one that averages by itself."""
+    if type(optimizer).__name__ == "DummyOptim":
+        raise TypeError(
+            "RWP wraps a plain torch.optim.Optimizer and got DummyOptim, which stands for one that DeepSpeed builds: "
+            'delete "optimizer" from DeepSpeed\'s configuration, and build a torch optimizer'
+        )
+    if _is_of(optimizer, "deepspeed.runtime.fp16.onebit"):
+        _refuse(
+            f"{type(optimizer).__name__}, which averages compressed momenta in place of gradients",
+            "torch.optim.AdamW and the like",
+        )
+
+
 def refuse_unsupported(parameters: Iterable[Tensor]) -> None:
     """Raise NotImplementedError where RWP cannot reach the weights, or does not know whose gradients are averaged."""
-    found = _refused_by_accelerate() if is_initialized() else None
+    found = (_refused_by_accelerate() if is_initialized() else None) or _refused_by_deepspeed()
     for parameter in parameters:
         if found is not None:
             break
@@ -48,7 +71,16 @@ def refuse_unsupported(parameters: Iterable[Tensor]) -> None:
         elif parameter.device.type == "xla":
             found = "XLA", "CPUs and GPUs"
     if found:
-        raise NotImplementedError(f"RWP does not work with {found[0]}. What works is {found[1]}")
+        _refuse(*found)
+
+
+def _refuse(what: str, works: str) -> None:
+    raise NotImplementedError(f"RWP does not work with {what}. What works is {works}")
+
+
+def _is_of(value: object, package: str) -> bool:
+    """Whether a class of the value's is from a package, which need not be imported or installed."""
+    return any(kind.__module__.startswith(package) for kind in type(value).__mro__)
 
 
 _ELSEWHERE = "DistributedDataParallel, FSDP2 (fsdp_version: 2), tensor parallelism and DeepSpeed ZeRO up to stage 2"
@@ -57,9 +89,20 @@ _FSDP1 = (
     "FSDP2: `fsdp_version: 2` in Accelerate's configuration, FullyShardedDataParallelPlugin(fsdp_version=2), "
     '"fsdp_config": {"version": 2} of TrainingArguments, or torch\'s fully_shard',
 )
-_ZERO3 = (
-    "DeepSpeed ZeRO-3, which cuts weights anywhere",
-    "ZeRO up to stage 2, or FSDP2 (fsdp_version: 2), which shards the weights as well",
+_UP_TO_2 = "DeepSpeed ZeRO up to stage 2, or FSDP2 (fsdp_version: 2), which shards the weights as well"
+_ZERO3 = "DeepSpeed ZeRO-3, which cuts weights anywhere", _UP_TO_2
+_SEQUENCES = "DeepSpeed's sequence parallelism", "context parallelism under FSDP2, or longer gradient accumulation"
+_TENSORS = (
+    "DeepSpeed's tensor parallelism, which does not say how it cuts weights",
+    "torch's parallelize_module, or transformers' tp_plan, alone and with FSDP2",
+)
+_BUILT_BY_DEEPSPEED = (
+    'an "optimizer" in DeepSpeed\'s configuration, which DeepSpeed builds: RWP would have nothing to wrap',
+    "a torch optimizer from the script, or from Trainer: delete the entry",
+)
+_OFFLOADED = (
+    "offload_optimizer where Accelerate puts DeepSpeedCPUAdam in the place of the optimizer",
+    '"zero_force_ds_cpu_optimizer": false in DeepSpeed\'s configuration: then the one that RWP wraps steps on the CPU',
 )
 
 
@@ -68,12 +111,34 @@ def _refused_by_accelerate() -> tuple[str, str] | None:
     state = AcceleratorState()
     kind, parallelism = state.distributed_type.value, state.parallelism_config
     if parallelism is not None and getattr(parallelism, "sp_size", 1) > 1:
-        return "DeepSpeed's sequence parallelism", "context parallelism under FSDP2, or longer gradient accumulation"
+        return _SEQUENCES
     if kind == "FSDP":
         return None if getattr(state.fsdp_plugin, "fsdp_version", 1) == 2 else _FSDP1
     if kind == "DEEPSPEED":
-        return _ZERO3 if getattr(state.deepspeed_plugin, "zero_stage", 0) == 3 else None
+        if getattr(state.deepspeed_plugin, "zero_stage", 0) == 3:
+            return _ZERO3
+        return _refused_by_configuration(getattr(state.deepspeed_plugin, "deepspeed_config", {}))
     return None if kind == "NO" or kind.startswith("MULTI_") else (kind, _ELSEWHERE)
+
+
+def _refused_by_configuration(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """What RWP does not work with in DeepSpeed's configuration as Accelerate passes it on, and what works."""
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if "optimizer" in config:
+        return _BUILT_BY_DEEPSPEED
+    if offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer", True):
+        return _OFFLOADED
+    return _TENSORS if config.get("tensor_parallel", {}).get("autotp_size", 0) > 1 else None
+
+
+def _refused_by_deepspeed() -> tuple[str, str] | None:
+    """What RWP does not work with in the groups of processes that DeepSpeed has made, and what works."""
+    groups: Any = sys.modules.get("deepspeed.utils.groups")
+    if getattr(groups, "mpu", None) is None and getattr(groups, "mesh_device", None) is None:
+        return None
+    if groups._get_sequence_parallel_world_size() > 1:
+        return _SEQUENCES
+    return _TENSORS if groups._get_model_parallel_world_size() > 1 else None
 
 
 def refuse_quantized(model: nn.Module) -> None:

@@ -85,9 +85,11 @@ def _mesh_replicas(weights: Sequence[Any]) -> Replicas:
 
 
 def _deepspeed_group() -> dist.ProcessGroup | None:
-    """DeepSpeed's data-parallel group, where it has one of its own."""
+    """DeepSpeed's data-parallel group, where that is not the world's. It may be imported and not in use."""
     groups = sys.modules.get("deepspeed.utils.groups")
-    return None if groups is None else getattr(groups, "_get_data_parallel_group", lambda: None)()
+    if getattr(groups, "mpu", None) is None and getattr(groups, "mesh_device", None) is None:
+        return None
+    return groups._get_data_parallel_group()  # type: ignore[union-attr, no-any-return]
 
 
 def broadcast(tensors: Iterable[Tensor], replicas: Replicas) -> None:

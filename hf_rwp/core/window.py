@@ -180,7 +180,7 @@ class Windows:
     def check(self, armed: bool, parameters: Iterable[Tensor]) -> None:
         """Ahead of a step: RuntimeError, or a warning, where the gradients of `parameters` are not a mix."""
         window, alpha = self.current, self.options.alpha
-        if self.plain or not self.active:
+        if self.plain or not self.active or self.groups.later:
             return
         if window is None or window.completed == 0:
             if any(_is_nonzero(parameter.grad) for parameter in parameters):
@@ -211,6 +211,12 @@ class Windows:
         targets, gammas = self.groups.targets(self.model.named_parameters(), options.noise_1d, bool(options.frozen))
         if not targets:
             raise RuntimeError(self.groups.why_no_target())
+        if self.damping.eta and self.groups.swapped:
+            raise NotImplementedError(
+                "eta > 0 (ARWP's damping) follows the gradient of every weight, and the optimizer's groups hold "
+                "something else by now, as the flat partitions of DeepSpeed's ZeRO. What works is eta=0, or eta > 0 "
+                "under DistributedDataParallel and FSDP2"
+            )
         self.replicas = replicas = replicas_of(options.process_group, self.model.parameters())
         announced, self.announced = self.announced, None
         given = options.accumulation_steps

@@ -1,0 +1,278 @@
+"""The guarantees under DeepSpeed ZeRO-0/1/2, and what of DeepSpeed is refused.
+
+deepspeed is optional. Without it the tests of its engine are skipped, and stand-ins show what RWP would see. To run
+all of them on a CPU, in an environment of its own, with the extra `test`:
+
+    DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed && python -m pytest tests/core/test_deepspeed.py
+"""
+
+import importlib.util
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import reference
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from accelerate.utils.deepspeed import DummyOptim
+from distributed import run, stop
+from sharded import assert_same
+from torch import nn
+from zero import Case, Run, assert_mixed, record
+
+from hf_rwp import RWP
+from hf_rwp.core.replicas import replicas_of
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed; see the module's docstring"
+)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def grouped(model: nn.Module, **options) -> RWP:
+    groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters()), "rwp_gamma": 0.1}]
+    return RWP(torch.optim.SGD(groups, lr=0.1, momentum=0.9), model, **{"gamma": 0.3, "alpha": 1.0, **options})
+
+
+# Without deepspeed: what RWP sees of it
+
+
+def step_by_groups(optimizer: torch.optim.Optimizer) -> None:
+    """As ZeRO-1/2 steps the optimizer that it was given."""
+    groups = optimizer.param_groups
+    for group in groups:
+        optimizer.param_groups = [group]
+        optimizer.step()
+    optimizer.param_groups = groups
+
+
+def test_groups_that_are_stepped_one_by_one_are_one_step():
+    ends = []
+    for step in (step_by_groups, lambda optimizer: optimizer.step()):
+        model = network()
+        optimizer = grouped(model)
+        for x in torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0)):
+            model(x).square().sum().backward()
+            step(optimizer)
+            optimizer.zero_grad()
+        ends.append((reference.snapshot(model), optimizer.report(), optimizer.state_dict()["param_groups"]))
+    assert_same(ends[0][0], ends[1][0])
+    assert ends[0][1:] == ends[1][1:]
+
+
+def test_a_step_by_groups_without_a_forward_pass_of_the_model_raises():
+    model = network()
+    optimizer = grouped(model)
+    model(torch.randn(5, 6)).sum().backward()
+    step_by_groups(optimizer)
+    with pytest.raises(RuntimeError, match="no forward pass of the model began"):
+        step_by_groups(optimizer)
+
+
+def test_damping_is_refused_where_the_groups_hold_flat_partitions():
+    model = network()
+    optimizer = grouped(model, eta=0.1)
+    for group in optimizer.param_groups:
+        group["params"] = [torch.cat([p.detach().flatten() for p in group["params"]])]
+    with pytest.raises(NotImplementedError, match=r"eta > 0 .*flat partitions.*What works is eta=0"):
+        model(torch.randn(5, 6))
+
+
+def not_initialized() -> None:
+    raise AssertionError("dist is not initialized")
+
+
+def imported_and_idle() -> list[int]:
+    groups = ModuleType("deepspeed.utils.groups")
+    groups.mpu = groups.mesh_device = None
+    groups._get_data_parallel_group = not_initialized
+    sys.modules[groups.__name__] = groups
+    try:
+        found = replicas_of()
+        return [found.index, found.count]
+    finally:
+        del sys.modules[groups.__name__]
+
+
+def test_replicas_are_the_world_where_deepspeed_is_imported_and_not_in_use():
+    assert run(2, imported_and_idle) == [[0, 2], [1, 2]]
+
+
+def data_parallel_of_four() -> list[int]:
+    """Ranks {0, 2} and {1, 3} average gradients, as under a Megatron mpu with two model-parallel ranks."""
+    pairs = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    groups = ModuleType("deepspeed.utils.groups")
+    groups.mpu, groups.mesh_device = object(), None
+    groups._get_data_parallel_group = lambda: pairs[dist.get_rank() % 2]
+    sys.modules[groups.__name__] = groups
+    try:
+        found = replicas_of()
+        return [found.index, found.count]
+    finally:
+        del sys.modules[groups.__name__]
+
+
+def test_replicas_are_those_of_deepspeeds_data_parallel_group():
+    assert run(4, data_parallel_of_four) == [[0, 2], [0, 2], [1, 2], [1, 2]]
+
+
+CONFIGURATIONS = {
+    "optimizer": (
+        {"optimizer": {"type": "AdamW"}},
+        'an "optimizer" in DeepSpeed\'s configuration.*What works is a torch optimizer.*delete the entry',
+    ),
+    "onebit": ({"optimizer": {"type": "OneBitAdam"}}, "nothing to wrap.*What works is a torch optimizer"),
+    "offload": (
+        {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+        'DeepSpeedCPUAdam in the place.*What works is "zero_force_ds_cpu_optimizer": false',
+    ),
+    "tensor parallelism": ({"tensor_parallel": {"autotp_size": 2}}, "tensor parallelism.*What works.*tp_plan"),
+}
+
+
+@pytest.mark.parametrize("what", CONFIGURATIONS)
+@pytest.mark.parametrize("when", ["construction", "forward"])
+def test_configurations_that_leave_rwp_nothing_to_wrap_or_perturb_are_refused(what, when):
+    config, message = CONFIGURATIONS[what]
+    model = network()
+    optimizer = None if when == "construction" else grouped(model)
+    Accelerator(cpu=True)
+    plugin = SimpleNamespace(zero_stage=2, selected=True, deepspeed_config=config)
+    PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+    AcceleratorState._shared_state["deepspeed_plugins"] = {"one": plugin}
+    with pytest.raises(NotImplementedError, match=message):
+        grouped(model) if optimizer is None else model(torch.randn(5, 6))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}},
+        {
+            "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+            "zero_force_ds_cpu_optimizer": False,
+        },
+    ],
+)
+def test_other_configurations_are_not_refused(config):
+    Accelerator(cpu=True)
+    plugin = SimpleNamespace(zero_stage=2, selected=True, deepspeed_config=config)
+    PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+    AcceleratorState._shared_state["deepspeed_plugins"] = {"one": plugin}
+    grouped(network())
+
+
+def test_an_optimizer_that_deepspeed_builds_is_refused_with_what_to_do():
+    model = network()
+    with pytest.raises(TypeError, match=r'got DummyOptim.*delete "optimizer" from.*build a torch optimizer'):
+        RWP(DummyOptim(model.parameters()), model)
+
+
+def made_in(module: str, kind: type, name: str) -> type:
+    return type(name, (kind,), {"__module__": module})
+
+
+def test_one_bit_optimizers_are_refused():
+    model = network()
+    adam = made_in("deepspeed.runtime.fp16.onebit.adam", torch.optim.Adam, "OnebitAdam")
+    with pytest.raises(NotImplementedError, match=r"OnebitAdam, which averages.*What works is torch.optim.AdamW"):
+        RWP(adam(model.parameters()), model)
+
+
+def test_pipelines_and_engines_are_refused():
+    pipeline = made_in("deepspeed.runtime.pipe.module", nn.Sequential, "PipelineModule")(nn.Linear(6, 3))
+    engine = made_in("deepspeed.runtime.engine", nn.Sequential, "DeepSpeedEngine")(nn.Linear(6, 3))
+    with pytest.raises(NotImplementedError, match=r"pipelines.*What works is DeepSpeed ZeRO up to stage 2"):
+        RWP(torch.optim.SGD(pipeline.parameters()), pipeline)
+    with pytest.raises(TypeError, match=r"RWP\(base, model\), then call deepspeed.initialize"):
+        RWP(torch.optim.SGD(engine.parameters()), engine)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [((2, 1), "sequence parallelism.*context parallelism under FSDP2"), ((1, 2), "tensor parallelism.*tp_plan")],
+)
+def test_parallelism_inside_of_a_replica_is_refused(monkeypatch, sizes, message):
+    groups = ModuleType("deepspeed.utils.groups")
+    groups.mpu, groups.mesh_device = object(), None
+    groups._get_sequence_parallel_world_size = lambda: sizes[0]
+    groups._get_model_parallel_world_size = lambda: sizes[1]
+    model = network()
+    optimizer = grouped(model)
+    monkeypatch.setitem(sys.modules, groups.__name__, groups)
+    with pytest.raises(NotImplementedError, match=message):
+        model(torch.randn(5, 6))
+    optimizer.remove()
+    with pytest.raises(NotImplementedError, match=message):
+        grouped(model)
+
+
+# With deepspeed, on gloo ranks
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_processes():
+    """Those that have had DeepSpeed in them serve nobody else."""
+    yield
+    stop()
+
+
+def trained(case: Case, **options) -> list[Run]:
+    return run(case.world, record, case, *options.values(), timeout=100, keep_group=True)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("client", ["rwp", "base"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_step_gradient_is_the_mix(stage, client, accumulation):
+    case = Case(stage, client=client, accumulation=accumulation)
+    assert_mixed(case, trained(case))
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_step_gradient_of_a_script_with_accelerate_is_the_mix(stage):
+    for accumulation in (1, 2):
+        case = Case(stage, "accelerate", accumulation=accumulation)
+        assert_mixed(case, trained(case))
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("case", [Case(world=3, alpha=0.5), Case(alpha=1.0), Case(world=1, accumulation=2)], ids=str)
+def test_roles_are_by_data_parallel_rank(case):
+    assert_mixed(case, trained(case))
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("client", ["rwp", "base"])
+def test_gamma_is_that_of_the_weights_own_group_among_flat_partitions(stage, client):
+    case = Case(stage, client=client, gammas={"head": 0.0, "layers.0": 0.05})
+    ranks = trained(case)
+    assert_mixed(case, ranks)
+    window = ranks[1].windows[0]
+    sizes = {
+        name: float((window.seen[0][name] - w).norm() / w.norm()) for name, w in window.weights.items() if w.ndim == 2
+    }
+    assert sizes["head.weight"] == 0
+    assert sizes["layers.0.up.weight"] == pytest.approx(sizes["layers.1.up.weight"] / 4, rel=0.4)
+    assert ranks[0].state["groups"] == [(0, case.windows)] * 3
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("clipping", [0.5, None])
+def test_clipping_is_of_the_mix_and_deepspeeds_default_too(stage, clipping):
+    case = Case(stage, clipping=clipping)
+    ranks = trained(case)
+    assert ranks[0].clipping == (clipping or 1.0)
+    assert_mixed(case, ranks)
