@@ -30,6 +30,10 @@ _KINDS = {".parquet": "parquet files", ".tar": "tar shards", ".arrow": "Arrow fi
 _FULL = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
 
 
+class BrokenFileError(ValueError):
+    """A file that cannot be read, named."""
+
+
 class TolerantWebDataset(WebDataset):
     """WebDataset shards of which one may be cut off: an image without bytes stands for what is missing."""
 
@@ -42,12 +46,15 @@ class TolerantWebDataset(WebDataset):
                 example = next(pipeline)
             except StopIteration:
                 return
-            except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-                name = Path(tar_path).name
+            except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError) as error:
+                if example is not None and isinstance(error, ValueError):
+                    raise BrokenFileError(f"{tar_path} after {example['__key__']}: {error}") from error
                 if example is None:
-                    raise ValueError(f"{tar_path} is no tar file, or an empty one: {error}. Fetch it again") from error
+                    raise BrokenFileError(
+                        f"{tar_path} is no tar file, or an empty one: {error}. Fetch it again"
+                    ) from error
                 images = (key for key in example if key.rsplit(".", 1)[-1].lower() in cls.IMAGE_EXTENSIONS)
-                cut = f"{name} is cut off after {example['__key__']}"
+                cut = f"{Path(tar_path).name} is cut off after {example['__key__']}"
                 yield example | dict.fromkeys(images, b"") | {"__key__": cut}
                 return
             yield example
@@ -67,13 +74,14 @@ def load_tables(
         raise ValueError(f"{root.path} holds {found.source}, {listed(files)}: keep those of one kind in it")
     if set("[]*?") & set("".join(map(str, files))):
         raise ValueError(f"{root.path}: `datasets` takes [ ] * ? in a path for a pattern, rename the folder or file")
-    _refuse_broken(files)
+    _refuse_broken(files, alike=False)
     options: dict[str, Any] = {"streaming": streaming}
     described = _described(root.path)
     if described:
         options["name"] = name
     else:
         parts = _chosen(_parts(files, root.path, asked), asked, root.path, found)
+        _refuse_broken([file for some in parts.values() for file in some], alike=True)
         options["data_files"] = {word: list(map(str, some)) for word, some in parts.items()}
     try:
         if kinds == {".tar"} and not described:
@@ -168,18 +176,28 @@ def _word(name: str, words: set[str]) -> str | None:
 # What a file says by itself.
 
 
-def _refuse_broken(files: Sequence[Path]) -> None:
+def _refuse_broken(files: Sequence[Path], alike: bool) -> None:
+    """alike: whether they must have the same columns."""
+    first: tuple[Path, dict[str, str]] | None = None
     for file in files:
         if file.suffix != ".parquet":
             continue
         try:
-            parquet.read_schema(file)
+            schema = parquet.read_schema(file)
         except (pa.ArrowInvalid, OSError) as error:
             size = file.stat().st_size
-            raise ValueError(
+            raise BrokenFileError(
                 f"{file} is no whole parquet file: {error} ({size:,} bytes). It is cut off, or something else: fetch "
                 "it again, or move it away"
             ) from error
+        columns = {field.name: str(field.type).replace("large_", "") for field in schema}
+        first = first or (file, columns)
+        if alike and columns != first[1]:
+            odd = next(name for name in {**columns, **first[1]} if columns.get(name) != first[1].get(name))
+            raise BrokenFileError(
+                f"{file} has the columns {', '.join(columns)}, and {first[0].name} {', '.join(first[1])}: {odd} is "
+                f"{columns.get(odd, 'absent')} in one and {first[1].get(odd, 'absent')} in the other. Write them alike"
+            )
 
 
 def class_names(file: Path) -> dict[str, list[str]]:
@@ -248,6 +266,9 @@ def _explained(path: str, error: Exception, hint: str) -> ValueError:
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and isinstance(cause, Exception):
         causes.append(cause)
+    broken = next((cause for cause in causes if isinstance(cause, BrokenFileError)), None)
+    if broken is not None:
+        return broken
     full = next((cause for cause in causes if isinstance(cause, OSError) and cause.errno in _FULL), None)
     if full is not None:
         return ValueError(
