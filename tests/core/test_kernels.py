@@ -591,7 +591,12 @@ def _new_cache(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("target", "kernel"), COMPILED)
 def test_compiles_without_a_gpu(target, kernel):
     (backend, architecture, dtype), (name, layout) = target, kernel
-    binary = compiled(name, dtype, backend, architecture, layout).asm
+    try:
+        binary = compiled(name, dtype, backend, architecture, layout).asm
+    except Exception as error:
+        if "linker" in str(error):  # Triton 3.3's for AMD comes with ROCm
+            pytest.skip(str(error))
+        raise
     assert binary["cubin" if backend == "cuda" else "hsaco"]
 
 
