@@ -21,6 +21,11 @@ python recipes/benchmark.py --batch_size 128 --mixed_precision bf16 --channels_l
 python recipes/benchmark.py --output recipes/results/benchmark/cpu.jsonl
 ```
 
+# What processes send each other in a step, under DDP, FSDP2 and HSDP: counted, and foretold
+```bash
+python recipes/benchmark.py --collectives --output recipes/results/collectives/cpu.jsonl
+```
+
 It starts its own ranks, which share the CPU's cores; a single process has all of them, but for noise and restore by
 themselves, which have one thread. Within one process, or one group of ranks, every round takes each kind of step once,
 in an order drawn anew; a step lasts until the slowest rank is done. Ratios are taken within rounds, and the table shows
@@ -30,6 +35,7 @@ their median and quartiles. One JSON line with all times goes to the end of `--o
 import contextlib
 import copy
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -59,6 +65,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from hf_rwp import RWP
+from hf_rwp.analysis.collectives import LAYOUTS, Network, traffic_rows, units_of
 from hf_rwp.analysis.costs import rows, table
 from hf_rwp.analysis.noise_cost import kernels_without_launches, noise_and_restore, noise_variants
 from hf_rwp.analysis.timing import collectives, on_one_thread, peak_bytes, timed
@@ -117,6 +124,9 @@ class Arguments:
     )
     mixed_precision: str = field(default="no", metadata={"help": "Autocast's dtype.", "choices": ("no", "bf16")})
     channels_last: bool = field(default=False, metadata={"help": "Whether to use the channels_last memory format."})
+    collectives: bool = field(
+        default=False, metadata={"help": "Whether to count what 1, 2 and 4 processes on CPUs send each other instead."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of weights, images and the order within rounds."})
     output: str = field(
         default="outputs/benchmark.jsonl", metadata={"help": "The file that the record is appended to."}
@@ -150,6 +160,9 @@ class Arguments:
 
 
 def main(args: Arguments) -> None:
+    if args.collectives:
+        record_collectives(args)
+        return
     busy = os.getloadavg()[0]  # before there is any load of our own
     facts = environment(Accelerator(mixed_precision=args.mixed_precision))
     facts["hardware"] |= {"replicas": args.ranks, "threads": args.threads, "threads_alone": args.threads * args.ranks}
@@ -176,6 +189,29 @@ def main(args: Arguments) -> None:
     record["rows"] = rows(record)
     append_record(Path(args.output), record)
     print(table(record["rows"]))
+
+
+def record_collectives(args: Arguments) -> None:
+    """A record of the traffic of every layout, on every process, beside what the formula says of it."""
+    worlds = sorted({world for worlds in LAYOUTS.values() for world in worlds})
+    record = {
+        "command": "python recipes/benchmark.py --collectives",
+        **environment(Accelerator(cpu=True)),
+        "weights": sum(math.prod(shape) for shapes in units_of(Network()) for shape in shapes),
+        "rows": [row for world in worlds for rows in start(run_collectives, world, args) for row in rows],
+    }
+    record["hardware"] |= {"replicas": max(worlds), "threads": 1}
+    append_record(Path(args.output), record)
+    for row in record["rows"]:
+        print(*(f"{name} {value}" for name, value in row.items()), sep=", ")
+
+
+def run_collectives(rank: int, ranks: int, args: Arguments, folder: str) -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own notes
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=ranks)
+    Path(folder, str(rank)).write_text(json.dumps(traffic_rows()))
+    dist.destroy_process_group()
 
 
 # Measuring.

@@ -1,0 +1,58 @@
+"""The formula of what processes send each other is what the profiler counts, and what RWP adds to plain training."""
+
+import pytest
+from distributed import run, stop
+
+from hf_rwp.analysis.collectives import KINDS, LAYOUTS, METHODS, Traffic, foretold, formula, padded, sent, traffic_rows
+
+
+@pytest.fixture(autouse=True)
+def new_processes():
+    """DTensor caches plans with the names of process groups, which a test before this one may have ended."""
+    stop()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_formula_is_what_the_profiler_counts(world):
+    rows = [row for ranks in run(world, traffic_rows, timeout=120) for row in ranks]
+    assert {(row["layout"], row["method"]) for row in rows} == {
+        (layout, method) for layout, worlds in LAYOUTS.items() if world in worlds for method in METHODS
+    }
+    assert [row for row in rows if [row["calls"], row["size"]] != row["formula"]] == []
+    assert any(row["size"] for row in rows)
+
+
+def test_a_process_alone_sends_nothing():
+    assert set(formula("ddp", "rwp", 1, 0).values()) == {Traffic(0, 0)}
+
+
+UNITS = [[(10, 6), (6,), (6,)], [(10, 6), (6,), (6,)], [(3, 6), (3,)]]
+
+
+@pytest.mark.parametrize("replicas", [2, 128])
+def test_a_perturbed_replica_adds_one_small_message_however_many_there_are(replicas):
+    plain = foretold(UNITS, replicas=replicas, shards=8)
+    noisy = foretold(UNITS, replicas=replicas, shards=8, perturbed=1)
+    assert [noisy[kind].calls - plain[kind].calls for kind in KINDS] == [0, 0, 1]
+    assert [noisy[kind].size - plain[kind].size for kind in KINDS] == [0, 0, 5 * 8]
+
+
+def test_halves_on_one_replica_of_many_processes_double_what_is_gathered_and_scattered():
+    plain = foretold(UNITS, replicas=1, shards=8)
+    halves = foretold(UNITS, replicas=1, shards=8, micro_steps=2)
+    assert {kind: (halves[kind].calls, halves[kind].size) for kind in KINDS} == {
+        kind: (2 * plain[kind].calls, 2 * plain[kind].size) for kind in KINDS
+    }
+
+
+def test_what_replicas_average_shrinks_with_the_shards():
+    of = {shards: foretold(UNITS, replicas=2, shards=shards)["all_reduce"].size for shards in (2, 4)}
+    padding = {shards: sum(padded(shape, shards) for unit in UNITS for shape in unit) for shards in (2, 4)}
+    assert {shards: size * shards for shards, size in of.items()} == {
+        s: 4 * elements for s, elements in padding.items()
+    }
+
+
+def test_a_ring_sends_less_than_twice_what_is_averaged():
+    traffic = foretold(UNITS, replicas=128, shards=1)
+    assert sent(traffic, replicas=128, shards=1) == 2 * 127 / 128 * traffic["all_reduce"].size
