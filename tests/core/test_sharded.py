@@ -1,10 +1,32 @@
 """The guarantees where a mesh of processes holds the weights: FSDP2, HSDP, tensor parallelism, on real gloo ranks."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
-from distributed import run_each
-from sharded import PARALLEL, Case, assert_mixed, assert_replicas_agree, follow, record
+from distributed import run, run_each
+from sharded import (
+    PARALLEL,
+    TOKENS,
+    WIDTH,
+    Case,
+    assert_mixed,
+    assert_replicas_agree,
+    assert_same,
+    batch,
+    build,
+    follow,
+    follow_built,
+    part,
+    record,
+    snapshot,
+    whole,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.nn.functional import mse_loss
+
+from hf_rwp.core.sharding import gatherers
 
 ENGINES = ["hsdp", "replicate", "fsdp", "tp", "fsdp_tp", "hsdp_tp"]
 
@@ -50,3 +72,131 @@ def test_replicas_are_bit_equal_after_30_steps():
             not torch.equal(weights[0][name], weights[-1][name]) for name in weights[0] if weights[0][name].numel()
         ]
         assert all(moved)
+
+
+def clean_parts(base) -> list[torch.Tensor]:
+    """What this process has of the weights, gathered or not."""
+    return [part(parameter) for group in base.param_groups for parameter in group["params"]]
+
+
+def evaluate(model) -> None:
+    model.eval()
+    with torch.no_grad():
+        model(torch.zeros(1, TOKENS, WIDTH, dtype=torch.float64))
+    model.train()
+
+
+def rearm(model, optimizer) -> None:
+    optimizer.eval()
+    optimizer.train()
+
+
+LOOKS = {
+    "state_dict": lambda model, optimizer: model.state_dict(),
+    "state_dict of a layer": lambda model, optimizer: model.layers[0].state_dict(),
+    "eval": rearm,
+    "eval and an evaluation": lambda model, optimizer: (optimizer.eval(), evaluate(model), optimizer.train()),
+    "zero_grad": lambda model, optimizer: optimizer.zero_grad(),
+    "evaluation": lambda model, optimizer: evaluate(model),
+    "two evaluations": lambda model, optimizer: (evaluate(model), evaluate(model)),
+    "no_grad": lambda model, optimizer: torch.no_grad()(model)(torch.zeros(1, TOKENS, WIDTH, dtype=torch.float64)),
+}
+
+
+def look(case: Case, name: str) -> tuple[Any, list[str]]:
+    """`follow` with a look at the weights between every forward and its backward pass, and what that found unclean."""
+    held: dict[str, Any] = {}
+    found: list[str] = []
+    looks = 0
+
+    def expect(what: str, actual: Any, expected: Any) -> None:
+        nonlocal looks
+        looks += 1
+        if any(not torch.equal(one, other) for one, other in zip(actual, expected, strict=True)):
+            found.append(what)
+
+    def between(model, optimizer) -> None:
+        names = {id(module): name for name, module in model.named_modules()}
+
+        def look_inside(module, *_) -> None:
+            for own, parameter in module.named_parameters(recurse=False):
+                full = f"{names[id(module)]}.{own}".removeprefix(".")
+                expect(full, [whole(parameter)], [held["whole"][full]])
+
+        def zero_grad(*args) -> None:
+            expect("in zero_grad", clean_parts(optimizer.base), held["parts"])
+
+        handles = [module.register_forward_pre_hook(look_inside) for module in model.modules()]
+        optimizer.base.zero_grad = zero_grad
+        answer = LOOKS[name](model, optimizer)
+        del optimizer.base.zero_grad
+        for handle in handles:
+            handle.remove()
+        if name in ("eval", "state_dict", "state_dict of a layer"):  # after the others the noise is there again
+            expect("after it", clean_parts(optimizer.base), held["parts"])
+        if isinstance(answer, dict):
+            prefix = "layers.0." if "layer" in name else ""
+            expected = {own: value for own, value in held["whole"].items() if own.startswith(prefix)}
+            assert [prefix + own for own in answer] == list(expected)
+            expect("what it returned", [whole(value) for value in answer.values()], expected.values())
+
+    def ahead(model) -> None:
+        for group in gatherers(model):
+            group._to_sharded()
+        held.update(parts=[part(p) for p in model.parameters()], whole=snapshot(model))
+
+    followed = follow(dataclasses.replace(case, ahead=ahead, between=between))
+    return followed, found if looks else ["did not look"]
+
+
+LOOKED = [
+    Case("hsdp", windows=2),
+    Case("hsdp", windows=2, sharding={"reshard_after_forward": False}),
+    Case("fsdp", 1.0, windows=2),
+    Case("fsdp_tp", 1.0, windows=2),
+]
+
+
+@pytest.mark.parametrize("case", LOOKED, ids=lambda case: f"{case.engine} {case.sharding or ''}")
+def test_whoever_looks_between_the_passes_sees_clean_weights_and_changes_nothing(case):
+    plain = run(4, follow, case, keep_group=True)
+    for name, ranks in zip(LOOKS, run_each(4, look, [(case, name) for name in LOOKS], keep_group=True), strict=True):
+        assert [(name, found) for _, found in ranks] == [(name, [])] * 4
+        assert_same([followed for followed, _ in ranks], plain)
+
+
+class PassError(Exception):
+    pass
+
+
+def fail_first(case: Case, where: str) -> tuple[Any, bool]:
+    """`follow` after a step that an exception cut off, and whether that left clean weights at once."""
+    model, optimizer, base = build(case)
+    clean, (x, y) = clean_parts(base), batch(case, 0)
+
+    def fail(*_) -> None:
+        raise PassError
+
+    if where == "forward":
+        handle = model.layers[1].register_forward_pre_hook(fail)
+        with pytest.raises(PassError):
+            model(x)
+        handle.remove()
+    else:  # ahead of any gradient: FSDP2 keeps those of the whole weights, which no zero_grad reaches
+        output = model(x)
+        output.register_hook(fail)
+        with pytest.raises(PassError):
+            mse_loss(output, y).backward()
+    optimizer.zero_grad()
+    clean_at_once = all(map(torch.equal, clean_parts(base), clean))
+    model.reset_iter_state()
+    return follow_built(case, model, optimizer, base), clean_at_once
+
+
+@pytest.mark.parametrize("engine", ["hsdp", "fsdp", "hsdp_tp"])
+def test_an_exception_in_a_pass_leaves_clean_weights_and_the_next_step_is_right(engine):
+    case = Case(engine, windows=2) if engine in PARALLEL else Case(engine, 1.0, windows=2)
+    plain = run(4, follow, case, keep_group=True)
+    for ranks in run_each(4, fail_first, [(case, where) for where in ("forward", "backward")], keep_group=True):
+        assert [clean for _, clean in ranks] == [True] * 4
+        assert_same([followed for followed, _ in ranks], plain)

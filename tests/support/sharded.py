@@ -278,7 +278,12 @@ def plain_name(name: str) -> str:
 
 def follow(case: Case) -> tuple[list[Parts], list[Parts]]:
     """Of one rank: the gradient at every step, and the weights after it."""
-    model, optimizer, base = build(case)
+    return follow_built(case, *build(case))
+
+
+def follow_built(
+    case: Case, model: nn.Module, optimizer: Any, base: torch.optim.Optimizer
+) -> tuple[list[Parts], list[Parts]]:
     gradients, weights = [], []
 
     def stepping(*_: Any) -> None:
