@@ -243,7 +243,8 @@ def with_column(split: Dataset, column: str, values: Any, feature: Any) -> Datas
     order = split.column_names
     new = Dataset.from_dict({column: values}, features=Features({column: feature}))
     others = split.remove_columns(column)
-    return datasets.concatenate_datasets([others, new], axis=1).select_columns(order) if len(order) > 1 else new
+    joined = datasets.concatenate_datasets([others, new], axis=1, split=split.split)
+    return joined.select_columns(order)
 
 
 def _few(names: Sequence[str]) -> str:
