@@ -10,15 +10,18 @@ time. The noise is the one that `Perturbation` would have added to the weight, b
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hf_rwp.core.draws import Draws, Target
 from hf_rwp.core.hooks import with_tensors
+from hf_rwp.core.quantized import Quantized, quantized_layers
 from hf_rwp.core.sharding import block_like
 
 _autograd: Any = torch._C._autograd
@@ -169,16 +172,34 @@ def _share_memory(one: Tensor, other: Tensor) -> bool:
 class Layers:
     """The frozen weights of a model whose noise is drawn where it is needed; at most one noise at a time.
 
-    model: None for one in which all noise is added to the weights.
+    model: None for one in which all noise is added to the weights. Linear layers whose stored weights cannot take any
+    (`quantized`) get it beside.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self._model = model
+        self._quantized = {} if model is None else {id(layer.weight): layer for layer in quantized_layers(model)}
         self._given: Sequence[Target] = ()  # and who holds each that this takes, by its index there; and the others
         self._homes: dict[int, list[tuple[nn.Module, str]]] = {}
+        self._besides: list[int] = []
+        self._rest: list[int] = []
         self._others: list[Target] = []
         self._places: list[tuple[nn.Module, str, Tensor, Noisy]] = []  # and the weight that a stand-in stands for
+        self._beside: list[tuple[Quantized, float, int]] = []  # whose noise has this factor and seed
+        self._handles: list[RemovableHandle] = []
         self._writes: list[str] = []
+
+    def named_parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """Those of a model, with one of the right shape for all that a quantized layer has in place of its weight."""
+        ours = {layer.name: layer.weight for layer in self._quantized.values()}
+        left = dict(ours)
+        for name, parameter in model.named_parameters():
+            layer, _, own = name.rpartition(".")
+            if layer not in ours or own == "bias":
+                yield name, parameter
+            elif layer in left:
+                yield name, left.pop(layer)
+        yield from left.items()
 
     def take(
         self,
@@ -193,7 +214,9 @@ class Layers:
         if targets is not self._given:
             _keep_from_compilation()
             self._homes = _homes(self._model, targets)
-            self._others = [target for index, target in enumerate(targets) if index not in self._homes]
+            self._besides = [index for index, target in enumerate(targets) if id(target.weight) in self._quantized]
+            self._rest = [i for i in range(len(targets)) if i not in self._homes and i not in set(self._besides)]
+            self._others = [targets[index] for index in self._rest]
             self._given = targets
         places: list[tuple[nn.Module, str, Tensor, Noisy]] = []
         for index, homes in self._homes.items():
@@ -202,7 +225,8 @@ class Layers:
             noisy = Noisy.of(target.weight.detach(), draw, target.name, self._writes)
             places += [(module, name, target.weight, noisy) for module, name in homes]
         self._places = places
-        rest = [index for index in range(len(targets)) if index not in self._homes]
+        self._beside = [(self._quantized[id(targets[i].weight)], factors[i], seeds[i]) for i in self._besides]
+        rest = self._rest
         kept = None if dampings is None else [dampings[index] for index in rest]  # what is frozen has no gradients
         return self._others, [factors[index] for index in rest], [seeds[index] for index in rest], kept
 
@@ -211,6 +235,9 @@ class Layers:
         for module, name, weight, noisy in self._places:
             if module._parameters.get(name) is weight:
                 module._parameters[name] = noisy  # type: ignore[assignment]
+        if not self._handles:
+            for layer, factor, seed in self._beside:
+                self._handles.append(layer.beside(partial(self._eps, layer, factor, seed)))
 
     def hide(self) -> None:
         """Put the weights back in their places. A backward pass needs no stand-ins, but for what it computes anew."""
@@ -218,17 +245,29 @@ class Layers:
             held: Any = module._parameters.get(name)
             if held is noisy:
                 module._parameters[name] = weight  # type: ignore[assignment]
+        while self._handles:
+            self._handles.pop().remove()
 
     def end(self) -> list[str]:
         """End the noise; the names of the weights that something wrote into, which is lost."""
         self.hide()
-        self._places, writes, self._writes = [], self._writes, []
+        self._places, self._beside, writes, self._writes = [], [], self._writes, []
         return writes
 
-    def noisy(self, weight: Tensor) -> Tensor | None:
-        """The noisy values of a weight, in memory of their own; None where no noise is drawn for it."""
-        found = next((noisy for _, _, own, noisy in self._places if own is weight), None)
-        return None if found is None else found.draw()
+    def values(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The noisy and the clean values of a weight; None where no noise is drawn for it."""
+        for _, _, own, noisy in self._places:
+            if own is weight:
+                return noisy.draw(), weight.detach()
+        for layer, factor, seed in self._beside:
+            if layer.weight is weight:
+                clean = layer.dequantized()
+                return layer.drawer(factor, seed, clean.dtype)() + clean, clean
+        return None
+
+    def _eps(self, layer: Quantized, factor: float, seed: int, dtype: torch.dtype) -> Noisy:
+        zeros = torch.zeros((), dtype=dtype).expand(layer.weight.shape)
+        return Noisy.of(zeros, layer.drawer(factor, seed, dtype), layer.name, self._writes)
 
 
 def _drawer(target: Target, factor: float, seed: int) -> Callable[[], Tensor]:

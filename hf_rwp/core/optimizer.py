@@ -32,11 +32,11 @@ from hf_rwp.core.noise import DEFAULT_GAMMA
 from hf_rwp.core.passes import Passes, State
 from hf_rwp.core.perturbation import Perturbation
 from hf_rwp.core.placement import Role
+from hf_rwp.core.quantized import refuse_other_quantized
 from hf_rwp.core.refusals import (
     innermost,
     refuse_lone_processes,
     refuse_optimizer,
-    refuse_quantized,
     refuse_unsupported,
 )
 from hf_rwp.core.replicas import Replicas, replicas_of
@@ -77,7 +77,9 @@ class RWP(OptimizerWrapper):
             Whether parameters of at most one dimension (biases, norm weights) are perturbed as well.
         frozen (`bool` or `str`, *optional*, defaults to `False`):
             Whether frozen parameters are perturbed as well, with the first group's gamma: the base weights under LoRA,
-            as in Flat-LoRA (arXiv 2409.14396). They must be floating-point.
+            as in Flat-LoRA (arXiv 2409.14396). Their noise is drawn wherever something computes with one, and they are
+            not copied; `"copy"` copies them aside instead, as it does trainable ones: the same noise, in less time, and
+            under torch.compile. Beside quantized linear layers `x @ eps^T` is added, relative to what they stand for.
         eta (`float`, *optional*, defaults to 0.0):
             ARWP's damping (arXiv 2404.00357), less noise where gradients are large, >= 0. 0 is none.
         beta (`float`, *optional*, defaults to 0.99):
@@ -134,7 +136,7 @@ class RWP(OptimizerWrapper):
         refuse_lone_processes()
         refuse_unsupported(self.model.parameters())
         if frozen:
-            refuse_quantized(self.model)
+            refuse_other_quantized(self.model, beside=frozen is True)
         registry.refuse_overlap(self.model)
         # All that changes later is in objects that are never replaced: Lightning Fabric copies this __dict__.
         self._options = Options(alpha, noise, noise_1d, frozen, antithetic, accumulation_steps, process_group)

@@ -40,7 +40,7 @@ class Perturbation:
 
     def __init__(self, layers: Layers | None = None) -> None:
         self.noise = Noise.ABSENT
-        self._layers = layers or Layers()
+        self.layers = layers or Layers()
         self._targets: Sequence[Target] = ()  # those with a copy
         self._tensors: list[Tensor] = []  # the targets' weights, then the guarded buffers
         self._clean: list[Tensor] = []  # copies of their clean values; the memory is kept
@@ -63,7 +63,7 @@ class Perturbation:
         of the weights (`sharding.gatherers`), which hold shards only."""
         self.restore()
         self._gatherers = gatherers
-        targets, factors, seeds, dampings = self._layers.take(targets, factors, seeds, dampings)
+        targets, factors, seeds, dampings = self.layers.take(targets, factors, seeds, dampings)
         if targets is not self._targets:
             weights = [target.local for target in targets]
             self._clean = _room(weights, self._tensors, self._clean)
@@ -77,7 +77,7 @@ class Perturbation:
         try:
             stds = self._draws.add_(targets, factors, seeds, dampings)
             self._writes.begin(targets, stds, seeds)
-            self._layers.show()
+            self.layers.show()
         except BaseException:  # an interrupt too: half the noise is neither clean nor the paper's
             self._writes.end()
             self.restore()
@@ -89,7 +89,7 @@ class Perturbation:
         """Make the weights clean until `resume`; False, and nothing done, where no noise is in them."""
         if self.noise is not Noise.SHOWN:
             return False
-        self._layers.hide()
+        self.layers.hide()
         self._copies.release()
         reshard(self._gatherers)
         self._writes.look(self._clean, self._draws)
@@ -117,7 +117,7 @@ class Perturbation:
             _copy_all(*self._alike(self._tensors, noisy), unseen=True)
             self._noisy = []
             torch.clear_autocast_cache()
-        self._layers.show()
+        self.layers.show()
 
     @torch.no_grad()
     def restore(self) -> list[str]:
@@ -127,7 +127,7 @@ class Perturbation:
         that has another shape by now keeps that, and its values. RuntimeError: a weight could not be restored; the
         perturbation is over all the same.
         """
-        written = self._layers.end()
+        written = self.layers.end()
         if self.noise is Noise.ABSENT:
             return written
         self._copies.release()
@@ -146,7 +146,7 @@ class Perturbation:
 
     def guard_copies(self) -> None:
         """Until the noise is suspended, resumed or restored, whoever copies or pickles a noisy tensor suspends it."""
-        self._layers.hide()
+        self.layers.hide()
         if self.noise is Noise.SHOWN:
             buffers = [(buffer, buffer) for *_, buffer in self._guarded]
             buffers += [(now, buffer) for (*_, buffer), now in replaced(self._guarded) if now is not None]
@@ -155,9 +155,9 @@ class Perturbation:
 
     def values(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The noisy and the clean values of a perturbed weight."""
-        drawn = self._layers.noisy(weight)
+        drawn = self.layers.values(weight)
         if drawn is not None:
-            return drawn, weight.detach()
+            return drawn
         clean = next(clean for tensor, clean in zip(self._tensors, self._clean, strict=True) if tensor is weight)
         return weight.detach(), clean
 

@@ -141,16 +141,6 @@ def _refused_by_deepspeed() -> tuple[str, str] | None:
     return _TENSORS if groups._get_model_parallel_world_size() > 1 else None
 
 
-def refuse_quantized(model: nn.Module) -> None:
-    """Raise NotImplementedError for a frozen parameter that Gaussian noise cannot be added to."""
-    for name, parameter in model.named_parameters():
-        if not (parameter.requires_grad or parameter.is_floating_point()):
-            raise NotImplementedError(
-                f"frozen=True would perturb {name}, which is of {parameter.dtype}: Gaussian noise needs floating-point "
-                "weights. Load the base weights unquantized (bfloat16), or leave frozen=False to perturb the others"
-            )
-
-
 _RANKS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 

@@ -208,7 +208,8 @@ class Windows:
         refuse_lone_processes(decided=True)
         registry.refuse_overlap(self.model)
         options = self.options
-        targets, gammas = self.groups.targets(self.model.named_parameters(), options.noise_1d, bool(options.frozen))
+        named = self.perturbation.layers.named_parameters(self.model)
+        targets, gammas = self.groups.targets(named, options.noise_1d, bool(options.frozen))
         if not targets:
             raise RuntimeError(self.groups.why_no_target())
         if self.damping.eta and self.groups.swapped:

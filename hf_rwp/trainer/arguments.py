@@ -135,7 +135,10 @@ class RWPArguments:
     def rwp_options(self) -> dict[str, Any]:
         """Keyword arguments for `RWP`."""
         names = ("gamma", "alpha", "seed", "noise", "noise_1d", "frozen", "antithetic", "eta", "beta")
-        return {name: getattr(self, f"rwp_{name}") for name in names}
+        options = {name: getattr(self, f"rwp_{name}") for name in names}
+        if self.rwp_frozen and getattr(self, "torch_compile", False):
+            options["frozen"] = "copy"  # stand-ins for weights would break graphs
+        return options
 
     def rwp_gamma_factor(self, progress: float) -> float:
         """What to pass to `RWP.scale_gamma` at `progress`, the fraction of the optimizer steps behind us."""
