@@ -4,7 +4,7 @@ Class folders have no order of their own: timm numbers them in natural order (0,
 and torchvision in plain order (0, 1, 10, 2). Weights that name their classes leave nothing to guess.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,14 +26,17 @@ def class_names(config: Mapping[str, Any]) -> list[str] | None:
     return None if unnamed else names
 
 
-def in_order_of(splits: Any, weights: str, config: Mapping[str, Any]) -> Any:
+def in_order_of(splits: Any, weights: str | None, config_of: Callable[[str], Mapping[str, Any]]) -> Any:
     """`splits` with their classes numbered as the weights do, for an evaluation.
 
-    weights: what they are called. config: what their config.json says, empty if that is not known. Where they name
-    their classes, the data may have a part of them. Where they do not, the order is that in which their library sorts
+    weights: what they are called; None changes nothing. config_of: what their config.json says, empty if that is not
+    known. Where they name their classes, the data may have a part of them. Where they do not, the order is that in which their library sorts
     folders, and what was found says so. Raises ValueError for classes that are others, and for a stream that would need
     another order.
     """
+    if weights is None:
+        return splits
+    config = config_of(weights)
     found, names = found_in(splits), splits["train"].features["label"].names
     theirs = class_names(config)
     if theirs == names:

@@ -26,7 +26,7 @@ def weights(folder, **config):
 
 
 def ordered(splits, place):
-    return in_order_of(splits, place, config_of(place))
+    return in_order_of(splits, place, config_of)
 
 
 def numbers(splits):
@@ -39,7 +39,7 @@ def test_weights_that_name_no_classes_are_taken_in_natural_order_if_they_are_tim
     splits = ordered(load_images(data), weights(tmp_path / "w", architecture="resnet18", num_classes=4))
     assert numbers(splits) == {"0": 0, "1": 1, "2": 2, "10": 3}
     assert "natural order, as timm sorts folders (0, 1, 2, 10)" in splits.found.notes[-1]
-    assert "natural order" in in_order_of(load_images(data), "timm", {}).found.notes[-1]
+    assert "natural order" in in_order_of(load_images(data), "timm", config_of).found.notes[-1]
 
 
 def test_weights_that_name_no_classes_are_taken_in_plain_order_if_they_are_transformers(tmp_path, data):
@@ -68,6 +68,7 @@ def test_names_of_the_weights_decide_and_the_data_may_have_a_part_of_them(tmp_pa
 
 def test_the_same_order_changes_nothing(tmp_path, data):
     splits = load_images(data)
+    assert in_order_of(splits, None, config_of) is splits
     assert ordered(splits, weights(tmp_path / "w", label_names=["0", "1", "2", "10"])) is splits
     assert ordered(load_images(data, streaming=True), weights(tmp_path / "v", label_names=["0", "1", "2", "10"]))
 
