@@ -30,9 +30,9 @@ def in_order_of(splits: Any, weights: str | None, config_of: Callable[[str], Map
     """`splits` with their classes numbered as the weights do, for an evaluation.
 
     weights: what they are called; None changes nothing. config_of: what their config.json says, empty if that is not
-    known. Where they name their classes, the data may have a part of them. Where they do not, the order is that in which their library sorts
-    folders, and what was found says so. Raises ValueError for classes that are others, and for a stream that would need
-    another order.
+    known. Where they name their classes, the data may have a part of them. Where they do not, the order is that in
+    which their library sorts folders, and what was found says so. Raises ValueError for classes that are others, and
+    for a stream that would need another order.
     """
     if weights is None:
         return splits
