@@ -11,7 +11,11 @@ import PIL.Image
 import pytest
 import yaml
 from accelerate.commands.config import load_config_from_file
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ParallelismConfig
 from imagenet import RECIPES, load_recipe, results
+from launched import environment_of
+from torch.distributed.fsdp import StateDictType
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from vit import TINY, load_vit_recipe
 
@@ -87,7 +91,31 @@ def test_the_digits_file_says_what_no_flag_means():
     assert spelled == plain
 
 
-@pytest.mark.parametrize("config", LAUNCHES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(("file", "replicas", "shards"), [("fsdp2_8", 1, 8), ("hsdp_2x8", 2, 8)])
+def test_a_launch_file_that_shards_weights_is_what_accelerate_reads(file, replicas, shards, monkeypatch):
+    config = load_config_from_file(str(RECIPES / "accelerate" / f"{file}.yaml"))
+    assert (config.distributed_type, config.num_processes) == (DistributedType.FSDP, replicas * shards)
+    assert config.num_machines == replicas
+    for name, value in environment_of(file).items():
+        monkeypatch.setenv(name, value)
+    plugin, mesh = FullyShardedDataParallelPlugin(), ParallelismConfig()
+    assert plugin.fsdp_version == 2
+    assert plugin.reshard_after_forward is True
+    assert plugin.auto_wrap_policy is size_based_auto_wrap_policy
+    assert plugin.min_num_params == 10**6
+    assert plugin.state_dict_type is StateDictType.SHARDED_STATE_DICT
+    assert plugin.cpu_ram_efficient_loading is False
+    if replicas > 1:  # without a mesh FSDP2 shards over all processes
+        assert mesh.active_mesh_dims == ["dp_replicate", "dp_shard"]
+        assert (mesh.dp_replicate_size, mesh.dp_shard_size, mesh.total_size) == (replicas, shards, config.num_processes)
+
+
+# Accelerate refuses a mesh, and DeepSpeed is not there, where there is no GPU.
+@pytest.mark.parametrize(
+    "config",
+    [path for path in LAUNCHES if path.stem not in ("hsdp_2x8", "deepspeed_zero2")],
+    ids=lambda path: path.stem,
+)
 def test_a_launch_file_starts_its_replicas(config, tmp_path):
     """On CPUs, with at most two processes; several machines are two launches on this one."""
     script = tmp_path / "script.py"
@@ -98,7 +126,8 @@ def test_a_launch_file_starts_its_replicas(config, tmp_path):
         "started.write_text(f'{accelerator.num_processes} {accelerator.mixed_precision}')\n"
     )
     expected = load_config_from_file(str(config))
-    assert vars(expected)["num_processes"] == {"cpu_2": 2, "gpu_1": 1, "gpu_8": 8, "multi_node": 16}[config.stem]
+    sizes = {"cpu_2": 2, "gpu_1": 1, "gpu_8": 8, "fsdp2_8": 8, "multi_node": 16}
+    assert vars(expected)["num_processes"] == sizes[config.stem]
     processes = min(expected.num_processes, 2)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
