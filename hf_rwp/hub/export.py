@@ -20,6 +20,7 @@ def save_model(
     label_names: Sequence[str],
     data_config: Mapping[str, Any],
     model_args: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a timm model's weights (safetensors) and config.json, in place of what `folder` held, whole or not at all.
 
@@ -27,7 +28,8 @@ def save_model(
     and `pipeline("image-classification", FOLDER)` then give the same logits for the same image.
 
     label_names: the classes' names, by index. data_config: the preprocessing it was evaluated with, as
-    `timm.data.resolve_data_config` gives. model_args: the arguments of `timm.create_model` beside the classes.
+    `timm.data.resolve_data_config` gives. model_args: the arguments of `timm.create_model` beside the classes. weights:
+    in place of the model's own, by the names of its `state_dict`.
     """
     from safetensors.torch import save_file
     from timm.models import _hub as timm_hub
@@ -37,9 +39,10 @@ def save_model(
     others = dict.fromkeys(("tag", "license", "origin_url", "paper_ids", "notes", "description"))
     others |= dict.fromkeys(("test_input_size", "test_crop_pct", "pool_size"))
     of_ours: Any = {**source, **others, **data_config, "num_classes": len(label_names)}
-    weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}  # not channels_last
+    state = model.state_dict() if weights is None else weights
+    plain = {name: tensor.cpu().contiguous() for name, tensor in state.items()}  # not channels_last
     with _replacing_model(Path(folder)) as partial:
-        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+        save_file(plain, partial / "model.safetensors", metadata={"format": "pt"})
         config_file = partial / "config.json"
         try:
             model.pretrained_cfg = of_ours
@@ -67,14 +70,22 @@ def save_any(
 ) -> dict[str, str]:
     """`save_model` for timm's models, transformers' `TimmWrapper` too; else `save_pretrained`, or the weights alone.
 
+    Where a mesh of processes holds the weights together (FSDP2, tensor parallelism), all processes call it: the weights
+    are gathered, and the first process writes them.
+
     Returns the facts that the model itself tells: library and architecture.
     """
+    from hf_rwp.runs.sharded import is_sharded_model, whole_weights  # torch: a push by itself needs none
+
     model = _unwrapped(model)
     names = [*getattr(getattr(model, "config", None), "id2label", {}).values()]
     trained = getattr(getattr(model, "config", None), "pretrained_cfg", None) or {}
     arguments = getattr(getattr(model, "config", None), "model_args", None)
+    sharded = is_sharded_model(model)
+    writes = not sharded or is_first_process()
     if not hasattr(model, "get_base_model"):  # PEFT's models pass on every attribute
         model = getattr(model, "timm_model", model)
+    weights = whole_weights(model, writes) if sharded else None
     if not hasattr(model, "get_base_model") and hasattr(model, "pretrained_cfg"):
         from timm.data.config import resolve_data_config
 
@@ -84,19 +95,53 @@ def save_any(
             raise ValueError(f"{len(label_names)} label_names for a model of {len(classes)} classes: give one for each")
         known = [list(label_names or ()), names, config.get("label_names") or (), [str(label) for label in classes]]
         label_names = next(some for some in known if len(some) == len(classes))
-        data_config = data_config or resolve_data_config({}, pretrained_cfg=config)
-        save_model(model, folder, label_names=label_names, data_config=data_config, model_args=model_args or arguments)
-        return {"library": "timm", "architecture": config.get("architecture") or type(model).__name__}
-    with _replacing_model(Path(folder)) as partial:
-        if not hasattr(model, "save_pretrained"):
-            from safetensors.torch import save_model as save_weights
-
-            save_weights(model, str(partial / "model.safetensors"))
-            return {"library": "pytorch", "architecture": type(model).__name__}
-        model.save_pretrained(partial)
+        how: dict[str, Any] = {"data_config": data_config or resolve_data_config({}, pretrained_cfg=config)}
+        how |= {"model_args": model_args or arguments, "weights": weights}
+        if writes:
+            save_model(model, folder, label_names=label_names, **how)
+        return {"library": "timm", "architecture": config.get("architecture") or _architecture(model)}
     adapted = hasattr(model, "get_base_model")
-    whole = model.get_base_model() if adapted else model
-    return {"library": "peft" if adapted else "transformers", "architecture": type(whole).__name__}
+    library = "peft" if adapted else "transformers" if hasattr(model, "save_pretrained") else "pytorch"
+    if writes:
+        with _replacing_model(Path(folder)) as partial:
+            if library == "pytorch":
+                from safetensors.torch import save_file
+                from safetensors.torch import save_model as save_weights
+
+                file = str(partial / "model.safetensors")
+                save_weights(model, file) if weights is None else save_file(weights, file)
+            else:
+                _save_pretrained(model, partial, weights)
+    return {"library": library, "architecture": _architecture(model.get_base_model() if adapted else model)}
+
+
+def is_first_process() -> bool:
+    """Whether this process writes what all of them have."""
+    import torch.distributed as dist
+
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def _save_pretrained(model: Any, folder: Path, weights: Mapping[str, Any] | None) -> None:
+    """weights: the model's, whole; None where it holds them itself."""
+    if weights is None:
+        model.save_pretrained(folder)
+        return
+    config: Any = getattr(model, "config", None)
+    loaded_in_parts = getattr(config, "distributed_config", None)
+    if loaded_in_parts is not None:  # transformers would gather once more, on all processes
+        config.distributed_config = None
+    try:
+        model.save_pretrained(folder, state_dict=dict(weights))
+    finally:
+        if loaded_in_parts is not None:
+            config.distributed_config = loaded_in_parts
+
+
+def _architecture(model: Any) -> str:
+    """The name of a model's class, as it was before fully_shard made another one of it."""
+    kind = type(model)
+    return (kind.__bases__[-1] if kind.__bases__[0].__name__ == "FSDPModule" else kind).__name__
 
 
 def _unwrapped(model: Any) -> Any:

@@ -3,18 +3,18 @@
 1. `create_optimizer` wraps the optimizer that Trainer made. The wrapper begins and ends micro-steps by itself.
 2. `get_batch_samples` fetches the batches of one optimizer step, the window: gamma moves along its schedule, and the
    wrapper is told how many gradients there are, and how Trainer's loss weighs them where it is a mean over tokens.
-3. `training_step` takes one gradient. A batch that is a window by itself, on one process, is split in halves: the clean
-   gradient comes from the first, the perturbed one from the second.
+3. `training_step` takes one gradient. A batch that is a window by itself, on one replica, is split in halves: the clean
+   gradient comes from the first, the perturbed one from the second. Each process splits its own.
 4. Buffers are made equal before evaluation and saving, and the weights are clean however training ends.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from transformers import Trainer
@@ -24,11 +24,13 @@ from transformers.utils.hub import PushInProgress
 
 from hf_rwp.core.losses import LossTracker
 from hf_rwp.core.optimizer import RWP
-from hf_rwp.core.placement import mixes, role_shares
+from hf_rwp.core.placement import mixes
 from hf_rwp.core.refusals import refuse_data_parallel, refuse_lone_processes, refuse_unsupported
 from hf_rwp.runs.records import base_of, environment, scrub_paths
+from hf_rwp.runs.sharded import is_sharded_model
 from hf_rwp.trainer.arguments import RWPArguments
 from hf_rwp.trainer.halves import in_halves, rows
+from hf_rwp.trainer.items import Slots, alike, count_once, slots_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,17 +52,18 @@ class RWPTrainerMixin(_AnyTrainer):
         @dataclass
         class RWPSFTConfig(RWPArguments, SFTConfig): ...
 
-    Without `rwp=True` in its arguments it is that Trainer, bit for bit. With it, many processes share the clean and
-    the perturbed gradients between them; one process takes them in turn from the batches that a step accumulates, or
-    from the halves of a single one. Each log of the training loss, which stays the plain one, also has `loss_clean`,
-    `loss_perturbed` and `loss_gap`, a free measure of sharpness.
+    Without `rwp=True` in its arguments it is that Trainer, bit for bit. With it, replicas of the weights share the
+    clean and the perturbed gradients between them (processes under DDP, groups of them under HSDP). A single one, which
+    many processes may hold together (FSDP2, tensor parallelism), takes them in turn from the batches that a step
+    accumulates, or from the halves of a single one. Each log of the training loss, which stays the plain one, also has
+    `loss_clean`, `loss_perturbed` and `loss_gap`, a free measure of sharpness.
 
     Attributes:
         rwp ([`RWP`], *optional*):
             The optimizer wrapper, whose `report()` says what really happened; `None` before training and without RWP.
 
-    Raises TypeError for arguments without RWP's flags; NotImplementedError under FSDP, DeepSpeed, DataParallel, TPUs
-    and sharding of any kind; ValueError for `auto_find_batch_size` on many processes, for an optimizer that is
+    Raises TypeError for arguments without RWP's flags; NotImplementedError under FSDP of version 1, DeepSpeed ZeRO-3,
+    DataParallel and TPUs; ValueError for `auto_find_batch_size` on many processes, for an optimizer that is
     wrapped already and, in training, for a batch that cannot be split.
     """
 
@@ -69,10 +72,12 @@ class RWPTrainerMixin(_AnyTrainer):
     optimizer: Any
     push_in_progress: Any
     rwp: RWP | None = None
+    _given: Mapping[str, Any] = {}  # what checkpoints keep, as the arguments had it
     _report: Mapping[str, Any] | None = None  # of the wrapper, after training
     _best_step: int | None = None  # whose weights these are, where training ended with the best ones
-    _items: list[float] | None = None  # tokens by replica, or by micro-step on one; None where Trainer adds none up
-    _parts: Sequence[float] = ()  # how much of this replica's loss each coming micro-step is
+    _homes: list[int] | None = None  # by process, which replica it belongs to
+    _slots: Slots | None = None  # of the coming step; None where Trainer adds no items up
+    _parts: Sequence[float] = ()  # how much of this process's loss each coming micro-step is
     _splits = False  # whether the window's one batch is split
     _warned = False
     _rows_are_samples = True  # as far as seen: pairs for DPO or a reward model lie one after the other
@@ -107,16 +112,17 @@ class RWPTrainerMixin(_AnyTrainer):
             )
         if optimizer is not self.rwp:
             self.optimizer = self.rwp = RWP(optimizer, self.model, **self.args.rwp_options)
-        self._losses = LossTracker(self.rwp)
+            self._given = self._kept_by_checkpoints()
+        self._losses, self._homes = LossTracker(self.rwp), None
         return self.optimizer
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        given = self._kept_by_checkpoints()
-        super()._load_optimizer_and_scheduler(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)  # DeepSpeed has loaded its own by now
         for name, loaded in self._kept_by_checkpoints().items():
-            if loaded != given[name]:
+            given = self._given[name]
+            if loaded != given:
                 raise ValueError(
-                    f"{checkpoint} was written with {name}={loaded!r}, which it keeps, and not with {given[name]!r}: "
+                    f"{checkpoint} was written with {name}={loaded!r}, which it keeps, and not with {given!r}: "
                     f"resume with the same {name}, or start anew from its weights"
                 )
 
@@ -126,7 +132,7 @@ class RWPTrainerMixin(_AnyTrainer):
             return {}
         gammas = sorted({group["initial_rwp_gamma"] for group in self.rwp.param_groups})
         gamma = gammas[0] if len(gammas) == 1 else gammas
-        return {"rwp_gamma": gamma, "rwp_seed": self.rwp.state_dict()["rwp"]["seed"]}
+        return {"rwp_gamma": gamma, "rwp_seed": self.rwp.param_groups[0]["rwp_seed"]}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._report = self._best_step = None
@@ -144,38 +150,43 @@ class RWPTrainerMixin(_AnyTrainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Trainer's batches of one optimizer step and their number of tokens; begins RWP's window."""
-        self._items, self._splits = None, False
+        self._slots, self._splits = None, False
         if self.rwp is not None:
             self.rwp.scale_gamma(self.args.rwp_gamma_factor(self.state.global_step / self.state.max_steps))
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.rwp is not None and batches:
             self._rows_are_samples &= max(map(rows, batches)) <= self._train_batch_size
-            index, replicas = self.rwp.replicas.index, self.rwp.replicas.count
-            self._splits = self._mixes and replicas == len(batches) == 1
-            self._parts = [1 / len(batches)] * len(batches)
-            if self._items:
-                total = sum(self._items) or 1
-                mine = self._items[index] * replicas / total
-                self._parts = (
-                    [part * mine for part in self._parts] if replicas > 1 else [n / total for n in self._items]
-                )
+            self._splits = self._mixes and self.rwp.replicas.count == len(batches) == 1
+            slots = self._slots or alike(len(batches))
+            self._parts = slots.parts
             if not self._splits:
-                self.rwp.begin_window(len(batches), role_shares(self._items) if self._items else None)
+                self.rwp.begin_window(len(batches), slots.shares)
         return batches, count
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Trainer's count, as it is; how it divides between the slots is remembered for the mix."""
         count = super()._get_num_items_in_batch
-        if not self._mixes or not batch_samples:
+        if self.rwp is None or not self._mixes or not batch_samples:
             return count(batch_samples, device)
-        if self.rwp is not None and self.rwp.replicas.count > 1:
-            with _gathered(self.accelerator) as items:
-                total = count(batch_samples, device)
-        else:
-            total = count(batch_samples, device)
-            items = [] if total is None else [count([batch], device) for batch in batch_samples]
-        self._items = [float(n or 0) for n in items] or None
+        several = self.rwp.replicas.count > 1
+        total, everyone, own = count_once(
+            self.accelerator, lambda batches: count(batches, device), batch_samples, each=not several
+        )
+        if total is not None:
+            self._slots = slots_of(self.args.process_index, self._replica_of_each(), len(batch_samples), everyone, own)
         return total
+
+    def _replica_of_each(self) -> list[int]:
+        """By process, which replica it belongs to. Collective, once, where a mesh holds the weights."""
+        replicas, world = self.rwp.replicas, self.args.world_size  # type: ignore[union-attr]
+        if self._homes is None:
+            if replicas.count == 1:
+                self._homes = [0] * world
+            elif not replicas.peers:
+                self._homes = list(range(world))
+            else:
+                self._homes = self.accelerator.gather(torch.tensor([replicas.index], device=self.args.device)).tolist()
+        return self._homes
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """One gradient, or two where the batch is split; returns the plain loss as Trainer does."""
@@ -251,7 +262,8 @@ class RWPTrainerMixin(_AnyTrainer):
 
         Written to `hub` in the output folder first; neither Trainer's pickled arguments nor its logs go along, and in
         pushes while training neither, unless `hub_strategy` pushes whole checkpoints, which hold pickles. The main
-        process does it all: it may call this, or `save_model` with `push_to_hub=True`, by itself. results: what a
+        process does it all: it may call this, or `save_model` with `push_to_hub=True`, by itself. Where a mesh holds
+        the weights (FSDP2, tensor parallelism) all processes must, since they are gathered first. results: what a
         recipe's results.json holds; taken from Trainer's log if not given, what RWP did included once training is over.
         pictures, facts: as `hf_rwp.push_to_hub` takes them; of those of Trainer, `model_name`, `finetuned_from`,
         `tasks` and `dataset_tags`, too.
@@ -272,14 +284,17 @@ class RWPTrainerMixin(_AnyTrainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.rwp is not None:
             self.rwp.eval()
-        if not self.is_world_process_zero():
+        model, main = self.accelerator.unwrap_model(self.model, keep_torch_compile=False), self.is_world_process_zero()
+        if not main and not is_sharded_model(model):
+            return None
+        output = Path(self.args.output_dir)
+        repo_id, folder = self.hub_model_id or self.args.hub_model_id or output.absolute().name, output / "hub"
+        if main:
+            self._finish_current_push()
+        of_model = save_any(model, folder)
+        if not main:
             return None
         known = dict(results) if results is not None else self._results()
-        self._finish_current_push()
-        output = Path(self.args.output_dir)
-        repo_id = self.hub_model_id or self.args.hub_model_id or output.absolute().name
-        folder = output / "hub"
-        of_model = save_any(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         said = {**of_model, **_card_facts(facts)}
@@ -293,15 +308,17 @@ class RWPTrainerMixin(_AnyTrainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer's uploads all of its output folder, with pickled arguments and logs that name the machine.
-        strategy, busy = (
-            self.args.hub_strategy,
-            self.push_in_progress is not None and not self.push_in_progress.is_done(),
-        )
+        strategy = self.args.hub_strategy
         if not self.args.rwp or strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             super()._push_from_checkpoint(checkpoint_folder)
-        elif strategy != HubStrategy.END and self.is_world_process_zero() and (self.args.hub_always_push or not busy):
-            job = self.push_to_hub(f"Training in progress, step {self.state.global_step}", blocking=False)
-            self.push_in_progress = PushInProgress([job])  # type: ignore[arg-type]
+        elif strategy != HubStrategy.END:
+            busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+            pushes = [self.is_world_process_zero() and (self.args.hub_always_push or not busy)]
+            if is_sharded_model(self.model):  # all are needed
+                dist.broadcast_object_list(pushes)
+            if pushes[0]:
+                job = self.push_to_hub(f"Training in progress, step {self.state.global_step}", blocking=False)
+                self.push_in_progress = None if job is None else PushInProgress([job])  # type: ignore[arg-type]
 
     def _results(self) -> dict[str, Any]:
         """What Trainer's log says of the run, as a recipe's results.json has it."""
@@ -380,8 +397,8 @@ def _check_supported(args: Any, model: nn.Module) -> None:
         refuse_data_parallel()
     if args.parallel_mode not in (ParallelMode.NOT_PARALLEL, ParallelMode.DISTRIBUTED):
         raise NotImplementedError(
-            f"RWP does not work with {args.parallel_mode.value}: it needs a whole copy of the weights on every "
-            "replica. What works is one process, or DistributedDataParallel (accelerate launch --multi_gpu)"
+            f"RWP does not work with {args.parallel_mode.value}. What works is one process, DistributedDataParallel "
+            "(accelerate launch --multi_gpu), FSDP2 (fsdp=True), tensor parallelism and DeepSpeed ZeRO up to stage 2"
         )
     refuse_unsupported(model.parameters())
     slots = args.world_size * args.gradient_accumulation_steps
@@ -396,20 +413,3 @@ def _check_supported(args: Any, model: nn.Module) -> None:
             "a clean one, so it can run out by itself, and the others would wait for it forever. Set "
             "per_device_train_batch_size, and gradient_accumulation_steps to keep the images per step"
         )
-
-
-@contextmanager
-def _gathered(accelerator: Any) -> Iterator[list[Any]]:
-    """What `accelerator.gather` returns meanwhile: asking the replicas again would cost a collective of our own."""
-    gather, values = accelerator.gather, []
-
-    def recording(tensor: Any) -> Any:
-        result = gather(tensor)
-        values.extend(result)
-        return result
-
-    accelerator.gather = recording
-    try:
-        yield values
-    finally:
-        accelerator.gather = gather

@@ -4,9 +4,11 @@ Accelerate leaves its FSDP2 plugin aside where there is no accelerator, and refu
 one; everything after that is its own code, and FSDP2's, on a CPU.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import reference
 import torch
@@ -30,11 +32,8 @@ def on_cpus() -> Iterator[None]:
         if self.distributed_type is DistributedType.MULTI_CPU:
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
-    PartialState.__init__ = believing
-    try:
+    with patch.object(PartialState, "__init__", believing), patch.dict(os.environ):  # Accelerate leaves notes there
         yield
-    finally:
-        PartialState.__init__ = plain
 
 
 def accelerator_of(fsdp: dict[str, Any] | None, sizes: dict[str, int], **options: Any) -> Accelerator:
@@ -47,18 +46,19 @@ def accelerator_of(fsdp: dict[str, Any] | None, sizes: dict[str, int], **options
     return Accelerator(cpu=True, fsdp_plugin=plugin, parallelism_config=mesh, **options)
 
 
-class Llama(LlamaForCausalLM):
-    """Without the steps in float32 that Llama takes in any precision."""
+class PreciseLlamaForCausalLM(LlamaForCausalLM):
+    """Without the steps in float32 that Llama takes in any precision. Its loss is one over all words of the step."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
+        self.loss_function = words_loss
         for parent in list(self.modules()):
             for name, child in list(parent.named_children()):
                 if type(child).__name__ == "LlamaRMSNorm":
                     setattr(parent, name, nn.RMSNorm(config.hidden_size, config.rms_norm_eps))
 
 
-def llama(tied: bool = False, dtype: torch.dtype = torch.float64, **options: Any) -> Llama:
+def llama(tied: bool = False, dtype: torch.dtype = torch.float64, **options: Any) -> PreciseLlamaForCausalLM:
     """Two layers; the same weights each time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -68,15 +68,15 @@ def llama(tied: bool = False, dtype: torch.dtype = torch.float64, **options: Any
             **{"tie_word_embeddings": tied, "initializer_range": 0.3, "attn_implementation": "sdpa"},
             **options,
         )
-        return Llama(config).to(dtype)
+        return PreciseLlamaForCausalLM(config).to(dtype)
 
 
-def load_llama(folder: str, **sizes: int) -> Llama:
+def load_llama(folder: str, **sizes: int) -> PreciseLlamaForCausalLM:
     """A saved one, sharded by transformers as it loads it. sizes: of its `DistributedConfig`."""
     from transformers.distributed import DistributedConfig
 
     options = {"dtype": torch.float64, "attn_implementation": "sdpa"}
-    return Llama.from_pretrained(folder, distributed_config=DistributedConfig(**sizes), **options)
+    return PreciseLlamaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**sizes), **options)
 
 
 def sentences(count: int, seed: int = 0) -> Tensor:
@@ -85,6 +85,13 @@ def sentences(count: int, seed: int = 0) -> Tensor:
 
 def next_word_loss(output: Any, ids: Tensor) -> Tensor:
     return cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def words_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Any = None, **_: Any) -> Tensor:
+    """transformers' ForCausalLMLoss in the logits' own precision."""
+    targets = labels[:, 1:].flatten()
+    loss = cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="sum")
+    return loss / ((targets != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def plain_name(name: str) -> str:

@@ -1,0 +1,195 @@
+"""RWPTrainer where a mesh holds the weights: FSDP2 and HSDP by Trainer's own arguments, and what transformers shards as
+it loads it. Its step is the paper's over all tokens, its logs are the plain losses, its checkpoints resume bit for bit.
+"""
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.utils import ParallelismConfig
+from distributed import rank, run_each, stop
+from engines import gradients, llama, load_llama, on_cpus, seen_weights, sentences, snapshot
+from reference import noises
+from torch.nn.functional import cross_entropy
+from trainer_runs import LOUD, logged, make, paper
+from transformers import TrainerCallback
+
+FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+BATCH = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """parts: of transformers' DistributedConfig, where the model is sharded as it is loaded."""
+
+    world: int
+    replicas: int = 1
+    peers: int = 1  # tensor-parallel ones
+    accumulation: int = 1
+    alpha: float = 0.3
+    across: bool = True
+    tokens: bool = True  # whether Trainer counts
+    mesh: dict[str, int] = field(default_factory=dict)  # of ParallelismConfig
+    parts: dict[str, int] = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        flags = {} if self.parts else FSDP
+        return {**flags, **({"parallelism_config": ParallelismConfig(**self.mesh)} if self.mesh else {}), **self.more}
+
+
+def words(count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Sentences whose labels are left out here and there: each has another number of them."""
+    rows, generator = sentences(count, seed), torch.Generator().manual_seed(seed)
+    kept = torch.rand(rows.shape, generator=generator) < torch.rand((count, 1), generator=generator)
+    kept[:, 1] = True
+    return [{"input_ids": ids, "labels": ids.where(keep, -100)} for ids, keep in zip(rows, kept, strict=True)]
+
+
+@dataclass
+class Step:
+    clean: Any
+    gradient: Any
+    slots: list[Any]
+
+
+class Watch(TrainerCallback):
+    """What a run did, step by step, in whole tensors."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self._stack = ExitStack()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **_: Any) -> None:
+        self._model, self._inputs = model, []
+        self._seen = self._stack.enter_context(seen_weights(model))
+        optimizer.optimizer.base.register_step_pre_hook(self._step)
+        model.register_forward_pre_hook(self._forward, with_kwargs=True)
+
+    def _forward(self, module: Any, _: Any, kwargs: dict[str, Any]) -> None:
+        if module.training and torch.is_grad_enabled():
+            self._inputs.append({name: kwargs[name].clone() for name in ("input_ids", "labels")})
+
+    def _step(self, *_: Any) -> None:
+        clean = snapshot(self._model)
+        slots = list(zip(noises(self._seen, clean), self._inputs, strict=True))
+        self.steps.append(Step(clean, gradients(self._model), slots))
+        self._seen[:], self._inputs = [], []
+
+
+def train(case: Case, folder: str, loaded: str) -> tuple[list[Step], dict[str, list[float]], dict[str, Any]]:
+    watch = Watch()
+    with on_cpus():
+        model = load_llama(loaded, **case.parts) if case.parts else llama()
+        model.accepts_loss_kwargs = case.tokens
+        trainer = make(
+            model,
+            Path(folder) / str(rank()),
+            **LOUD,
+            **case.flags,
+            rwp_alpha=case.alpha,
+            gradient_accumulation_steps=case.accumulation,
+            average_tokens_across_devices=case.across,
+            per_device_train_batch_size=BATCH,
+            train_dataset=words(case.world // case.peers * BATCH * (2 * case.accumulation + 1)),
+            callbacks=[watch],
+        )
+        trainer.train()
+    names = ("loss", "loss_clean", "loss_perturbed")
+    return watch.steps, {name: logged(trainer, name) for name in names}, trainer.rwp.report()
+
+
+HSDP = {"replicas": 2, "mesh": {"dp_replicate_size": 2, "dp_shard_size": 2}}
+LOADED_HSDP = {"replicas": 2, "parts": {"dp_replicate_size": 2, "fsdp_size": 2}}
+HSDP_TP = {"replicas": 2, "peers": 2, "parts": {"dp_replicate_size": 2, "fsdp_size": 1, "tp_size": 2}}
+FSDP_TP = {"peers": 2, "parts": {"fsdp_size": 2, "tp_size": 2}}
+TP = {"peers": 2, "parts": {"tp_size": 2}}
+CASES = {
+    "hsdp": Case(4, **HSDP),
+    "hsdp, accumulation": Case(4, **HSDP, accumulation=3),
+    "hsdp, not across": Case(4, **HSDP, across=False),
+    "hsdp, no tokens": Case(4, **HSDP, accumulation=2, tokens=False),
+    "fsdp, halves": Case(4),
+    "fsdp, accumulation": Case(4, accumulation=3),
+    "fsdp, not across": Case(4, accumulation=2, across=False),
+    "fsdp, halves, not across": Case(4, across=False),
+    "fsdp, halves, no tokens": Case(4, tokens=False),
+    "fsdp, alpha 1": Case(4, alpha=1.0),
+    "fsdp and tp, halves": Case(4, **FSDP_TP),
+    "fsdp and tp, accumulation": Case(4, **FSDP_TP, accumulation=2),
+    "loaded hsdp, accumulation": Case(4, **LOADED_HSDP, accumulation=2),
+    "hsdp and tp": Case(4, **HSDP_TP),
+    "tp, halves": Case(2, **TP),
+    "tp, accumulation": Case(2, **TP, accumulation=3),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """By case, what every rank saw."""
+    folder = tmp_path_factory.mktemp("runs")
+    llama().save_pretrained(folder / "model")
+    found = {}
+    for world in (4, 2):
+        stop()  # DTensor caches plans with the names of process groups, which a test before this one may have ended
+        cases = {name: case for name, case in CASES.items() if case.world == world}
+        calls = [(case, str(folder), str(folder / "model")) for case in cases.values()]
+        found |= dict(zip(cases, run_each(world, train, calls, timeout=120), strict=True))
+    return found
+
+
+def of_words(call: Any, inputs: dict[str, torch.Tensor]) -> tuple[Any, Any]:
+    """The summed loss of a slot, and its number of tokens."""
+    targets = inputs["labels"][:, 1:].flatten()
+    logits = call(input_ids=inputs["input_ids"]).logits[:, :-1].flatten(0, 1)
+    return cross_entropy(logits, targets, reduction="sum"), int((targets != -100).sum())
+
+
+def own_means(case: Case, steps: Any) -> dict[str, torch.Tensor]:
+    """The losses that a log should show where each process counts for itself: slots by their parts of its step."""
+    weighted: dict[bool, list[tuple[float, torch.Tensor]]] = {False: [], True: []}
+    for step in steps:
+        sizes = [of_words(llama(), inputs)[1] if case.tokens else len(inputs["labels"]) for _, inputs in step.slots]
+        for slot, size in zip(step.slots, sizes, strict=True):
+            mean = paper(llama(), step.clean, [slot], 1.0, True, of_words)["loss"]
+            weighted[slot[0] is not None].append((size / sum(sizes), mean))
+    roles = {"loss": weighted[False] + weighted[True], "loss_clean": weighted[False], "loss_perturbed": weighted[True]}
+    return {
+        of: sum(part * mean for part, mean in slots) / sum(part for part, _ in slots) for of, slots in roles.items()
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_is_the_papers_loop_over_all_tokens(runs, name):
+    case, ranks = CASES[name], runs[name]
+    lengths = []
+    for number, steps in enumerate(zip(*(steps for steps, *_ in ranks), strict=True)):
+        for index, step in enumerate(steps):
+            replica = index * case.replicas // case.world
+            order = [replica] * len(step.slots) if case.replicas > 1 else range(len(step.slots))
+            assert [noise is not None for noise, _ in step.slots] == [case.alpha == 1 or at % 2 == 1 for at in order]
+            for tensors in (step.clean, step.gradient):
+                reference = steps[0].clean if tensors is step.clean else steps[0].gradient
+                assert all(torch.equal(tensors[name], reference[name]) for name in reference)
+        lengths.append(len(steps[0].slots))
+        slots = [slot for step in steps[:: case.peers] for slot in step.slots]
+        expected = paper(llama(), steps[0].clean, slots, case.alpha, case.tokens and case.across, of_words)
+        for weight, gradient in steps[0].gradient.items():
+            torch.testing.assert_close(gradient, expected["gradient"][weight], rtol=1e-10, atol=1e-13)
+        if not (case.tokens and case.across):
+            expected |= own_means(case, steps)
+        logs = {of: values[number] for of, values in ranks[0][1].items() if values}
+        assert logs.keys() == ({"loss", "loss_perturbed"} if case.alpha == 1 else ranks[0][1].keys())
+        for of, value in logs.items():
+            assert value == pytest.approx(expected[of].item(), rel=1e-4), of
+    halves = case.replicas == 1 and case.alpha < 1
+    short = 2 if halves else 1
+    assert lengths == ([short] * 3 if case.accumulation == 1 else [case.accumulation] * 2 + [short])
+    slots = sum(lengths) * case.replicas
+    for _, _, report in ranks:
+        assert sum(report["slots"].values()) == slots
+        assert report["replicas"] == case.replicas
