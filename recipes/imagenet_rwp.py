@@ -21,9 +21,10 @@ accelerate launch recipes/imagenet_rwp.py --data_dir path/to/images --model resn
 accelerate launch recipes/imagenet_rwp.py --data_dir path/to/pets --pretrained timm/resnet50.a1_in1k --lr 0.01
 ```
 
-# After a crash or a preemption: on from the last checkpoint, bit for bit (on GPUs with --deterministic)
+# After a crash, Ctrl-C or a preemption: on from the last checkpoint with the run's own flags, bit for bit
+# (on GPUs with --deterministic)
 ```bash
-accelerate launch recipes/imagenet_rwp.py ... --resume_from_checkpoint latest
+accelerate launch recipes/imagenet_rwp.py --resume_from_checkpoint outputs/NAME
 ```
 
 # On the Hub when it is done, for anyone's timm and transformers (`hf auth login` first)
@@ -33,18 +34,16 @@ accelerate launch recipes/imagenet_rwp.py --push_to_hub --hub_model_id USER/NAME
 
 Every flag can also stand in a file, `--config FILE.yaml`. On several replicas the odd ones take the perturbed gradient.
 A single one takes both: from the two halves of each batch, or by turns where it accumulates gradients.
-SIGTERM to this process, or to its group, saves a checkpoint and exits with status 75; given to `accelerate launch`
-itself, it ends that one and leaves a single process running. A push that fails costs no weights: they are on disk, with
-the command that finishes it on stderr, and the exit status is 1.
+SIGTERM to this process, or to its group, saves a checkpoint and exits with status 75, Ctrl-C with 130; SIGTERM to
+`accelerate launch` itself ends that one and leaves a single process running. A push that fails costs no weights: they
+are on disk, with the command that finishes it on stderr, and the exit status is 1.
 
 Your own loss is in `create_criterion`, your own augmentation in `create_loader` (each image) or `take_step` (batches on
 the device), your own metric in `validate`.
 """
 
 import importlib.util
-import json
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -54,7 +53,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
-from safetensors.torch import load_file
 from timm.data import Mixup, resolve_data_config
 from timm.loss import BinaryCrossEntropy
 from timm.models import model_parameters
@@ -68,30 +66,44 @@ from hf_rwp.analysis.plots import training_curves
 from hf_rwp.core.buffers import sync_buffers
 from hf_rwp.core.checks import check_all
 from hf_rwp.core.placement import fewest_micro_steps, mixes
-from hf_rwp.core.refusals import refuse_lone_processes
 from hf_rwp.hub.arguments import HubArguments
 from hf_rwp.hub.card import add_card
+from hf_rwp.hub.configs import config_of
 from hf_rwp.hub.export import save_model
 from hf_rwp.hub.publish import begin_publishing, publish
 from hf_rwp.images.arguments import ImageArguments, TimmArguments
 from hf_rwp.images.data import describe_splits, load_images
+from hf_rwp.images.found import found_in
 from hf_rwp.images.loaders import ImageLoader, build_loader
 from hf_rwp.images.metrics import Accuracy
-from hf_rwp.images.models import create_mixup, create_model, create_optimizer, create_scheduler, sync_bn, timm_id
+from hf_rwp.images.models import (
+    create_mixup,
+    create_model,
+    create_optimizer,
+    create_scheduler,
+    refuse_single_images,
+    sync_bn,
+    timm_id,
+)
+from hf_rwp.images.orders import in_order_of
 from hf_rwp.images.transforms import BatchTransform, erasings, image_transforms
 from hf_rwp.runs.arguments import HARMLESS, RunArguments
 from hf_rwp.runs.checkpoints import newest
 from hf_rwp.runs.determinism import derive_seed, use_fast_kernels
-from hf_rwp.runs.parsing import parse_arguments
-from hf_rwp.runs.records import Results, Row, aligned, command_of, environment, hub_id, scrub_paths, summary
-from hf_rwp.runs.run import Run, agree, check_flags, find_checkpoint
+from hf_rwp.runs.divergence import is_finite, refuse_divergence
+from hf_rwp.runs.evaluation import evaluate_only, write_evaluation
+from hf_rwp.runs.launch import check_launch
+from hf_rwp.runs.opening import model_facts, opening, say, step_facts
+from hf_rwp.runs.parsing import start
+from hf_rwp.runs.records import Results, Row, command_of, environment, hub_id, scrub_paths, summary
+from hf_rwp.runs.resuming import check_flags, find_checkpoint
+from hf_rwp.runs.run import Run, agree
+from hf_rwp.runs.sharded import in_lockstep, replicas_of_run, shard_alike, whole_copy
 from hf_rwp.runs.steps import accumulate, plain_step, sam_step, wrap_sam
 
 # Flags whose old values come back with a checkpoint.
 KEPT_BY_CHECKPOINTS = {"rwp_gamma", "rwp_seed", "opt", "opt_eps", "opt_betas", "momentum", "weight_decay"}
 KEPT_BY_CHECKPOINTS |= {"weight_decay_1d", "layer_decay", "model", "model_kwargs", "model_ema"}
-
-Evaluate = Callable[[nn.Module], dict[str, float]]
 
 
 @dataclass
@@ -108,8 +120,11 @@ class Arguments(HubArguments, RunArguments, TimmArguments, ImageArguments, RWPAr
     )
 
     def __post_init__(self) -> None:
+        of_the_weights = {"img_size": self.img_size, "crop_pct": self.crop_pct}  # which say it if no flag does
         for flags in Arguments.__bases__:
             flags.__post_init__(self)
+        if self.eval_only and self.pretrained:
+            vars(self).update(of_the_weights)
         self.method = "base" if self.method == "rwp" and not self.rwp else self.method
         self.rwp = self.method == "rwp"
         if self.output_dir is None:
@@ -136,8 +151,8 @@ def main(args: Arguments) -> None:
         log_with=None if args.eval_only else args.report_to or None,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=f"{args.output_dir}/logs"),
     )
-    check_accelerator(args, accelerator)
-    replicas, device = accelerator.num_processes, accelerator.device
+    check_launch(accelerator, args.method, {"--channels_last": args.channels_last, "--sync_bn": args.sync_bn})
+    replicas, device = replicas_of_run(accelerator), accelerator.device
     use_fast_kernels(args.deterministic)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hf_rwp.images").setLevel(logging.INFO if accelerator.is_main_process else logging.WARNING)
@@ -155,12 +170,15 @@ def main(args: Arguments) -> None:
         background = begin_publishing(args, accelerator, Path(args.output_dir, "pushing"))
 
     set_seed(args.seed)
-    splits = load_images(**args.data_options)
+    evaluated = args.pretrained if args.eval_only and checkpoint is None else None
+    splits = in_order_of(load_images(**args.data_options), evaluated, config_of)
     label_names = splits["train"].features["label"].names
-    module, model_args = create_model(args, label_names, args.img_size, new_head=not args.eval_only)
+    module, model_args = create_model(args, label_names, args.img_size, new_head=evaluated is None)
     data_config = resolve_data_config(
         {"img_size": args.img_size, "crop_pct": args.crop_pct, "interpolation": args.interpolation}, model=module
     )
+    if not args.eval_only:
+        refuse_single_images(module, data_config["input_size"], args.batch_size, micro_steps)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     module.to(device, memory_format=memory_format)
     eval_loader = create_loader(args, splits, data_config, accelerator, training=False)
@@ -169,23 +187,25 @@ def main(args: Arguments) -> None:
     def evaluate(weights: nn.Module) -> dict[str, float]:
         return validate(accelerator, weights, eval_loader, normalize, args.max_bad_images)
 
+    step = None if args.eval_only else step_facts(accelerator, args.batch_size, micro_steps, mixes(alpha))
+    facts = describe_run(args, accelerator, module, splits, step)
+    say(accelerator, opening(accelerator, args.given, found_in(splits).lines(), facts["model"], step, args.output_dir))
     if args.eval_only:
         figures = evaluate_only(module, checkpoint, evaluate)
         if accelerator.is_main_process:
-            Path(args.output_dir, "eval.json").write_text(json.dumps(figures, indent=2))
-            print(aligned({name: f"{value:.4f}" for name, value in figures.items()}))
+            write_evaluation(Path(args.output_dir), figures)
         return
 
-    facts = describe_run(args, accelerator, module, splits)
     ema = ModelEmaV3(module, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
     averages = {"ema": ema} if ema else {}  # not registered with accelerate, which would unpickle whatever is there
-    if args.sync_bn:  # after the copy: process groups cannot be copied
+    whole = whole_copy(accelerator, module)  # takes sharded weights when they are written
+    if args.sync_bn:  # after the copies: process groups cannot be copied
         module = sync_bn(module, device, accelerator.process_index, replicas, alpha)
     base = create_optimizer(args, module)
     rwp = RWP(base, module, accumulation_steps=micro_steps, **args.rwp_options) if args.rwp else None
     sam = wrap_sam(base, args.sam_rho) if args.method == "sam" else None
     model, optimizer = accelerator.prepare(module, rwp or sam or base)
-
+    shard_alike(accelerator, ema)
     loader = create_loader(args, splits, data_config, accelerator, training=True)
     augment = BatchTransform(data_config, device, erasings(args, data_config, device), memory_format)
     mixup = create_mixup(args, len(label_names))
@@ -194,9 +214,10 @@ def main(args: Arguments) -> None:
     tracker = LossTracker(rwp, device)
     trained = ema.module if ema else module  # the weights that a user gets
     parts = {"label_names": label_names, "data_config": data_config, "model_args": model_args}
-    write = partial(write_model, args, trained, parts)
-    only_best = args.hub_strategy == "best"
-    run = Run(accelerator, args, flags, facts, module, averages, trained, tracker, rwp, write, background, only_best)
+    write = partial(write_model, args, trained if whole is None else whole, parts)
+    pushing = (background, args.hub_strategy == "best")
+    bad = loader.unreadable
+    run = Run(accelerator, args, flags, facts, module, averages, trained, tracker, rwp, write, *pushing, whole, bad)
     training = Training(
         run, loader, augment, mixup, model, criterion, optimizer, sam, ema, scheduler, micro_steps, epochs
     )
@@ -319,7 +340,7 @@ def take_step(training: Training, images: Tensor, labels: Tensor) -> None:
         parts = [training.mixup(*part) for part in parts]
 
     def loss_of(images: Tensor, targets: Tensor) -> Tensor:
-        return criterion(model(images), targets)
+        return criterion(model(images).float(), targets)  # FSDP2 gives them in the precision that it computes in
 
     add_gradients = partial(accumulate, model, parts, loss_of, accelerator=run.accelerator, tracker=run.tracker)
     clip = partial(clip_gradients, run.args, run.accelerator, run.module)
@@ -350,11 +371,11 @@ def validate(
 ) -> dict[str, float]:
     """Top-1, top-5 and mean cross-entropy over all replicas, each image once, and how many could not be read.
 
-    No replica waits for another before the end, so that they may hold any number of images.
+    Replicas may hold any number of images, and wait for each other at the end only; under FSDP2, with each batch.
     """
     module.eval()
     accuracy = Accuracy(accelerator.device)
-    for images, labels in loader:
+    for images, labels in in_lockstep(accelerator, loader, normalize.nothing):
         with accelerator.autocast():
             logits = module(normalize(images))
         accuracy.add(logits, labels.to(accelerator.device))
@@ -367,12 +388,9 @@ def log_losses(training: Training, progress: tqdm) -> tuple[bool, int]:
     """Log the losses since the last time; returns what `agree` does."""
     run = training.run
     losses = run.tracker.compute()
-    training.diverged = 0 if all(map(math.isfinite, losses.values())) else training.diverged + 1
+    training.diverged = 0 if is_finite(losses) else training.diverged + 1
     if training.diverged > (2 if run.accelerator.scaler else 0):  # fp16's scaler skips a step that overflows
-        raise FloatingPointError(
-            f"the loss is {losses} by step {run.step}: nothing was saved since it diverged. Try a smaller lr"
-            + (" or rwp_gamma" if run.rwp else "")
-        )
+        refuse_divergence(losses, run.step, "lr or rwp_gamma" if run.rwp else "lr")
     rate = max(group["lr"] for group in training.optimizer.param_groups)
     run.accelerator.log({**losses, "learning_rate": rate}, step=run.step)
     if losses:
@@ -399,37 +417,21 @@ def create_loader(args: Arguments, splits: dict, config: dict, accelerator: Acce
     )
 
 
-def evaluate_only(module: nn.Module, checkpoint: Path | None, evaluate: Evaluate) -> dict[str, float]:
-    """The figures of the model, or of a checkpoint's weights and of their average."""
-    if checkpoint is None:
-        return evaluate(module)
-    module.load_state_dict(load_file(checkpoint / "model.safetensors"))
-    figures = evaluate(module)
-    if (averaged := checkpoint / "ema.safetensors").exists():
-        weights = {name.removeprefix("module."): value for name, value in load_file(averaged).items()}
-        module.load_state_dict(weights)
-        figures |= {f"{name}_ema": value for name, value in evaluate(module).items()}
-    return figures
-
-
-def check_accelerator(args: Arguments, accelerator: Accelerator) -> None:
-    refuse_lone_processes()
-    if accelerator.gradient_accumulation_steps > 1:
-        raise ValueError("accelerate's gradient_accumulation_steps would count twice: set the recipe's own flag")
-    if args.method == "sam" and accelerator.scaler is not None:
-        raise ValueError("fp16's gradient scaler cannot work between SAM's two passes: set --mixed_precision bf16")
-
-
-def describe_run(args: Arguments, accelerator: Accelerator, module: nn.Module, splits: dict) -> dict:
+def describe_run(args: Arguments, accelerator: Accelerator, module: nn.Module, splits: dict, step: dict | None) -> dict:
     """What results.json says of a run beside its flags and figures."""
     defaults = asdict(Arguments(data_dir=args.data_dir, dataset=args.dataset)) | {"data_dir": None, "dataset": None}
     places = ("rwp", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "push_to_hub")
     given = {name: value for name, value in scrub_paths(asdict(args)).items() if name not in places}
     given = {name: value for name, value in given.items() if not name.startswith("hub_")}
+    base = timm_id(module) if args.pretrained == "timm" else hub_id(args.pretrained)
+    source = base or (Path(args.pretrained).name if args.pretrained else None)
     return {
-        "base_model": timm_id(module) if args.pretrained == "timm" else hub_id(args.pretrained),
+        "base_model": base,
         "command": command_of(f"accelerate launch recipes/{Path(__file__).name}", given, defaults),
         "data": describe_splits(splits),
+        "found": found_in(splits).facts(),
+        "model": model_facts(module.pretrained_cfg["architecture"], module, source),
+        "images_per_step": step,
         **environment(accelerator),  # now: by the end of the run the code on disk may be another
     }
 
@@ -445,4 +447,4 @@ def write_model(args: Arguments, model: nn.Module, parts: dict, folder: Path, re
 
 
 if __name__ == "__main__":
-    main(parse_arguments(Arguments, description=__doc__.splitlines()[0]))
+    start(main, Arguments, __doc__.splitlines()[0])

@@ -23,9 +23,9 @@ accelerate launch --config_file recipes/accelerate/gpu_8.yaml recipes/vit_rwp.py
     --config recipes/configs/vit/imagenet_vit_s16.yaml --dataset ILSVRC/imagenet-1k
 ```
 
-# After a crash: on from the last checkpoint, bit for bit
+# After a crash, Ctrl-C or SIGTERM: on from the last checkpoint with the run's own flags, bit for bit
 ```bash
-accelerate launch recipes/vit_rwp.py ... --resume_from_checkpoint latest
+accelerate launch recipes/vit_rwp.py --resume_from_checkpoint outputs/NAME
 ```
 
 # Two replicas without a GPU
@@ -55,20 +55,27 @@ from transformers import set_seed
 from hf_rwp import RWPTrainingArguments
 from hf_rwp.analysis.plots import training_curves
 from hf_rwp.core.checks import check_all
+from hf_rwp.core.placement import mixes
 from hf_rwp.core.refusals import refuse_lone_processes
 from hf_rwp.hub.card import add_card
+from hf_rwp.hub.configs import config_of
 from hf_rwp.hub.push import PushError, push
 from hf_rwp.images.data import describe_splits, load_images
+from hf_rwp.images.found import found_in
 from hf_rwp.images.loaders import ImageDataset
-from hf_rwp.images.metrics import scores
+from hf_rwp.images.orders import in_order_of
 from hf_rwp.images.transforms import image_transforms
-from hf_rwp.runs.files import write
-from hf_rwp.runs.parsing import parse_arguments
-from hf_rwp.runs.records import Results, aligned, base_of, environment, scrub_paths, summary, weights_digest
-from hf_rwp.runs.run import RESULTS, check_writable, refuse_other_flags
+from hf_rwp.runs.evaluation import write_evaluation
+from hf_rwp.runs.files import as_json, write
+from hf_rwp.runs.given import Given, save_flags
+from hf_rwp.runs.opening import model_facts, opening, say, step_facts
+from hf_rwp.runs.parsing import start
+from hf_rwp.runs.records import Results, base_of, environment, scrub_paths, summary, weights_digest
+from hf_rwp.runs.resuming import RESULTS, check_writable, refuse_other_flags
+from hf_rwp.runs.signals import Signals
 from hf_rwp.trainer.checkpoints import find_trainer_checkpoint, remove_later_checkpoints
 from hf_rwp.trainer.history import Record, evaluated, rows_by_epoch
-from hf_rwp.trainer.images import EvaluationMetrics, ImageTrainer, collate
+from hf_rwp.trainer.images import EvaluationMetrics, ImageTrainer, collate, ranks_and_losses
 from hf_rwp.trainer.models import (
     ModelArguments,
     add_lora,
@@ -87,6 +94,7 @@ KEPT_BY_CHECKPOINTS += ("adam_beta1", "adam_beta2", "adam_epsilon", "seed", "lor
 
 @dataclass
 class Arguments(ModelArguments, RWPTrainingArguments):
+    given = Given()  # no flag: those that were typed, as `parse_arguments` notes them
     rwp: bool = field(default=True, metadata={"help": "`--rwp false` is plain Trainer."})
     hub_strategy: str = field(
         default="end",
@@ -122,7 +130,11 @@ class Arguments(ModelArguments, RWPTrainingArguments):
         default=False, metadata={"help": "Whether a run that output_dir holds may be deleted for this one."}
     )
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "A checkpoint's path, or `latest` for the last one in output_dir."}
+        default=None,
+        metadata={
+            "help": "A run's folder, for its last checkpoint, one of its checkpoints, or `latest` for the last one in "
+            "output_dir; with the flags that the run was given, and those given now."
+        },
     )
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
@@ -187,6 +199,7 @@ class Arguments(ModelArguments, RWPTrainingArguments):
 
 def main(args: Arguments) -> None:
     refuse_lone_processes()
+    given = vars(args).pop("given", args.given)  # which Trainer need not pickle beside the weights
     output_dir = Path(args.output_dir)
     results_file, flags_file, curves = (output_dir / name for name in (RESULTS, "arguments.json", "curves.png"))
     checkpoint, flags = find_trainer_checkpoint(args), scrub_paths(args.to_dict())
@@ -195,28 +208,36 @@ def main(args: Arguments) -> None:
     check_writable(output_dir)
 
     set_seed(args.seed)
-    splits = load_images(**args.data_options)
+    evaluated = args.weights if args.eval_only and not checkpoint else None
+    splits = in_order_of(load_images(**args.data_options), evaluated, config_of)
     label_names = splits["train"].features["label"].names
     model, model_args = create_model(args, label_names)
     data_config = preprocessing(args, model)
     if args.lora_r:
         model = add_lora(args, model)
-    trainer = create_trainer(args, model, splits, data_config)
+    signals = Signals()
+    trainer = create_trainer(args, model, splits, data_config, signals)
     accelerator, is_main = trainer.accelerator, trainer.is_world_process_zero()
+    facts = describe_run(args, trainer, splits)
+    step = None if args.eval_only else facts["images_per_step"]
+    say(accelerator, opening(accelerator, given, found_in(splits).lines(), facts["model"], step, output_dir))
     if args.eval_only:
+        if checkpoint:
+            trainer.load_checkpoint(checkpoint)
         figures = trainer.evaluate()
         if is_main:
-            write(output_dir / "eval.json", json.dumps(figures, indent=2))
-            print(aligned({name.removeprefix("eval_"): f"{value:.4f}" for name, value in figures.items()}))
+            write_evaluation(output_dir, figures)
         return
 
     accelerator.wait_for_everyone()  # all have found the checkpoint, before others go
     if is_main:
         results_file.unlink(missing_ok=True)
-        write(flags_file, json.dumps(flags, indent=2))
+        write(flags_file, as_json(flags))
+        save_flags(output_dir, given.flags)
         remove_later_checkpoints(output_dir, checkpoint)
     accelerator.wait_for_everyone()
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    with signals:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
 
     history = rows_by_epoch(trainer.state.log_history, len(trainer.train_dataset))
     if "top1" not in history[-1]:
@@ -240,12 +261,10 @@ def main(args: Arguments) -> None:
         "weights_sha256": weights_digest(model),
         "replicas_sha256": sorted(set(digests)),  # one, as long as all replicas are bit-equal
         "arguments": flags,
-        "base_model": base_of(model),
-        "data": describe_splits(splits),
-        **environment(accelerator),
+        **facts,
         "history": history,
     }
-    write(results_file, json.dumps(results, indent=2))
+    write(results_file, as_json(results))
     add_card(
         pushed,
         results_of_pushed(results, trainer.state.best_global_step),
@@ -265,7 +284,7 @@ def main(args: Arguments) -> None:
 
 
 def create_trainer(
-    args: Arguments, model: torch.nn.Module, splits: DatasetDict, data_config: dict[str, Any]
+    args: Arguments, model: torch.nn.Module, splits: DatasetDict, data_config: dict[str, Any], signals: Signals
 ) -> ImageTrainer:
     """What trains and evaluates: for another loss, another augmentation or another metric, change it here."""
     train_transform, eval_transform = image_transforms(args, data_config, normalized=True)
@@ -279,11 +298,31 @@ def create_trainer(
         data_collator=collate,
         processing_class=None if timm_model else image_processor(data_config),
         compute_metrics=EvaluationMetrics(),
-        preprocess_logits_for_metrics=scores,
+        preprocess_logits_for_metrics=ranks_and_losses,
     )
     trainer.mix(splits["train"].features["label"].num_classes)
-    trainer.add_callback(Record(trainer))
+    trainer.add_callback(Record(trainer, signals))
     return trainer
+
+
+def describe_run(args: Arguments, trainer: ImageTrainer, splits: DatasetDict) -> dict[str, Any]:
+    """What results.json says of a run beside its flags and figures."""
+    model, accelerator, parts = unwrapped(trainer.model), trainer.accelerator, args.gradient_accumulation_steps
+    mixing = args.rwp and mixes(args.rwp_alpha, args.rwp_gamma)
+    halved = mixing and accelerator.num_processes == parts == 1
+    base = base_of(model)
+    inner = timm_model_of(model)
+    name = type(model).__name__ if inner is None else model.config.architecture
+    source = base or (Path(args.weights).name if args.weights else None)
+    per_process = args.train_batch_size * parts
+    return {
+        "base_model": base,
+        "data": describe_splits(splits),
+        "found": found_in(splits).facts(),
+        "model": model_facts(name, trainer.model, source),
+        "images_per_step": step_facts(accelerator, per_process, 2 if halved else parts, mixing),
+        **environment(accelerator),
+    }
 
 
 def evaluate_best(trainer: ImageTrainer) -> dict[str, Any]:
@@ -305,4 +344,4 @@ def results_of_pushed(results: Results, best_step: int | None) -> Results:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(Arguments, description=__doc__.splitlines()[0]))
+    start(main, Arguments, __doc__.splitlines()[0])

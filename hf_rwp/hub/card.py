@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_rwp.hub.facts import PAPER, PICTURES, Facts, build_facts, plain
-from hf_rwp.runs.files import write
+from hf_rwp.runs.files import as_json, write
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 RESULTS = "results.json"
@@ -49,7 +49,7 @@ def add_card(
             copied.parent.mkdir(parents=True)
             shutil.copyfile(file, copied)
     shown = [name for name in PICTURES if (folder / name).exists()]
-    write(folder / RESULTS, json.dumps(plain(results), indent=2))
+    write(folder / RESULTS, as_json(plain(results)))
     write(folder / "README.md", render_card(build_facts(results, pictures=shown, **facts)))
 
 

@@ -133,7 +133,7 @@ def build_facts(
     rwp = final.get("rwp", {}) if method == "rwp" else {}
     averaged = "top1_ema" in final
     metrics = {key: final.get(f"{key}_ema", final.get(key)) for key in _METRICS}
-    metrics = {key: value for key, value in metrics.items() if value is not None}
+    metrics = {key: value for key, value in metrics.items() if value is not None and math.isfinite(value)}
     model = architecture or arguments.get("model") or ""
     images = "top1" in metrics or user.get("library", "timm") == "timm" or "ForImageClassification" in model
     facts: dict[str, Any] = {

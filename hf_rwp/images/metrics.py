@@ -36,6 +36,12 @@ def scores(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([ranks < 1, ranks < 5, cross_entropy(logits, known, reduction="none")], 1)
 
 
+def refuse_nothing_read(count: float) -> None:
+    """Raise ValueError where no image was counted."""
+    if not count:
+        raise ValueError("no image for evaluation could be read: see the warnings above for what is wrong with them")
+
+
 class Accuracy:
     """Top-1 and top-5 accuracy, fractions in [0, 1], and mean cross-entropy over a split, each image counted once.
 
@@ -68,10 +74,7 @@ class Accuracy:
         if over_replicas and dist.is_initialized():
             dist.all_reduce(sums)
         *totals, count = sums.tolist()
-        if not count:
-            raise ValueError(
-                "no image for evaluation could be read: see the warnings above for what is wrong with them"
-            )
+        refuse_nothing_read(count)
         return dict(zip(("top1", "top5", "eval_loss"), (total / count for total in totals), strict=True))
 
 

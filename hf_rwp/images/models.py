@@ -1,21 +1,29 @@
 """timm's model, optimizer, schedule and Mixup from the flags of `TimmArguments`."""
 
+import copy
+import logging
+import pickle
+import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.distributed as dist
 import yaml
+from safetensors import SafetensorError
 from timm.data.mixup import Mixup
 from timm.layers import convert_sync_batchnorm  # type: ignore[attr-defined]
+from timm.models import load_state_dict
 from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
 from timm.scheduler import create_scheduler_v2  # type: ignore[attr-defined]
 from torch import nn
 
 from hf_rwp.core.placement import mixes, role
 from hf_rwp.images.arguments import TimmArguments
+from hf_rwp.images.weights import find_weights
+
+logger = logging.getLogger(__name__)
 
 
 def create_model(
@@ -24,24 +32,27 @@ def create_model(
     """The model, and the arguments that make it again, beside the classes.
 
     img_size: of a side, in pixels; None is the model's own. new_head: whether weights for other classes get one.
-    Raises ValueError for weights that cannot be loaded, for a size that the model does not take and, without new_head,
-    for weights of other classes.
+    Raises ValueError for weights that cannot be loaded, for a model, an argument or a size that there is not and,
+    without new_head, for weights of other classes.
     """
-    model_args = yaml.safe_load(args.model_kwargs)
+    check_tag("model", args.model)
+    model_args = check_model_kwargs(yaml.safe_load(args.model_kwargs))
     rates = {"drop_rate": args.drop, "drop_path_rate": args.drop_path}
     options = {name: rate for name, rate in rates.items() if rate is not None} | model_args
-    name = _address(args.pretrained) if args.pretrained not in (None, "timm") else args.model
-    try:
-        model: Any = timm.create_model(
-            name, pretrained=args.pretrained is not None, **{"num_classes": len(label_names), **options}
+    named = args.pretrained not in (None, "timm")
+    source = find_weights(str(args.pretrained), "pretrained") if named else None
+    if source is not None and source.is_file:
+        model: Any = _from_file(args.model, source.path, len(label_names), new_head, options)
+    else:
+        if source is not None and source.library == "transformers":
+            raise ValueError(
+                f"pretrained={args.pretrained!r} is a model of transformers ({source.kind}), and this recipe takes "
+                "timm's: vit_rwp.py takes it, as --model_name_or_path"
+            )
+        name = (
+            args.model if source is None else f"local-dir:{source.path}" if source.path else f"hf-hub:{source.hub_id}"
         )
-    except (OSError, RuntimeError, ValueError) as error:
-        if args.pretrained is None:
-            raise
-        raise ValueError(
-            f"pretrained={args.pretrained!r} could not be loaded as {name}: {error}. Set a folder that holds a model, "
-            "or an id on the Hub, and check the connection and your access (`hf auth login`)"
-        ) from error
+        model = _created(name, args.pretrained, {"num_classes": len(label_names), **options})
     config = model.pretrained_cfg
     names, count = config.get("label_names") or label_names, config["num_classes"]
     if args.pretrained and (count != len(label_names) or names != label_names):
@@ -63,6 +74,115 @@ def create_model(
                 "another size in model_kwargs, {img_size: ...}, if timm's model has such an argument"
             )
     return model, model_args
+
+
+def check_tag(flag: str, name: str) -> None:
+    """Raise ValueError for one of timm's models with a tag that it has no weights of: `resnet50.a1_in1k`."""
+    known = (
+        timm.list_models(f"{name.split('.')[0]}.*", include_tags=True) if "." in name and ":" not in name else [name]
+    )
+    if name not in known:
+        raise ValueError(f"{flag}={name!r}: timm has no such weights of it. It has {', '.join(known) or 'none'}")
+
+
+_NOT_ARGUMENTS = {
+    "num_classes": "the classes are those of the data",
+    "num_labels": "the classes are those of the data",
+    "in_chans": "images are read in RGB, gray ones too, in training and by those who use the model: leave it at 3",
+    "num_channels": "images are read in RGB, gray ones too, in training and by those who use the model: leave it at 3",
+    "pretrained": "that is a flag of its own",
+}
+
+
+def check_model_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`model_kwargs`, once nothing in it contradicts the data. Raises ValueError."""
+    for name, reason in _NOT_ARGUMENTS.items():
+        if name in kwargs and (kwargs[name] != 3 or "RGB" not in reason):
+            raise ValueError(f"model_kwargs has {name}={kwargs[name]!r}: {reason}")
+    return kwargs
+
+
+def refuse_single_images(model: nn.Module, size: Sequence[int], batch_size: int, parts: int) -> None:
+    """Raise ValueError where the parts of a batch are single images, and BatchNorm would find one value of a channel.
+
+    size: of an image, (3, H, W). parts: that a batch is cut into.
+    """
+    if batch_size > parts:
+        return
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            copy.deepcopy(model).train()(torch.zeros(1, *size, device=next(model.parameters()).device))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        cut = (
+            "halved, for a clean and a perturbed gradient, into parts of"
+            if parts == 2
+            else f"cut into {parts} parts of"
+        )
+        raise ValueError(
+            f"batch_size={batch_size} is {cut if parts > 1 else 'only'} one image, and BatchNorm needs more than one "
+            f"value of a channel, where this model's features are 1x1: set batch_size to at least {2 * parts}"
+        ) from None
+
+
+def _created(name: str, pretrained: str | None, options: dict[str, Any]) -> Any:
+    try:
+        return timm.create_model(name, pretrained=pretrained is not None, **options)
+    except TypeError as error:
+        found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if found is None:
+            raise
+        raise ValueError(f"model_kwargs has {found[1]!r}, which {name} does not take: leave it out") from error
+    except KeyError as error:
+        raise ValueError(
+            f"pretrained={pretrained!r} holds no model of timm's, whose config.json has {error}: vit_rwp.py takes "
+            "those of transformers, as --model_name_or_path"
+        ) from error
+    except (OSError, RuntimeError, ValueError) as error:
+        if pretrained is None:
+            raise
+        raise ValueError(
+            f"pretrained={pretrained!r} could not be loaded as {name}: {error}. Set a folder that holds a model, or an "
+            "id on the Hub, and check the connection and your access (`hf auth login`)"
+        ) from error
+
+
+def _from_file(name: str, file: Any, classes: int, new_head: bool, options: dict[str, Any]) -> Any:
+    """A timm model with the weights in a file, which says neither its model nor its classes."""
+    try:
+        weights = load_state_dict(str(file))
+        made: Any = timm.create_model(name, **options)
+        head = made.pretrained_cfg["classifier"]
+        size = weights[f"{head if isinstance(head, str) else head[0]}.weight"].shape[0]
+    except KeyError:
+        size = 0  # without a head
+    except (OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ValueError(f"pretrained={str(file)!r} holds no weights that can be read: {error}") from error
+    if not new_head and size != classes:
+        raise ValueError(
+            f"{file} has {size} classes, but the data has {classes}. An evaluation needs the classes that the weights "
+            "were trained for, in the same order"
+        )
+    if not new_head:
+        logger.warning("%s does not name its classes: taken to be those of the data, in the same order", file)
+    try:
+        model: Any = timm.create_model(
+            name,
+            pretrained=True,
+            pretrained_cfg_overlay={"file": str(file), "num_classes": size},
+            **{**options, "num_classes": size},
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{file} does not fit model={name!r} ({' '.join(str(error).split())[:200]} ...): set --model to the one "
+            "that the weights are of, with its model_kwargs"
+        ) from error
+    if new_head:
+        model.reset_classifier(classes)
+    known = {name: value for name, value in model.pretrained_cfg.items() if name != "file"}
+    model.pretrained_cfg = {**known, "num_classes": classes}
+    return model
 
 
 def timm_id(module: Any) -> str:
@@ -136,8 +256,3 @@ def sync_bn(module: nn.Module, device: torch.device, replica: int, replicas: int
     groups = {kind: dist.new_group([i for i in range(replicas) if roles[i] is kind]) for kind in sorted(set(roles))}
     converted: nn.Module = convert_sync_batchnorm(module, groups[roles[replica]])
     return converted
-
-
-def _address(pretrained: str | None) -> str:
-    """A folder or an id on the Hub as timm.create_model takes it."""
-    return f"{'local-dir' if Path(str(pretrained)).is_dir() else 'hf-hub'}:{pretrained}"

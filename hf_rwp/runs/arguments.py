@@ -4,6 +4,7 @@ import importlib.util
 from dataclasses import dataclass, field
 
 from hf_rwp.core.checks import check_all
+from hf_rwp.runs.given import Given
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
 # Flags that may change on resuming without a word: nothing that is computed depends on them.
@@ -14,7 +15,12 @@ HARMLESS |= {"hub_model_id", "hub_private", "hub_revision", "hub_strategy", "hub
 
 @dataclass
 class RunArguments:
-    """What a run writes and where, as flags. Raises ValueError for a value out of range."""
+    """What a run writes and where, as flags. Raises ValueError for a value out of range.
+
+    given: those that were typed, as `parse_arguments` notes them.
+    """
+
+    given = Given()  # no flag
 
     eval_only: bool = field(
         default=False,
@@ -30,7 +36,11 @@ class RunArguments:
         default=False, metadata={"help": "Whether a run that output_dir holds may be deleted for this one."}
     )
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "A checkpoint's path, or `latest` for the last one in output_dir."}
+        default=None,
+        metadata={
+            "help": "A run's folder, for its last checkpoint, one of its checkpoints, or `latest` for the last one in "
+            "output_dir; with the flags that the run was given, and those given now."
+        },
     )
     checkpointing_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps from one checkpoint to the next, beside each epoch's."}

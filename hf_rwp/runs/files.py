@@ -1,9 +1,12 @@
-"""Files and folders that are whole or not there: written beside their place, then moved into it."""
+"""Files and folders that are whole or not there: written beside their place, then moved into it; and JSON."""
 
+import json
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -35,3 +38,17 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         folder.rename(old)
     partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def as_json(value: Any) -> str:
+    """JSON that any reader takes, indented: `without_nan`."""
+    return json.dumps(without_nan(value), indent=2, allow_nan=False)
+
+
+def without_nan(value: Any) -> Any:
+    """`value` with None for the numbers that JSON has not."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,38 +1,83 @@
-"""How a recipe reads its flags, from the command line and from a file."""
+"""How a recipe is started, and reads its flags: from the command line, a file, and the run that it goes on from."""
 
-import json
+import difflib
+import linecache
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
-import yaml
 from transformers import HfArgumentParser
 
+from hf_rwp.runs.configs import read_config
+from hf_rwp.runs.given import join_flags, split_flags, with_those_of_the_run
+from hf_rwp.runs.signals import INTERRUPTED
+
 Arguments = TypeVar("Arguments")
+_REFUSALS = (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError)
 
 
 def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None, description: str = "") -> Arguments:
     """An instance of the dataclass `kind` from the command line, and from the file that `--config FILE.yaml` names.
 
-    The file maps the same names to values; a flag on the command line overrides it. argv: None is the process's own.
-    Exits with a usage message for a flag or value that argparse refuses; raises ValueError for an unknown flag and for
-    a file of something else.
+    The file maps the same names to values, or timm's (`configs.TIMM`); a flag on the command line overrides it. Where
+    `--resume_from_checkpoint` names a run, that run's flags come first (`given.Given`, which the instance has as
+    `given`). argv: None is the process's own. Exits with a usage message for a flag or value that argparse refuses;
+    raises ValueError for an unknown flag and for a file of something else.
     """
     parser = HfArgumentParser(kind, description=description, allow_abbrev=False)  # type: ignore[arg-type]
     parser.add_argument("--config", metavar="FILE.yaml", help="A file of flags, `name: value`; flags given here win.")
+    parser.add_argument(
+        "--config_ignore_unknown", action="store_true", help="Whether to pass over names in it that are no flags."
+    )
     argv = list(sys.argv[1:] if argv is None else argv)
-    config = parser.parse_known_args(argv)[0].config
-    settings = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {} if config else {}
-    if not isinstance(settings, dict):
-        raise ValueError(f"{config} holds no flags: each must be a line of its own, `name: value`")
+    names = [flag.name for flag in fields(kind) if flag.init]  # type: ignore[arg-type]
+    options = parser.parse_known_args(argv)[0]
+    settings = read_config(options.config, names, ignore=options.config_ignore_unknown) if options.config else {}
     # As flags ahead of the others they are checked and converted alike, and the later flag wins.
-    flags = [flag for name, value in settings.items() if value is not None for flag in _flags(name, value)]
-    parsed: Arguments = parser.parse_args_into_dataclasses(flags + argv, look_for_args_file=False)[0]
-    return parsed
+    words = [*join_flags(settings), *argv]
+
+    def parsed(words: Sequence[str]) -> Any:
+        instance, *_, unknown = parser.parse_args_into_dataclasses(
+            words, look_for_args_file=False, return_remaining_strings=True
+        )
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].lstrip("-").partition("=")[0], names, n=3)
+            similar = f" Similar ones: {', '.join(f'--{name}' for name in near)}." if near else ""
+            raise ValueError(f"unknown: {' '.join(unknown)}.{similar} --help lists the flags that there are")
+        return instance
+
+    def default_folder() -> str:
+        return str(parsed([word for word in words if word.partition("=")[0] != "--eval_only"]).output_dir)
+
+    given = with_those_of_the_run(settings | split_flags(argv, names), default_folder, names)
+    instance: Arguments = parsed([*join_flags(given.of_the_run), *words])
+    vars(instance)["given"] = given
+    return instance
 
 
-def _flags(name: str, value: Any) -> list[str]:
-    if isinstance(value, list):
-        return [f"--{name}", *map(str, value)]
-    return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]
+def start(main: Callable[[Any], None], kind: type[Any], description: str = "") -> None:
+    """Run a recipe's `main` as a script does: what is refused by name takes a line, and Ctrl-C none of a traceback."""
+    try:
+        main(parse_arguments(kind, description=description))
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C: what was not saved before is lost", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    except _REFUSALS as error:
+        if not _is_refusal(error.__traceback__):
+            raise
+        raise SystemExit(f"error: {error}") from None
+
+
+def _is_refusal(traceback: TracebackType | None) -> bool:
+    """Whether the innermost frame is a `raise` in this package or beside the script, and not a failure elsewhere."""
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is None:
+        return False
+    file = traceback.tb_frame.f_code.co_filename
+    ours = (Path(__file__).parents[1], Path(sys.argv[0]).absolute().parent)
+    line = linecache.getline(file, traceback.tb_lineno).strip()
+    return line.startswith("raise") and any(folder in Path(file).absolute().parents for folder in ours)

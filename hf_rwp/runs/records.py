@@ -4,7 +4,6 @@ import glob
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import re
@@ -21,6 +20,10 @@ import torch
 from accelerate import Accelerator
 from filelock import FileLock
 from torch import nn
+
+from hf_rwp.core.sharding import whole_of
+from hf_rwp.runs.files import without_nan as without_nan
+from hf_rwp.runs.sharded import processes_per_replica, replicas_of_run
 
 _PLACE = re.compile(r"""\w[\w+.-]*://[^\s'",;|]+|(?<![\w./<~*)\]-])(~\w*|\.{1,2})?/[^\s'",;|:{}()\[\]]+""")
 _OF_THE_HUB = ("hf://", "https://huggingface.co/")
@@ -42,7 +45,7 @@ class Row(TypedDict, total=False):
     learning_rate: float  # the largest of any group, at the end
     seconds: float  # of training, without evaluation
     images_per_second: float  # over all replicas, in those seconds
-    unreadable_images: int  # of the training split, since the session began
+    unreadable_images: int  # of the training split, since the run began
     top1: float
     top5: float
     eval_loss: float  # cross-entropy
@@ -84,7 +87,8 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
             "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "replicas": accelerator.num_processes,
+            "replicas": replicas_of_run(accelerator),
+            **({"processes": accelerator.num_processes} if processes_per_replica(accelerator) > 1 else {}),
             "mixed_precision": accelerator.mixed_precision,
         },
         "versions": {"python": platform.python_version(), "torch": torch.__version__}
@@ -95,9 +99,9 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """SHA-256 of all weights and buffers: equal for models that are equal to the bit."""
+    """SHA-256 of all weights and buffers: equal for models that are equal to the bit. Collective for sharded ones."""
     sha = hashlib.sha256()
-    for tensor in module.state_dict().values():
+    for tensor in map(whole_of, module.state_dict().values()):
         sha.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return sha.hexdigest()
 
@@ -174,15 +178,6 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
         file.write(line)
         file.flush()
         os.fsync(file.fileno())
-
-
-def without_nan(value: Any) -> Any:
-    """`value` with None for the numbers that JSON has not."""
-    if isinstance(value, Mapping):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def command_of(start: str, arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:

@@ -1,25 +1,20 @@
-"""A run in its folder: what it goes on from, where it is, what it saves and leaves behind.
+"""A run in its folder: where it is, what it saves and leaves behind; `resuming` finds what it goes on from.
 
-    checkpoint, state = find_checkpoint(args)       # and refuses to lose a run that is there
-    check_flags(accelerator, flags, state, kept, weights)
     run = Run(accelerator, args, flags, ...)        # when all is built
     run.begin(checkpoint, state, epochs)
-    with run:                                       # from here on SIGTERM is noted, and `stop` acts on it
+    with run:                                       # from here on SIGTERM and Ctrl-C are noted, and `stop` acts on them
         for epoch in range(len(run.history), epochs):
             run.start_clock()
             ...                                     # `advance` after each step, `save` when it is time
             run.end_epoch(row)
     results = run.finish()
 
-`checkpoint_to_resume`, `refuse_other_flags`, `check_writable` and `agree` stand by themselves, for other trainers.
+`agree` stands by itself, for other trainers.
 """
 
-import json
-import signal
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,127 +26,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 
+from hf_rwp.core.buffers import sync_buffers
 from hf_rwp.core.losses import LossTracker
 from hf_rwp.core.optimizer import RWP
 from hf_rwp.runs.arguments import RunArguments
 from hf_rwp.runs.checkpoints import (
     checkpoints_in,
     load_checkpoint,
-    newest,
-    read_state,
     remove_checkpoints,
     save_checkpoint,
 )
-from hf_rwp.runs.files import write
+from hf_rwp.runs.distributed_checkpoints import load_weights
+from hf_rwp.runs.divergence import refuse_meaningless
+from hf_rwp.runs.files import as_json, write
+from hf_rwp.runs.given import save_flags
 from hf_rwp.runs.records import Results, Row, epoch_line, noise_sizes, weights_digest
-
-PREEMPTED = 75  # the exit status after SIGTERM, once a checkpoint is saved: EX_TEMPFAIL, "try again later"
-RESULTS = "results.json"
-STATE = ("method", "arguments", "replicas", "step", "images", "seconds", "slots", "losses", "history")
-
-
-def checkpoint_to_resume(
-    wanted: str | None, output_dir: Path, checkpoints: Path, last: Path | None, *, finished: bool, overwrite: bool
-) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` names; None without the flag.
-
-    wanted: the flag's value. checkpoints: the folder that this run's checkpoints lie in, last: the newest of them.
-    finished: whether output_dir holds a run's results. overwrite: whether a run that is there may be lost. Raises
-    FileNotFoundError where there is no last one, FileExistsError where a run would be lost.
-    """
-    if wanted == "latest":
-        if last is None:
-            raise FileNotFoundError(
-                f"{output_dir} holds no complete checkpoint: start without --resume_from_checkpoint"
-            )
-        return last
-    resume_from = Path(wanted) if wanted else None
-    inside = resume_from is not None and resume_from.resolve().parent == checkpoints.resolve()
-    if (last or finished) and not (inside or overwrite):
-        what = "a finished run" if finished else "the checkpoints of an unfinished run"
-        raise FileExistsError(
-            f"{output_dir} holds {what}: set another --output_dir, or --resume_from_checkpoint latest to go on, or "
-            "--overwrite_output_dir to delete it"
-        )
-    return resume_from
-
-
-def find_checkpoint(args: RunArguments) -> tuple[Path | None, dict[str, Any]]:
-    """The checkpoint that the flags name and what a `Run` saved in it; None and {} for a run from the start.
-
-    Raises as `checkpoint_to_resume` does, and ValueError for a checkpoint that is not as it was written and for an
-    output_dir that cannot be written to.
-    """
-    folder = Path(str(args.output_dir))
-    checkpoints = folder / "checkpoints"
-    found = checkpoint_to_resume(
-        args.resume_from_checkpoint,
-        folder,
-        checkpoints,
-        newest(checkpoints),
-        finished=(folder / RESULTS).exists(),
-        overwrite=args.overwrite_output_dir or args.eval_only,
-    )
-    state = read_state(found, needed=STATE) if found else {}
-    check_writable(folder)
-    return found, state
-
-
-def changed_flags(flags: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
-    """The names of the flags whose values are not those that were saved, as far as both know them."""
-    return [name for name in flags if name in saved and flags[name] != saved[name]]
-
-
-def refuse_other_flags(flags: Mapping[str, Any], saved: Mapping[str, Any], kept: Collection[str], weights: str) -> None:
-    """Raise ValueError for a flag whose old value comes back with the checkpoint.
-
-    kept: their names. weights: the flag that starts from nothing but weights, as a user writes it.
-    """
-    changed = [name for name in changed_flags(flags, saved) if name in kept]
-    if changed:
-        raise ValueError(
-            f"the checkpoint was written with {', '.join(f'{name}={saved[name]!r}' for name in changed)}, and keeps "
-            f"that: resume with the same, or start anew from the weights ({weights})"
-        )
-
-
-def check_flags(
-    accelerator: Accelerator,
-    flags: Mapping[str, Any],
-    state: Mapping[str, Any],
-    *,
-    kept: Collection[str],
-    harmless: Collection[str],
-    weights: str,
-) -> None:
-    """Raise ValueError for flags that a checkpoint would silently override, warn of others that changed.
-
-    state: as `find_checkpoint` gives. kept, weights: as `refuse_other_flags` takes them. harmless: what may change.
-    """
-    if not state:
-        return
-    saved, replicas = state["arguments"], accelerator.num_processes
-    refuse_other_flags(flags, saved, kept, weights)
-    was = [f"{state['replicas']} replicas and not {replicas}"] if replicas != state["replicas"] else []
-    changed = [name for name in changed_flags(flags, saved) if name not in harmless]
-    was += [f"{name}={saved[name]!r} and not {flags[name]!r}" for name in changed]
-    if was:
-        accelerator.print(
-            f"warning: the checkpoint was written with {', '.join(was)}. Training goes on after the images that were "
-            "seen; what else depends on it (batches, the schedule, noise, which gradients are perturbed) changes, and "
-            "it will not end in the same bits",
-            file=sys.stderr,
-        )
-
-
-def check_writable(output_dir: Path) -> None:
-    """Raise ValueError now, not after the first epoch."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except OSError as error:
-        raise ValueError(f"output_dir={str(output_dir)!r} cannot be written to ({error}): set another one") from error
+from hf_rwp.runs.resuming import RESULTS
+from hf_rwp.runs.sharded import gather_into, is_mesh, processes_per_replica
+from hf_rwp.runs.signals import Signals
 
 
 def agree(
@@ -190,6 +82,14 @@ def accuracy_of(row: Row) -> float:
     return row["top1_ema"] if "top1_ema" in row else row["top1"]
 
 
+class Unreadable(Protocol):
+    """The images that could not be read: `hf_rwp.images.loaders.UnreadableImages`."""
+
+    @property
+    def slots(self) -> list[int]: ...
+    def restore(self, slots: Sequence[int]) -> None: ...
+
+
 class Background(Protocol):
     """Pushes a folder beside the training: `hf_rwp.hub.push.BackgroundPush`."""
 
@@ -207,10 +107,14 @@ class Run:
     flags: all of them, as checkpoints and results have them. facts: what else is in the results beside the figures.
     module: the model; averages: of its weights, by the names of their files in a checkpoint; trained: which of them a
     user gets. write_model: writes a folder with the trained weights as they are, and what goes to the Hub with them.
+    whole: where the weights are sharded, the main process's copy that write_model writes; it takes the trained weights
+    with every save.
     background: pushes that folder after each save, with only_best after epochs that improve.
 
+    unreadable: the training images that could not be read, which a checkpoint remembers.
+
     step: optimizer steps behind it. images, seconds: what is behind it of the epoch under way, over all replicas.
-    history: a row for each epoch. preempted: whether SIGTERM came.
+    history: a row for each epoch.
     """
 
     accelerator: Accelerator
@@ -225,12 +129,19 @@ class Run:
     write_model: Callable[[Path, Results], None]
     background: Background | None = None
     only_best: bool = False
+    whole: nn.Module | None = None
+    unreadable: Unreadable | None = None
 
     step: int = field(default=0, init=False)
     images: int = field(default=0, init=False)
     seconds: float = field(default=0.0, init=False)
     history: list[Row] = field(default_factory=list, init=False)
-    preempted: bool = field(default=False, init=False)
+    signals: Signals = field(default_factory=Signals, init=False)
+
+    @property
+    def preempted(self) -> bool:
+        """Whether SIGTERM or Ctrl-C came."""
+        return self.signals.seen is not None
 
     def __post_init__(self) -> None:
         self.folder = Path(str(self.args.output_dir))
@@ -254,23 +165,23 @@ class Run:
             self.history, self._slots_before = history, state["slots"]
             load_checkpoint(self.accelerator, checkpoint, self.averages)
             self.tracker.load_state_dict(state["losses"])
+            if self.unreadable is not None:
+                self.unreadable.restore(state.get("unreadable", []))  # which older checkpoints lack
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            save_flags(self.folder, self.args.given.flags)
             self.results_file.unlink(missing_ok=True)
             behind = [step for step in checkpoints_in(self.checkpoints) if step <= self.step]
             remove_checkpoints(self.checkpoints, keep=behind)
 
     def __enter__(self) -> "Run":
-        self._handler = signal.signal(signal.SIGTERM, self._note)
+        self.signals.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._handler)
+        self.signals.__exit__()
         if kind is not None and self.background is not None:
             self.background.stop()
-
-    def _note(self, *_: object) -> None:
-        self.preempted = True
 
     def start_clock(self) -> None:
         """Training in an epoch begins, or goes on."""
@@ -298,15 +209,20 @@ class Run:
         """Write a checkpoint of where the run is; older ones beyond the limit go, but the best."""
         if self.images:
             self.read_clock()
+        if is_mesh(self.accelerator):
+            sync_buffers([self.module, *self.averages.values()])  # of which FSDP2 keeps those of any process
+            gather_into(self.whole, self.trained)
         state = {
             "method": self.flags["method"],
             "replicas": self.accelerator.num_processes,
+            "processes_per_replica": processes_per_replica(self.accelerator),
             "arguments": self.flags,
             "step": self.step,
             "images": self.images,
             "seconds": self.seconds,
-            "slots": self.rwp_report().get("slots", self._slots_before),
+            "slots": self._slots(),
             "losses": self.tracker.state_dict(),
+            "unreadable": sorted(set().union(*gather_object([self.unreadable.slots if self.unreadable else []]))),
             "history": self.history,
         }
         save_checkpoint(self.accelerator, self.checkpoints / f"step_{self.step}", state, self.averages)
@@ -317,7 +233,11 @@ class Run:
             self._publish(improved=not self.images and self.step in best)
 
     def end_epoch(self, row: Row) -> None:
-        """Take an epoch's row into the history, save, and report it."""
+        """Take an epoch's row into the history, save, and report it.
+
+        Raises FloatingPointError, ahead of that, for a held-out loss that is not a finite number.
+        """
+        refuse_meaningless(row, self.step, "lr or rwp_gamma" if self.rwp else "lr")
         self.history.append(row)
         self.images, self.seconds = 0, 0.0
         self.tracker.reset()
@@ -328,13 +248,12 @@ class Run:
         self.accelerator.print(epoch_line(row))
 
     def stop(self) -> None:
-        """Exit with the status `PREEMPTED`, after a save."""
+        """Exit with the status of the signal, after a save."""
         if self.background is not None:
             self.background.stop()
-        said = f"SIGTERM: saved step {self.step}; --resume_from_checkpoint latest goes on"
-        self.accelerator.print(said, file=sys.stderr)
+        self.accelerator.print(self.signals.saved(self.step, self.folder), file=sys.stderr)
         self.accelerator.end_training()
-        raise SystemExit(PREEMPTED)
+        raise SystemExit(self.signals.status)
 
     def results(self) -> Results:
         """What results.json would hold now. The main process calls it by itself."""
@@ -342,7 +261,7 @@ class Run:
         return {
             "final": last if last.get("step") == self.step else {"step": self.step},
             "seconds": sum(row["seconds"] for row in self.history) + self.seconds,
-            "weights_sha256": weights_digest(self.trained),
+            "weights_sha256": weights_digest(self.trained if self.whole is None else self.whole),
             "arguments": self.flags,
             **self.facts,  # type: ignore[typeddict-item]
             "history": self.history,
@@ -350,13 +269,15 @@ class Run:
 
     def finish(self) -> Results | None:
         """Write the model and the results, which are those of the last epoch; None but on the main process."""
+        if is_mesh(self.accelerator):
+            gather_into(self.whole, self.trained)
         digests = gather_object([weights_digest(self.module)])
         if not self.accelerator.is_main_process:
             return None
         results = self.results()
         results["replicas_sha256"] = sorted(set(digests))
         self.write_model(self.model_folder, results)
-        write(self.results_file, json.dumps(results, indent=2))
+        write(self.results_file, as_json(results))
         return results
 
     def write_best(self) -> Path:
@@ -371,12 +292,23 @@ class Run:
                 f"warning: the best checkpoint, {checkpoint}, is missing: the last weights are pushed", file=sys.stderr
             )
             return self.model_folder
-        for name, of in {"model": self.module, **self.averages}.items():  # accelerate saves what it has wrapped
-            load_model(of, checkpoint / f"{name}.safetensors")
+        if self.whole is not None:
+            load_weights(self.whole, checkpoint, "model" if self.trained is self.module else next(iter(self.averages)))
+        else:
+            for name, of in {"model": self.module, **self.averages}.items():  # accelerate saves what it has wrapped
+                load_model(of, checkpoint / f"{name}.safetensors")
         results = self.results()
         results["final"], results["chosen"] = best, "best"
         self.write_model(self.best_folder, results)
         return self.best_folder
+
+    def _slots(self) -> dict[str, int]:
+        """Those of `rwp_report`; a row that was just written has them already."""
+        if self.rwp is None:
+            return self._slots_before
+        last = self.history[-1] if self.history else Row()
+        slots: dict[str, int] = (last["rwp"] if last.get("step") == self.step else self.rwp_report())["slots"]
+        return slots
 
     def _best(self) -> Row:
         return max(self.history, key=accuracy_of)

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from hf_rwp.runs.run import RESULTS, checkpoint_to_resume
+from hf_rwp.runs.resuming import RESULTS, checkpoint_to_resume
 
 
 def find_trainer_checkpoint(args: Any) -> Path | None:
@@ -15,10 +15,12 @@ def find_trainer_checkpoint(args: Any) -> Path | None:
     complete, FileExistsError where a run would be lost.
     """
     wanted, folder = args.resume_from_checkpoint, Path(args.output_dir)
+    if wanted not in (None, "latest") and (inside := complete_checkpoints(Path(wanted))):  # a run's folder
+        wanted = str(next(reversed(inside.values())))
     if wanted not in (None, "latest") and Path(wanted) not in complete_checkpoints(Path(wanted).parent).values():
         raise FileNotFoundError(
-            f"resume_from_checkpoint={wanted!r} is not a folder checkpoint-STEP with a trainer_state.json: set one "
-            "that this recipe wrote, or latest"
+            f"resume_from_checkpoint={wanted!r} is neither a run's folder with checkpoints, nor a folder "
+            "checkpoint-STEP with a trainer_state.json: set one that this recipe wrote, or latest"
         )
     last = next(reversed(complete_checkpoints(folder).values()), None)
     return checkpoint_to_resume(

@@ -1,14 +1,18 @@
 """What a run of `ImageTrainer` did, epoch by epoch: what Trainer does not note, and its log as rows of figures."""
 
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from hf_rwp.runs.divergence import refuse_divergence, refuse_meaningless
 from hf_rwp.runs.records import Row
 from hf_rwp.runs.run import agree
+from hf_rwp.runs.signals import Signals
 
 if TYPE_CHECKING:
     from hf_rwp.trainer.images import ImageTrainer
@@ -17,12 +21,14 @@ if TYPE_CHECKING:
 class Record(TrainerCallback):
     """Keeps what Trainer does not, in its own log, which checkpoints hold: what RWP did, seconds, unreadable images.
 
-    Raises on all replicas at once, ValueError for too many unreadable images, FloatingPointError for a loss that is not
-    a finite number.
+    After a signal it has all replicas save a checkpoint and exit with the signal's status. Raises on all at once,
+    ValueError for too many unreadable images, FloatingPointError for a loss, held-out too, that is not a finite number.
     """
 
-    def __init__(self, trainer: "ImageTrainer") -> None:
+    def __init__(self, trainer: "ImageTrainer", signals: Signals) -> None:
         self.trainer = trainer
+        self.signals = signals
+        self.stops = False  # agreed
         self.slots = {"clean": 0, "perturbed": 0}  # before this session
         self.seconds = 0.0  # of this epoch, before this session
         self.started = 0.0
@@ -33,6 +39,8 @@ class Record(TrainerCallback):
             if "seconds" in entry:
                 self.slots = entry.get("rwp", {}).get("slots", self.slots)
                 self.seconds = 0.0 if entry["whole"] else entry["seconds"]
+                seen: Any = self.trainer.train_dataset
+                seen.unreadable.restore(entry.get("unreadable_slots", []))
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.started = time.perf_counter() - self.seconds
@@ -41,45 +49,60 @@ class Record(TrainerCallback):
             self.trainer.rows.set_epoch(math.floor(round(state.epoch or 0, 6)))
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        asked, alone = self.signals.seen is not None, self.trainer.accelerator.num_processes == 1
+        if control.should_save or (asked and alone) or state.global_step % (state.logging_steps or 1) == 0:
+            self.stops = self.agree(self.trainer.train_dataset, asked)[0]
+        if self.stops:  # evaluation may take longer than there is time
+            control.should_save, control.should_evaluate = True, False
         if control.should_save:
             control.should_log = True  # a checkpoint holds what was logged, not the losses since then
             self.note(state, whole=state.epoch == round(state.epoch or 0))
-        elif state.global_step % (state.logging_steps or 1) == 0:
-            self.unreadable(self.trainer.train_dataset)
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not self.stops:
+            return
+        accelerator = self.trainer.accelerator
+        accelerator.wait_for_everyone()  # a launcher ends the others with the first
+        accelerator.print(self.signals.saved(state.global_step, args.output_dir), file=sys.stderr)
+        self.trainer.callback_handler.on_train_end(args, state, control)  # whoever writes logs closes them
+        raise SystemExit(self.signals.status)
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         noted: dict[str, Any] = next((entry for entry in reversed(state.log_history) if "seconds" in entry), {})
         if (noted.get("step"), noted.get("whole")) != (state.global_step, True):  # a save may have come first
             self.note(state, whole=True)
 
-    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        count = self.unreadable(self.trainer.eval_dataset)
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **seen: Any) -> None:
+        count = self.agree(self.trainer.eval_dataset)[1]
         if count:
             state.log_history[-1]["eval_unreadable_images"] = count
+        advice = "learning_rate or rwp_gamma" if args.rwp else "learning_rate"
+        refuse_meaningless(seen["metrics"], None if args.eval_only else state.global_step, advice)
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **seen: Any) -> None:
         logs = seen["logs"]
         losses = {name: value for name, value in logs.items() if name in ("loss", "loss_clean", "loss_perturbed")}
-        if not args.logging_nan_inf_filter and not all(map(math.isfinite, losses.values())):
-            raise FloatingPointError(
-                f"the loss is {losses} by step {state.global_step}: nothing was saved since it diverged. Try a smaller "
-                "learning_rate" + (" or rwp_gamma" if args.rwp else "")
-            )
+        if not args.logging_nan_inf_filter:
+            advice = "learning_rate or rwp_gamma" if args.rwp else "learning_rate"
+            refuse_divergence(losses, state.global_step, advice)
 
     def note(self, state: TrainerState, whole: bool) -> None:
         """Add an entry to Trainer's log. whole: whether it is of a whole epoch. Collective."""
         entry: dict[str, Any] = {"epoch": state.epoch, "step": state.global_step, "whole": whole}
         entry |= {"seconds": time.perf_counter() - self.started}
-        entry |= {"unreadable_images": self.unreadable(self.trainer.train_dataset)}
+        images: Any = self.trainer.train_dataset
+        entry["unreadable_images"] = self.agree(images)[1]
+        if entry["unreadable_images"]:
+            entry["unreadable_slots"] = sorted(set().union(*gather_object([images.unreadable.slots])))
         if self.trainer.rwp is not None:
             report = self.trainer.rwp.report()
             slots = {kind: self.slots[kind] + count for kind, count in report["slots"].items()}
             entry["rwp"] = {**report, "slots": slots, "gamma": self.trainer.rwp.defaults["rwp_gamma"]}
         state.log_history.append(entry)
 
-    def unreadable(self, images: Any) -> int:
-        """How many images of an `ImageDataset` no replica could read. Collective."""
-        return agree(self.trainer.accelerator, images.unreadable.slots, self.trainer.args.max_bad_images)[1]
+    def agree(self, images: Any, stop: bool = False) -> tuple[bool, int]:
+        """Whether any replica must stop, and how many images of an `ImageDataset` none could read. Collective."""
+        return agree(self.trainer.accelerator, images.unreadable.slots, self.trainer.args.max_bad_images, stop)
 
 
 def rows_by_epoch(log_history: Sequence[Mapping[str, Any]], images: int) -> list[Row]:
@@ -96,7 +119,8 @@ def rows_by_epoch(log_history: Sequence[Mapping[str, Any]], images: int) -> list
         if "seconds" in entry:
             if entry["whole"]:
                 epoch = round(entry["epoch"], 6)
-                row |= {name: value for name, value in entry.items() if name != "whole"} | {"epoch": epoch}
+                row |= {name: value for name, value in entry.items() if name not in ("whole", "unreadable_slots")}
+                row["epoch"] = epoch
         elif {"loss", "learning_rate"} <= entry.keys():
             logged.setdefault(number, []).append((entry["step"] - last_step, entry))
             last_step, row["learning_rate"] = entry["step"], entry["learning_rate"]

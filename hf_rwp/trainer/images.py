@@ -3,17 +3,18 @@
 import copy
 import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from timm.data.mixup import Mixup
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax
+from torch.nn.functional import cross_entropy, log_softmax
 from transformers import EvalPrediction, PreTrainedModel
 
 from hf_rwp.core.placement import mixes
 from hf_rwp.images.loaders import BatchPlan
-from hf_rwp.images.metrics import Accuracy
+from hf_rwp.images.metrics import Top1, Top5, label_rank, refuse_nothing_read
 from hf_rwp.trainer.trainer import RWPTrainer
 
 
@@ -87,6 +88,10 @@ class ImageTrainer(RWPTrainer):
         with torch.random.fork_rng(devices=[]):
             return super().evaluate(*args, **kwargs)
 
+    def load_checkpoint(self, folder: Path) -> None:
+        """Take a checkpoint's weights, LoRA's too, and nothing else of it."""
+        self._load_from_checkpoint(str(folder))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._restore(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -114,17 +119,34 @@ def collate(items: Sequence[tuple[Tensor, int]]) -> dict[str, Tensor]:
     return {"pixel_values": torch.stack(images), "labels": torch.tensor([y if y >= 0 else -100 for y in labels])}
 
 
+def ranks_and_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """What `EvaluationMetrics` needs of each image, (B, 2): how many classes are ahead of its label, the cross-entropy.
+
+    logits: (B, C). labels: (B,); of one below 0 the two mean nothing.
+    """
+    known, logits = labels.clamp(min=0), logits.float()
+    return torch.stack([label_rank(logits, known).float(), cross_entropy(logits, known, reduction="none")], 1)
+
+
 class EvaluationMetrics:
-    """Trainer's `compute_metrics`, over what `hf_rwp.images.metrics.scores` made of logits: top1, top5 and loss."""
+    """Trainer's `compute_metrics`, over what `ranks_and_losses` made of logits: top1, top5 and loss."""
 
     def __init__(self) -> None:
-        self._accuracy = Accuracy()
+        self._metrics = (Top1(), Top5())
+        self._losses: list[Tensor] = []
 
     def __call__(self, predicted: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
-        """compute_result: Trainer's, for `--batch_eval_metrics`."""
-        predictions, labels = torch.as_tensor(predicted.predictions), torch.as_tensor(predicted.label_ids)
-        self._accuracy.add_scores(predictions.cpu(), labels.cpu())
+        """compute_result: Trainer's, for `--batch_eval_metrics`. Raises ValueError where no image could be read."""
+        scored, labels = (torch.as_tensor(part).cpu() for part in (predicted.predictions, predicted.label_ids))
+        ranks, losses = scored[labels >= 0].unbind(1)
+        if len(losses):
+            self._losses.append(losses.double())
+            for metric in self._metrics:
+                metric.add_batch(predictions=ranks.long(), references=labels[labels >= 0])
         if not compute_result:
             return {}
-        figures = self._accuracy.compute(over_replicas=False)  # Trainer has gathered all of them
-        return {name.removeprefix("eval_"): value for name, value in figures.items()}  # which Trainer adds itself
+        refuse_nothing_read(sum(map(len, self._losses)))
+        figures = {name: value for metric in self._metrics for name, value in (metric.compute() or {}).items()}
+        figures["loss"] = torch.cat(self._losses).mean().item()
+        self._losses = []
+        return figures

@@ -3,7 +3,8 @@
 import difflib
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
+    PretrainedConfig,
     PreTrainedModel,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
@@ -29,6 +31,8 @@ from transformers import (
 from hf_rwp.core.checks import check_all
 from hf_rwp.hub.export import save_model
 from hf_rwp.images.arguments import ImageArguments
+from hf_rwp.images.models import check_model_kwargs, check_tag
+from hf_rwp.images.weights import SUFFIXES, find_weights
 from hf_rwp.runs.files import replacing_folder
 
 # The small ViT that is trained where no model is named, on 32 pixels: 16 patches, 0.3 million parameters. At the usual
@@ -69,7 +73,8 @@ class ModelArguments(ImageArguments):
     )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout ahead of LoRA's layers, in [0, 1)."})
     eval_only: bool = field(
-        default=False, metadata={"help": "Whether to evaluate `--model_name_or_path` without training."}
+        default=False,
+        metadata={"help": "Whether to evaluate `--model_name_or_path`, or a run's checkpoint, without training."},
     )
 
     def __post_init__(self) -> None:
@@ -77,6 +82,8 @@ class ModelArguments(ImageArguments):
         super().__post_init__()
         if self.model_name_or_path is not None:
             self.img_size = img_size  # the digits' 32 pixels are the small ViT's
+        elif self.img_size is None:
+            self.img_size = 32  # on any images
         check_all(
             self,
             ("lora_r", self.lora_r is None or self.lora_r >= 1, "at least 1"),
@@ -86,8 +93,9 @@ class ModelArguments(ImageArguments):
         )
         if self.lora_r and not importlib.util.find_spec("peft"):
             raise ValueError(f"lora_r={self.lora_r} needs PEFT, which is not installed: pip install peft")
-        if (self.lora_r or self.eval_only) and not self.weights:
-            flag = "eval_only" if self.eval_only else f"lora_r={self.lora_r}"
+        evaluates = self.eval_only and not self.of_checkpoint
+        if (self.lora_r or evaluates) and not self.weights:
+            flag = "eval_only" if evaluates else f"lora_r={self.lora_r}"
             raise ValueError(
                 f"{flag} is for trained weights, and model_name_or_path={self.model_name_or_path!r} has none: set it "
                 "to a folder with a model, or to an id on the Hub"
@@ -95,7 +103,10 @@ class ModelArguments(ImageArguments):
         if self.lora_r is None and (self.lora_alpha or self.lora_dropout):
             raise ValueError("lora_alpha and lora_dropout have no effect without LoRA: set lora_r")
         name = self.model_name_or_path
-        if name and not self.weights and not timm.is_model(name):
+        check_model_kwargs(yaml.safe_load(self.model_kwargs))
+        if name and not self.weights and timm.is_model(name):
+            check_tag("model_name_or_path", name)
+        elif name and not self.weights:
             similar = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0))
             raise ValueError(
                 f"model_name_or_path={name!r} is neither a folder, nor an id on the Hub (which has a slash), nor one "
@@ -103,10 +114,26 @@ class ModelArguments(ImageArguments):
             )
 
     @property
+    def of_checkpoint(self) -> bool:
+        """Whether a checkpoint's weights come in place of the model's own."""
+        return getattr(self, "resume_from_checkpoint", None) is not None
+
+    @property
     def weights(self) -> str | None:
-        """Where trained weights come from, a folder or an id on the Hub; None from scratch."""
+        """Where trained weights come from, a folder with a model or an id on the Hub; None from scratch.
+
+        Raises ValueError for a path that leads nowhere or to no model.
+        """
         name = self.model_name_or_path
-        return name if name and ("/" in name or Path(name).is_dir()) else None
+        if not name or not ("/" in name or Path(name).expanduser().exists() or Path(name).suffix in SUFFIXES):
+            return None
+        source = find_weights(name, "model_name_or_path")
+        if source.is_file:
+            raise ValueError(
+                f"model_name_or_path={name!r} is a file of weights, which does not say what model they are of: "
+                "imagenet_rwp.py loads it, as --model NAME --pretrained FILE; here a folder with a config.json does"
+            )
+        return str(source.path or source.hub_id)
 
 
 def create_model(args: ModelArguments, label_names: Sequence[str]) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -119,6 +146,7 @@ def create_model(args: ModelArguments, label_names: Sequence[str]) -> tuple[PreT
     classes: dict[str, Any] = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
     classes["problem_type"] = "single_label_classification"
     if args.model_name_or_path is None:
+        check_known(ViTConfig(), kwargs)
         small = {**SMALL_VIT, "image_size": args.img_size, **kwargs}
         return ViTForImageClassification(ViTConfig(**small, **classes)), {}
     if args.weights is None:
@@ -126,7 +154,10 @@ def create_model(args: ModelArguments, label_names: Sequence[str]) -> tuple[PreT
         if args.img_size and timm.get_pretrained_cfg_value(name, "fixed_input_size"):
             kwargs["img_size"] = args.img_size
         config = TimmWrapperConfig(architecture=name, model_args=kwargs or None, **classes)
-        model: PreTrainedModel = TimmWrapperForImageClassification(config)
+        try:
+            model: PreTrainedModel = TimmWrapperForImageClassification(config)
+        except TypeError as error:
+            raise ValueError(f"model_kwargs={args.model_kwargs!r}, which {name} does not take: {error}") from error
     else:
         model = load_weights(args, classes, kwargs)
     inner = timm_model_of(model)
@@ -149,11 +180,15 @@ def create_model(args: ModelArguments, label_names: Sequence[str]) -> tuple[PreT
 def load_weights(args: ModelArguments, classes: Mapping[str, Any], kwargs: Mapping[str, Any]) -> PreTrainedModel:
     """The model with trained weights, and a new head where the classes differ; ValueError if more would be new."""
     weights: Any = args.weights
-    try:
+    with _told_by_name(weights):
         config = AutoConfig.from_pretrained(weights)
-        if isinstance(config, TimmWrapperConfig):
-            kwargs = {"model_args": {**(config.model_args or {}), **kwargs} or None}
-        config.update({**classes, **kwargs})
+    if isinstance(config, TimmWrapperConfig):
+        theirs = {name: value for name, value in (config.model_args or {}).items() if name != "num_classes"}
+        kwargs = {"model_args": {**theirs, **kwargs} or None}
+    else:
+        check_known(config, kwargs)
+    config.update({**classes, **kwargs})
+    with _told_by_name(weights):
         model, loading = AutoModelForImageClassification.from_pretrained(
             weights,
             config=config,
@@ -161,11 +196,6 @@ def load_weights(args: ModelArguments, classes: Mapping[str, Any], kwargs: Mappi
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model_name_or_path={args.weights!r} could not be loaded: {error}. Set a folder that holds a model, or an "
-            "id on the Hub, and check the connection and your access (`hf auth login`)"
-        ) from error
     new = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
     lost = sorted(key for key in new if not key.startswith(f"{head_of(model)}."))
     if lost:
@@ -173,13 +203,36 @@ def load_weights(args: ModelArguments, classes: Mapping[str, Any], kwargs: Mappi
             f"{args.weights} does not fit the model, which would have random weights beside a new head: "
             f"{', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}. Leave out model_kwargs, or take other weights"
         )
-    if args.eval_only and new:
+    if args.eval_only and new and not args.of_checkpoint:
         raise ValueError(
             f"{args.weights} has no head for the {len(classes['id2label'])} classes of the data: eval_only needs the "
             "data that the weights were trained for"
         )
     loaded: PreTrainedModel = model
     return loaded
+
+
+@contextmanager
+def _told_by_name(weights: str) -> Iterator[None]:
+    """Errors of loading them as ValueError that says what was loaded, and what to do."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model_name_or_path={weights!r} could not be loaded: {error}. Set a folder that holds a model, or an id "
+            "on the Hub, and check the connection and your access (`hf auth login`)"
+        ) from error
+
+
+def check_known(config: PretrainedConfig, kwargs: Mapping[str, Any]) -> None:
+    """Raise ValueError for a setting that transformers' configuration does not have, and would keep without a word."""
+    known = config.to_dict().keys()
+    for name in kwargs:
+        if name not in known:
+            similar = ", ".join(difflib.get_close_matches(name, known, n=3)) or ", ".join(sorted(known)[:3]) + ", ..."
+            raise ValueError(
+                f"model_kwargs has {name!r}, which {type(config).__name__} does not have: it has {similar}"
+            )
 
 
 def unwrapped(model: Any) -> nn.Module:

@@ -305,7 +305,8 @@ def test_a_run_is_not_lost_to_another_unless_asked_for(tmp_path):
             train(occupied, *SCRATCH)
     train(tmp_path / "run", *SCRATCH, "--save_strategy=no", "--overwrite_output_dir")
     assert not list((tmp_path / "run").glob("checkpoint-*"))
-    for named in ("latest", str(tmp_path / "cut")):
+    (tmp_path / "empty").mkdir()
+    for named in ("latest", str(tmp_path / "empty")):
         with pytest.raises(FileNotFoundError, match="checkpoint"):
             train(tmp_path / "run", *SCRATCH, f"--resume_from_checkpoint={named}")
 

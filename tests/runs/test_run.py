@@ -4,7 +4,8 @@ import distributed
 import pytest
 from accelerate import Accelerator
 
-from hf_rwp.runs.run import agree, checkpoint_to_resume, on_main, refuse_other_flags
+from hf_rwp.runs.resuming import checkpoint_to_resume, refuse_other_flags
+from hf_rwp.runs.run import agree, on_main
 
 
 def find(folder, wanted=None, *, last=None, finished=False, overwrite=False):
@@ -18,7 +19,7 @@ def test_the_checkpoint_is_the_one_that_the_flag_names(tmp_path):
     assert find(tmp_path, str(last.with_name("step_1")), last=last) == last.with_name("step_1")
     assert find(tmp_path, "elsewhere/step_1") == type(tmp_path)("elsewhere/step_1")
     with pytest.raises(FileNotFoundError, match="holds no complete checkpoint: start without"):
-        find(tmp_path, "latest")
+        find(tmp_path / "alone", "latest")
 
 
 @pytest.mark.parametrize("wanted", [None, "elsewhere/step_1"])

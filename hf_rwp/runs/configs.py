@@ -1,0 +1,131 @@
+"""Files of flags, `--config FILE.yaml`: those of the recipes, and the args.yaml that timm's train.py leaves behind."""
+
+import json
+import logging
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+logger = logging.getLogger(__name__)
+
+# timm's names for what is called otherwise here, and those that become another flag's value: see recipes/README.md.
+RENAMED = {
+    "data": "data_dir",
+    "val_split": "validation_split",
+    "input_key": "image_column",
+    "target_key": "label_column",
+    "initial_checkpoint": "pretrained",
+    "pretrained_path": "pretrained",
+    "log_interval": "logging_steps",
+    "recovery_interval": "checkpointing_steps",
+    "checkpoint_hist": "save_total_limit",
+}
+COMPUTED = (
+    *("amp", "amp_dtype", "native_amp", "torchcompile", "grad_accum_steps", "lr_base", "lr_base_size", "lr_base_scale"),
+    *("input_size", "output", "experiment", "log_wandb"),
+)
+# timm's names of what there is not here. Where one is 0, false or empty, nothing is lost.
+WITHOUT_MEANING = {
+    *("amp_impl", "apex_amp", "aug_splits", "bce_pos_weight", "bn_eps", "bn_momentum", "class_map"),
+    *("color_jitter_prob", "cutmix_minmax", "dataset_download", "dataset_trust_remote_code", "device"),
+    *("device_modules", "dist_bn", "drop_block", "drop_connect", "epoch_repeats", "eval_metric", "fast_norm"),
+    *("fuser", "gaussian_blur_prob", "gp", "grad_checkpointing", "grayscale_prob", "head_init_bias"),
+    *("head_init_scale", "in_chans", "input_img_mode", "jsd_loss", "local_rank", "lr_cycle_decay", "lr_cycle_limit"),
+    *("lr_cycle_mul", "lr_k_decay", "lr_noise", "lr_noise_pct", "lr_noise_std", "mean", "model_dtype"),
+    *("model_ema_force_cpu", "no_aug", "no_ddp_bb", "no_prefetcher", "no_resume_opt", "opt_kwargs"),
+    *("patience_epochs", "pin_mem", "resplit", "resume", "save_images", "sched_on_updates", "split_bn"),
+    *("start_epoch", "std", "synchronize_step", "torchcompile_mode", "torchscript", "train_crop_mode", "tta"),
+    *("use_multi_epochs_loader", "val_num_samples", "validation_batch_size", "wandb_project", "wandb_resume_id"),
+    *("wandb_tags", "warmup_prefix", "worker_seeding"),
+}
+
+
+def read_config(path: str, names: Collection[str], ignore: bool = False) -> dict[str, list[str]]:
+    """The flags in a YAML file as words of a command line, by name; timm's names and values are translated.
+
+    Nulls and empty strings are not set. names: of the flags that there are. ignore: whether names that are none of them
+    are told in the log and passed over. Raises ValueError for a file of something else, and for such names.
+    """
+    settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds no flags: each must be a line of its own, `name: value`")
+    settings = {str(name).replace("-", "_"): value for name, value in settings.items() if value not in (None, "")}
+    settings = from_timm(settings, names, replicas=int(os.environ.get("WORLD_SIZE", "1")))
+    unknown = [name for name in settings if name not in names]
+    if unknown and not ignore:
+        raise ValueError(
+            f"{path} has names that mean nothing here: {', '.join(unknown)}. Take them out, or pass over them with "
+            "--config_ignore_unknown"
+        )
+    if unknown and os.environ.get("RANK", "0") == "0":
+        logger.warning("%s: passed over, as they mean nothing here: %s", path, ", ".join(unknown))
+    return {name: _words(name, value) for name, value in settings.items() if name in names}
+
+
+def from_timm(settings: dict[str, Any], names: Collection[str], replicas: int = 1) -> dict[str, Any]:
+    """Settings under the names and with the values that they have here; what is no setting of timm's stays as it is.
+
+    names: of the flags that there are. replicas: that the run will have, for a learning rate that depends on them.
+    """
+    ours = {name: value for name, value in settings.items() if name in names or name not in (*RENAMED, *COMPUTED)}
+    timms = {name: value for name, value in settings.items() if name not in ours}
+    ours |= {RENAMED[name]: value for name, value in timms.items() if name in RENAMED}
+    if isinstance(ours.get("pretrained"), bool) and not ours["pretrained"]:
+        del ours["pretrained"]
+    for name in ("aug_repeats", "checkpointing_steps"):
+        if ours.get(name) == 0:
+            del ours[name]
+    if {"val_split", "checkpoint_hist"} & timms.keys():  # timm's own file, where these are found under any usual name
+        for name, default in (("train_split", "train"), ("validation_split", "validation")):
+            if ours.get(name) == default:
+                del ours[name]
+    ours = _of_timms_dataset(ours)
+    if timms.get("amp") or timms.get("native_amp"):
+        ours["mixed_precision"] = "bf16" if timms.get("amp_dtype") == "bfloat16" else "fp16"
+    if timms.get("torchcompile"):
+        ours["torch_compile"] = True
+    if timms.get("log_wandb"):
+        ours["report_to"] = ["wandb"]
+    size = timms.get("input_size")
+    if size and "img_size" not in ours:
+        ours["img_size"] = size[-1]
+    folders = [timms[name] for name in ("output", "experiment") if name in timms]
+    if folders:
+        ours["output_dir"] = os.path.join(*folders if "output" in timms else ("outputs", *folders))
+    parts = max(1, timms.get("grad_accum_steps", 1))
+    if parts > 1:  # timm counts the images of one part
+        ours["gradient_accumulation_steps"] = parts
+        ours["batch_size"] = parts * ours.get("batch_size", 128)
+    if "lr_base" in timms and "lr" not in ours:
+        ours["lr"] = _scaled_rate(timms, str(ours.get("opt", "sgd")), replicas * ours.get("batch_size", 128))
+    return {name: value for name, value in ours.items() if value or name not in WITHOUT_MEANING}
+
+
+def _of_timms_dataset(ours: dict[str, Any]) -> dict[str, Any]:
+    """timm's `dataset` is a kind of data with its name: `hfds/ID`, `wds/NAME`, or for folders nothing."""
+    kind, _, name = str(ours.get("dataset", "")).partition("/")
+    if kind in ("hfds", "hfids") and name:
+        streams = {"streaming": True} if kind == "hfids" else {}
+        return {key: value for key, value in ours.items() if key != "data_dir"} | {"dataset": name} | streams
+    if kind in ("image_folder", "folder", "wds"):
+        return {key: value for key, value in ours.items() if key != "dataset"}
+    return ours
+
+
+def _scaled_rate(timms: dict[str, Any], opt: str, batch: int) -> float:
+    """timm's learning rate for a batch over all replicas."""
+    ratio = batch / timms.get("lr_base_size", 256)
+    scale = timms.get("lr_base_scale") or ("sqrt" if "ada" in opt.lower() or "lamb" in opt.lower() else "linear")
+    rate: float = timms["lr_base"] * (ratio**0.5 if scale == "sqrt" else ratio)
+    return rate
+
+
+def _words(name: str, value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [str(item) for item in value]
+    if name == "pretrained" and value is True:
+        return []  # timm's own weights
+    return [json.dumps(value) if isinstance(value, dict) else str(value)]

@@ -1,0 +1,34 @@
+"""An evaluation by itself: of weights, or of a checkpoint's and of their average."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import nn
+
+from hf_rwp.runs.distributed_checkpoints import load_weights
+from hf_rwp.runs.divergence import refuse_meaningless
+from hf_rwp.runs.files import as_json, write
+from hf_rwp.runs.records import aligned
+
+Evaluate = Callable[[nn.Module], dict[str, float]]
+
+
+def evaluate_only(module: nn.Module, checkpoint: Path | None, evaluate: Evaluate) -> dict[str, float]:
+    """The figures of the model, or of a checkpoint's weights and, as `..._ema`, of their average.
+
+    Raises FloatingPointError where they mean nothing.
+    """
+    if checkpoint is not None:
+        load_weights(module, checkpoint)
+    figures = evaluate(module)
+    if checkpoint is not None and (checkpoint / "ema.safetensors").exists():
+        load_weights(module, checkpoint, "ema")
+        figures |= {f"{name}_ema": value for name, value in evaluate(module).items()}
+    refuse_meaningless(figures, None)
+    return figures
+
+
+def write_evaluation(folder: Path, figures: Mapping[str, float]) -> None:
+    """eval.json in the folder, and two columns on the screen."""
+    write(folder / "eval.json", as_json(figures))
+    print(aligned({name.removeprefix("eval_"): f"{value:.4f}" for name, value in figures.items()}))

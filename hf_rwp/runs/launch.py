@@ -1,0 +1,21 @@
+"""What recipes refuse of the way they were launched, ahead of any work."""
+
+from collections.abc import Mapping
+
+from accelerate import Accelerator
+
+from hf_rwp.core.refusals import refuse_lone_processes
+from hf_rwp.runs.sharded import refuse_sharded
+
+
+def check_launch(accelerator: Accelerator, method: str, flags: Mapping[str, bool]) -> None:
+    """Raise RuntimeError for processes that train each by itself, ValueError for what the method cannot work with.
+
+    flags: those that sharded weights do not take, as a user writes them, and whether each was given.
+    """
+    refuse_lone_processes()
+    if accelerator.gradient_accumulation_steps > 1:
+        raise ValueError("accelerate's gradient_accumulation_steps would count twice: set the recipe's own flag")
+    refuse_sharded(accelerator, {"--method sam": method == "sam", **flags})
+    if method == "sam" and accelerator.scaler is not None:
+        raise ValueError("fp16's gradient scaler cannot work between SAM's two passes: set --mixed_precision bf16")
