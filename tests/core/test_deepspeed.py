@@ -8,6 +8,8 @@ all of them on a CPU, in an environment of its own, with the extra `test`:
 
 import importlib.util
 import sys
+from collections import Counter
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -18,10 +20,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.deepspeed import DummyOptim
-from distributed import run, stop
+from distributed import Collectives, run, stop
 from sharded import assert_same
 from torch import nn
-from zero import Case, Run, assert_mixed, record
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, TensorDataset
+from zero import Case, Run, accelerator_of, assert_mixed, batch, build, deepspeed_on_cpus, engine_of, record
 
 from hf_rwp import RWP
 from hf_rwp.core.replicas import replicas_of
@@ -276,3 +280,192 @@ def test_clipping_is_of_the_mix_and_deepspeeds_default_too(stage, clipping):
     ranks = trained(case)
     assert ranks[0].clipping == (clipping or 1.0)
     assert_mixed(case, ranks)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(0, dtype=torch.bfloat16),
+        Case(1, dtype=torch.bfloat16, gammas={"head": 0.1}),
+        Case(1, dtype=torch.bfloat16, gammas={"head": 0.1}, config={"data_types": {"grad_accum_dtype": "fp32"}}),
+        Case(2, dtype=torch.bfloat16, accumulation=2),
+        Case(2, "accelerate", dtype=torch.bfloat16, accumulation=2),
+    ],
+    ids=str,
+)
+def test_bfloat16_weights_get_the_mix_up_to_their_rounding(case):
+    assert_mixed(case, trained(case), tolerance=0.01)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_replicas_are_equal_after_30_steps(stage):
+    for dtype in (torch.float32, torch.bfloat16):
+        case = Case(stage, dtype=dtype, windows=30, momentum=0.9, clipping=1.0, gamma=0.05)
+        ranks = trained(case)
+        for weights in zip(*[[window.weights for window in rank.windows] for rank in ranks], strict=True):
+            assert_same(weights[0], weights[1])
+        assert ranks[0].report["slots"] == {"clean": 30, "perturbed": 30}
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(("route", "client"), [("engine", "rwp"), ("engine", "base"), ("accelerate", "rwp")])
+def test_resume_from_the_engines_checkpoint_is_bit_exact(tmp_path, route, client):
+    for stage in (0, 1, 2):
+        for dtype in (torch.float32, torch.bfloat16):
+            case = Case(stage, route, client, dtype, windows=4, momentum=0.9, gammas={"head": 0.1}, options={"seed": 7})
+            folder = str(tmp_path / f"{stage}{dtype}")
+            whole = trained(case, save=folder)
+            again = trained(replace(case, gamma=0.4, options={"seed": 8}), save="", load=folder)
+            for one, other in zip(whole, again, strict=True):
+                assert_same(other.last, one.last)
+                assert other.state == one.state
+                assert_same(other.windows[-1].seen, one.windows[-1].seen)
+            assert whole[0].state == {"version": 2, "seed": 7, "windows": 4, "groups": [(7, 4)] * 2}
+
+
+# Between passes
+
+
+def evaluate(engine, model) -> None:
+    """In the midst of a micro-step: whatever looks at the weights finds clean ones."""
+    clean = {name: weight.clone() for name, weight in engine.module.state_dict().items()}
+    seen = []
+    handle = model.register_forward_pre_hook(lambda *_: seen.append(reference.snapshot(model)))
+    engine.eval()
+    with torch.no_grad():
+        engine(torch.randn(3, 5, 6))
+    engine.train()
+    handle.remove()
+    assert_same(seen, [clean])
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_evaluation_between_forward_and_backward_sees_clean_weights(stage):
+    case = Case(stage, between=evaluate)
+    ranks = trained(case)
+    twins = trained(replace(case, between=None))
+    for rank, twin in zip(ranks, twins, strict=True):
+        assert_same(rank.last, twin.last)
+
+
+def fail(*_) -> None:
+    raise ValueError("out of memory, say")
+
+
+def interrupted(stage: int) -> list[str]:
+    """Names of the weights that an error in a forward pass left noisy, once training has gone on."""
+    case = Case(stage)
+    model, optimizer = build(case)
+    engine = engine_of(case, model, optimizer)
+    clean = reference.snapshot(model)
+    handle = model.head.register_forward_pre_hook(fail)
+    with pytest.raises(ValueError, match="out of memory"):
+        engine(batch(case, 0)[0])
+    noisy = [name for name, weight in reference.snapshot(model).items() if not torch.equal(weight, clean[name])]
+    handle.remove()
+    for index in range(2):
+        x, y = batch(case, index)
+        engine.backward(mse_loss(engine(x), y))
+        engine.step()
+    assert optimizer.report()["slots"] == {"clean": 2, "perturbed": 2}
+    return noisy
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [0, 2])
+def test_weights_are_clean_after_an_error_in_the_forward_pass_and_training_goes_on(stage):
+    assert run(2, interrupted, stage, keep_group=True) == [[], []]
+
+
+def collectives(case: Case) -> Counter[str]:
+    """Of the second optimizer step."""
+    model, optimizer = build(case)
+    engine = engine_of(case, model, optimizer)
+    for _ in range(2):
+        with Collectives() as mode:
+            for index in range(case.accumulation):
+                x, y = batch(case, index)
+                engine.backward(mse_loss(engine(x), y))
+                engine.step()
+    return mode.counts
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_step_has_no_collective_more_than_without_rwp(stage):
+    for accumulation in (1, 2):
+        case = Case(stage, accumulation=accumulation)
+        ours, plain = (run(2, collectives, replace(case, gamma=gamma), keep_group=True) for gamma in (0.2, 0.0))
+        assert ours == plain
+        assert all(plain)
+
+
+# What is refused once the engine is there
+
+
+@needs_deepspeed
+def test_zero_3_is_refused_at_the_first_forward_pass_of_the_engine():
+    with pytest.raises(RuntimeError, match=r"ZeRO-3, which cuts weights anywhere. What works is .*stage 2, or FSDP2"):
+        trained(Case(3))
+
+
+def wrapped_first() -> None:
+    """The wrapper is there ahead of the Accelerator that brings ZeRO-3."""
+    case = Case(3, "accelerate")
+    model, optimizer = build(case)
+    prepared = accelerator_of(case).prepare(model, optimizer, DataLoader(TensorDataset(*batch(case, 0)), batch_size=3))
+    prepared[0](batch(case, 0)[0])
+
+
+@needs_deepspeed
+def test_zero_3_is_refused_under_accelerate_at_construction_and_after_prepare():
+    message = r"NotImplementedError: RWP does not work with DeepSpeed ZeRO-3"
+    with pytest.raises(RuntimeError, match=message):
+        run(2, wrapped_first, keep_group=True)
+    with pytest.raises(RuntimeError, match=message):
+        trained(Case(3, "accelerate"))
+
+
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("route", ["engine", "accelerate"])
+def test_offloaded_optimizers_work_where_they_stay_the_ones_that_rwp_wraps(route):
+    case = Case(2, route, config={**OFFLOAD, "zero_force_ds_cpu_optimizer": False})
+    assert_mixed(case, trained(case))
+    with pytest.raises(RuntimeError, match=r'"zero_force_ds_cpu_optimizer": false'):
+        trained(replace(case, config=OFFLOAD))
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [1, 2])
+def test_damping_is_refused_by_the_engine_that_keeps_flat_partitions(stage):
+    with pytest.raises(RuntimeError, match="What works is eta=0"):
+        trained(Case(stage, options={"eta": 0.1}))
+
+
+def mixture() -> None:
+    from deepspeed.moe.layer import MoE
+
+    deepspeed_on_cpus().init_distributed("gloo")
+    model = nn.Sequential(nn.Linear(6, 8), MoE(8, nn.Linear(8, 8), num_experts=2, ep_size=2))
+    RWP(torch.optim.SGD(model.parameters(), lr=0.1), model)
+
+
+@needs_deepspeed
+def test_mixtures_of_experts_are_refused():
+    with pytest.raises(RuntimeError, match=r"DeepSpeed's mixture of experts.*What works is a dense model"):
+        run(2, mixture, timeout=60)
+    stop()
+
+
+@needs_deepspeed
+def test_sequence_parallelism_of_the_engine_is_refused():
+    sizes = {"data_parallel_size": 1, "sequence_parallel_size": 2}
+    with pytest.raises(RuntimeError, match=r"DeepSpeed's sequence parallelism.*What works is context parallelism"):
+        trained(Case(1, config=sizes))
+    stop()  # DeepSpeed keeps the mesh

@@ -7,6 +7,7 @@ every forward pass and after every backward pass, the gradient that the engine's
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +54,7 @@ class Case:
     momentum: float = 0.0
     clipping: float | None = 0.0
     world: int = 2
+    between: Callable[[Any, nn.Module], None] | None = None  # called with engine and model ahead of each backward pass
     config: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -178,6 +180,8 @@ def _by_engine(case: Case, save: str, load: str) -> Run:
             x, y = batch(case, index)
             loss = mse_loss(engine(x), y)
             recorder.forward(x, y, seen)
+            if case.between:
+                case.between(engine, model)
             engine.backward(loss)
             last = (index + 1) % case.accumulation == 0
             recorder.backward(seen, last)
