@@ -33,7 +33,7 @@ _HEAVY = ["accelerate", "hf_rwp.core.optimizer", "lightning", "timm", "torch.dis
 _HEAVY += ["torch.distributed.tensor.parallel", "transformers.trainer"]
 _workers: list[tuple[BaseProcess, Connection]] = []
 _kept: dict[int, tempfile.TemporaryDirectory[str]] = {}  # by world: the store of a group that the next call may have
-_GRACE = 3  # seconds beyond the collectives' own timeout
+_GRACE = 30  # seconds beyond the collectives' own timeout
 
 
 def run(
