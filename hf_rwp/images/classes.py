@@ -14,14 +14,16 @@ from hf_rwp.images.found import Found
 from hf_rwp.images.tables import with_column
 
 _ENCODED = Image(decode=False)
+_SHARDS = ". A shard has a file with the label beside each image, 0001.jpg and 0001.cls; unpack one of class folders"
 
 
 def choose_columns(role: str, split: Any, image: str | None, label: str | None) -> tuple[str, str]:
     """The names of the columns with the images and the labels."""
     features = split.features or {}
     where, kinds = f"the {role} split", {name: kind_of(feature) for name, feature in features.items()}
-    image = choose_image(where, features, image)
-    return image, choose_label(where, {name: kind for name, kind in kinds.items() if name != image}, label)
+    image = choose_image(where, features, image, _SHARDS if "__key__" in kinds else "")
+    tip = _SHARDS if "__key__" in kinds else ""
+    return image, choose_label(where, {name: kind for name, kind in kinds.items() if name != image}, label, tip)
 
 
 def two_columns(split: Any, image: str, label: str) -> Any:

@@ -48,7 +48,7 @@ def choose_label(where: str, kinds: Mapping[str, str], named: str | None, tip: s
             f"label_column={named!r} is not one that can hold labels (a class, an integer or a text): {where} has the "
             f"columns {_described(kinds)}{tip}"
         )
-    called = sorted((name for name in possible if name.lower() in LABEL_NAMES), key=_rank)
+    called = sorted((name for name in possible if _plain(name) in LABEL_NAMES), key=_rank)
     classes = [name for name in possible if kinds[name] == "class"]
     plain = [name for name in possible if kinds[name] == "integer" and not _NO_LABEL.fullmatch(name.lower())]
     texts = [name for name in possible if kinds[name] == "text" and not name.startswith("__")]
@@ -58,26 +58,32 @@ def choose_label(where: str, kinds: Mapping[str, str], named: str | None, tip: s
         return classes[0]
     if not classes and len(plain) == 1 and not texts:
         return plain[0]
+    odd = next((name for name in kinds if _plain(name) in LABEL_NAMES), None)
+    if odd is not None:
+        raise ValueError(
+            f"column {odd!r} of {where} holds {kinds[odd]}, and a label is a class, an integer or a text: write one "
+            f"such label for each image, or set label_column to another of {_described(kinds)}{tip}"
+        )
     raise ValueError(
         f"which column holds the labels is not clear: {where} has the columns {_described(kinds)}, and none of them is "
         f"called label or the like: set label_column to the one to use{tip}"
     )
 
 
-def choose_image(where: str, features: Features, named: str | None) -> str:
+def choose_image(where: str, features: Features, named: str | None, tip: str = "") -> str:
     """The column of the images: the one that is named, or the only one of that type, or of bytes and called so."""
     typed = [name for name, feature in features.items() if isinstance(feature, Image)]
     untyped = [name for name, feature in features.items() if _holds_bytes(feature)]
     if named in typed + untyped:
         return str(named)
     called = [name for name in untyped if name.lower() in _IMAGE_NAMES]
-    found: list[str] = next((names for names in (typed, called, untyped) if names), [])
+    found: list[str] = typed or called
     if named is None and len(found) == 1:
         return found[0]
     asked = f"image_column={named!r} is not one" if named is not None else "set image_column to the one to use"
     raise ValueError(
         f"one image column is needed, and {where} has these: {', '.join(found) or 'none'} (of "
-        f"{_described({name: kind_of(feature) for name, feature in features.items()})}): {asked}"
+        f"{_described({name: kind_of(feature) for name, feature in features.items()})}): {asked}{tip}"
     )
 
 
@@ -88,7 +94,11 @@ def _holds_bytes(feature: Any) -> bool:
 
 
 def _rank(name: str) -> int:
-    return LABEL_NAMES.index(name.lower())
+    return LABEL_NAMES.index(_plain(name))
+
+
+def _plain(name: str) -> str:
+    return name.lower().removesuffix(".txt")  # as tar shards have it
 
 
 def _described(kinds: Mapping[str, str]) -> str:

@@ -259,10 +259,10 @@ def _held_out(split: Dataset, fraction: float, found: Found) -> dict[str, Datase
     if not held:
         raise ValueError("no class has two images, so that none can be held out: set validation_split to other images")
     kept = np.setdiff1d(np.arange(len(labels)), held)
-    lone = f"; {alone} classes with one image are in training only" if alone else ""
+    lone = f"; {alone:,} class{'es' * (alone > 1)} of one image only to train on" if alone else ""
     found.notes.append(
-        f"{len(held):,} of {len(labels):,} images, {fraction:.0%} of each class, were held out for evaluation, always "
-        f"the same ones{lone}"
+        f"{len(held):,} of {len(labels):,} images, {fraction:.0%} of each class or one of it, were held out for "
+        f"evaluation, always the same ones{lone}"
     )
     found.splits = {"train": found.splits.get("train"), "validation": "held out of the training images"}
     return {"train": split.select(kept), "validation": split.select(sorted(held))}

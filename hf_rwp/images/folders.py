@@ -5,6 +5,7 @@
 3. What is ambiguous is refused by the first odd path; what is left out is counted in `Found`.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from hf_rwp.images.labels import (
 TRAIN = ("train", "training")
 VALIDATION = ("validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")  # the first found is taken
 ROLES = ("train", "validation")
+_WORDS = {"train": set(TRAIN), "validation": set(VALIDATION)}
 
 HOLD_OUT = "validation_fraction (--validation_fraction 0.2 holds out a fifth of the training images)"
 _SORT_THEM = (
@@ -62,7 +64,8 @@ def read_images(
     else:
         read = {role: _labelled(root, splits[role], role, label_column, found) for role in ROLES if role in splits}
     if "train" not in read:
-        _refuse_missing("train", tree, asked, "set train_split to the folder that holds it")
+        alone = f" (only to evaluate, validation_split={read['validation'].name!r})" if "validation" in read else ""
+        _refuse_missing("train", tree, asked, f"set train_split to the folder that holds it{alone}")
     if "validation" not in read and splits and fraction is None:
         _refuse_missing("validation", tree, asked, f"set validation_split to a folder there, or {HOLD_OUT}")
     _count_ignored(root, splits, read, found)
@@ -75,8 +78,11 @@ def _find_splits(tree: Tree, asked: Mapping[str, str | None]) -> dict[str, Tree]
     for role, words in zip(ROLES, (TRAIN, VALIDATION), strict=True):
         name = asked[role]
         if name is None:
-            named = (name for word in words for name in tree.folders if name.lower() == word)
-            name = next((name for name in named if metadata_file(tree) or _is_split(tree.folders[name])), None)
+            named = [name for word in words for name in tree.folders if name.lower() == word]
+            named = [name for name in named if metadata_file(tree) or _is_split(tree.folders[name])]
+            if len(named) > 1 and named[0].lower() == named[1].lower():
+                raise ValueError(f"{tree.path} holds {named[0]} and {named[1]}: set {role}_split to one of them")
+            name = next(iter(named), None)
         elif name not in tree.folders and set(asked.values()) != {"train"}:  # that is all images of a single split
             raise ValueError(
                 f"no {role} split among {listed(tree.folders)}, of {name}: set {role}_split to one of these folders"
@@ -119,11 +125,13 @@ def _refuse_missing(role: str, tree: Tree, asked: Mapping[str, str | None], reme
     words = [str(asked[role])] if asked[role] else list(usual)
     holding = {name: folder for name, folder in tree.folders.items() if folder.total}
     flat = next((folder for name, folder in holding.items() if name.lower() in words and folder.images), None)
+    table = _table_beside(tree)
     head = f"no {role} split among {listed(holding)} in {tree.path}, of {', '.join(words)}"
     if flat is None:
         raise ValueError(f"{head}: {remedy}")
     raise ValueError(
-        f"{head}. {flat.path.name} holds images without class folders ({flat.images[0]}): {_SORT_THEM}. Or {remedy}"
+        f"{head}. {flat.path.name} holds images without class folders ({flat.images[0]}): {_SORT_THEM}{table}. "
+        f"Or {remedy}"
     )
 
 
@@ -157,14 +165,14 @@ def _metadata(tree: Tree, splits: Sequence[Tree], label_column: str | None, foun
     by_folders = max(sum(folder.total > 0 for folder in split.folders.values()) for split in splits) > 1
     try:
         labels, column = read_metadata(file, label_column)
-    except ValueError as error:
+    except ValueError:
         if label_column is not None or not by_folders:
             raise
-        found.notes.append(f"the labels are the class folders: {error}")
+        found.note(f"{file.name} gives no labels that could be taken: they are the class folders")
         return None
     if by_folders and label_column is None:
         _refuse_contradiction(file, column, labels)
-        found.notes.append(f"the labels are the class folders, with which column {column!r} of {file.name} agrees")
+        found.note(f"the labels are the class folders, with which column {column!r} of {file.name} agrees")
         return None
     found.source, found.columns = f"a folder with {file.name}", {"image": "file_name", "label": column}
     return labels
@@ -202,12 +210,12 @@ def _classes(root: Tree, tree: Tree, role: str, found: Found, deep: bool) -> lis
             f"{_shown(root, deeper.first_image())}. Class folders must have equal depth: move the deeper up, or away"
         )
     classes = _nested(root, tree, nested, found, deep) if nested else {name: [part] for name, part in direct.items()}
-    _refuse_empty(root, tree, role, found)
     if len(classes) < 2 and role == "train":
         raise ValueError(
             f"{where} holds a single class folder, {next(iter(classes))}, and a classifier needs two or more: set "
-            "data_dir to the folder that holds all of them"
+            f"data_dir to the folder that holds all of them. Or, where that one holds all images, {_SORT_THEM}"
         )
+    _refuse_empty(root, tree, role, found)
     return list(classes.items())
 
 
@@ -217,18 +225,32 @@ def _nested(root: Tree, tree: Tree, nested: Mapping[str, Tree], found: Found, de
     names = {leaf.path.name for leaf in leaves}
     flat = all(leaf.total == len(leaf.images) for leaf in leaves)
     if flat and len(names) == 1 and len(nested) > 1:  # CLASS/images/IMAGE, as Tiny-ImageNet has it
-        found.notes.append(f"each class folder holds its images in {names.pop()}")
+        found.note(f"each class folder holds its images in {names.pop()}")
         return inner
     if deep and flat and len(names) == len(leaves) > 1:
-        found.notes.append(
+        found.note(
             f"the classes are the inner folders ({listed(sorted(names))}), not those around them ({listed(nested)})"
         )
         return {leaf.path.name: [leaf] for leaf in leaves}
     holds = "; ".join(f"{name} holds {listed(part.path.name for part in inner[name])}" for name in list(nested)[:5])
+    head = f"{_where(root, tree)} holds no class folders, but folders of folders: {holds}"
+    named = {role: next((name for name in nested if words & set(_words(name))), None) for role, words in _WORDS.items()}
+    if not deep and all(named.values()):
+        raise ValueError(f"{head}. Set train_split={named['train']!r} and validation_split={named['validation']!r}")
     raise ValueError(
-        f"{_where(root, tree)} holds no class folders, but folders of folders: {holds}. Set data_dir to one of them, "
-        f"such as {next(iter(nested.values())).path}, or move the class folders side by side"
+        f"{head}. Set data_dir to one of them, such as {next(iter(nested.values())).path}; or put the class folders "
+        "side by side, and the images of each directly in it"
     )
+
+
+def _words(name: str) -> list[str]:
+    return re.split(r"[^a-z]+", name.lower())
+
+
+def _table_beside(tree: Tree) -> str:
+    folders = (tree.path, tree.path.parent)
+    table = next((file.name for folder in folders for file in sorted(folder.glob("*.csv"))), None)
+    return f" (from {table}, if that has the labels)" if table else ""
 
 
 def _refuse_strays(where: str, tree: Tree, inside: int) -> None:
@@ -241,10 +263,8 @@ def _refuse_strays(where: str, tree: Tree, inside: int) -> None:
             f"{lie}, without a class: put LOC_val_solution.csv, which comes with them on Kaggle, in this folder or one "
             "around it, or the development kit ILSVRC2012_devkit_t12"
         )
-    table = next((file.name for folder in (tree.path, tree.path.parent) for file in sorted(folder.glob("*.csv"))), None)
-    hint = f" (from {table}, if that has the labels)" if table else ""
     beside = f", beside class folders with {inside:,}" if inside else ", and a label takes a class folder"
-    raise ValueError(f"{lie}{beside}: {_SORT_THEM}{hint}")
+    raise ValueError(f"{lie}{beside}: {_SORT_THEM}{_table_beside(tree)}")
 
 
 def _refuse_empty(root: Tree, tree: Tree, role: str, found: Found) -> None:

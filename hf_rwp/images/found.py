@@ -36,6 +36,11 @@ class Found:
             self.ignored[reason] = self.ignored.get(reason, 0) + count
             self.firsts.setdefault(reason, first)
 
+    def note(self, text: str) -> None:
+        """Add a note, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
     def count(self, splits: Mapping[str, Any]) -> None:
         """Count the images and classes of splits with a column label, a ClassLabel."""
         self.images = {role: getattr(split, "num_rows", None) for role, split in splits.items()}
@@ -106,6 +111,8 @@ def _spread(counts: Mapping[str, int]) -> str:
         return f"{len(counts)} classes: " + ", ".join(f"{name} {count:,}" for name, count in counts.items())
     ranked = Counter(counts).most_common()
     (most, largest), (fewest, smallest) = ranked[0], ranked[-1]
+    if smallest == largest:
+        return f"{len(counts):,} classes of {smallest:,} images"
     return f"{len(counts):,} classes of {smallest:,} ({fewest}) to {largest:,} ({most}) images"
 
 

@@ -32,7 +32,7 @@ def read_metadata(file: Path, label_column: str | None) -> tuple[Labels, str]:
     Raises ValueError where it is no table with a column file_name, or has no clear column of labels.
     """
     readers: dict[str, Callable[[Path], Any]] = {
-        ".csv": lambda path: pd.read_csv(path, keep_default_na=False, na_values=[""]),
+        ".csv": lambda path: pd.read_csv(path, sep=_separator(path), keep_default_na=False, na_values=[""]),
         ".jsonl": lambda path: pd.read_json(path, lines=True),
         ".parquet": pd.read_parquet,
     }
@@ -52,6 +52,13 @@ def read_metadata(file: Path, label_column: str | None) -> tuple[Labels, str]:
         raise ValueError(f"{file} has a row without a file_name or {column}: {missing.iloc[0].to_dict()}")
     names = (Path(str(name)).as_posix() for name in table["file_name"])
     return dict(zip(names, map(str, table[column]), strict=True)), column
+
+
+def _separator(file: Path) -> str:
+    """What stands between the columns: a comma, or what a spreadsheet puts in its place."""
+    with open(file, encoding="utf-8-sig", errors="replace") as lines:
+        head = lines.readline()
+    return next((mark for mark in ",;\t" if "file_name" in head.strip().split(mark)), ",")
 
 
 def _kind(column: Any) -> str:

@@ -105,11 +105,17 @@ def _described(folder: Path) -> bool:
 def load_saved(folder: Path, streaming: bool, found: Found) -> dict[str, Any]:
     """What `save_to_disk` wrote."""
     found.source = "a folder of save_to_disk"
-    try:
-        loaded = load_from_disk(str(folder))
-    except Exception as error:
-        raise _explained(str(folder), error, "Save it again with save_to_disk") from error
-    splits = dict(loaded) if isinstance(loaded, DatasetDict) else {str(loaded.split or "train"): loaded}
+    splits: dict[str, Any] = {}
+    for place in [folder] if is_saved(folder) else sorted(filter(is_saved, folder.iterdir())):
+        try:
+            loaded = load_from_disk(str(place))
+        except Exception as error:
+            broken = next((file for file in sorted(place.rglob("*.arrow")) if not _is_arrow(file)), place)
+            raise _explained(str(broken), error, "Save it again with save_to_disk") from error
+        if isinstance(loaded, DatasetDict):
+            splits |= loaded
+        else:
+            splits[str(loaded.split or "train") if place is folder else place.name] = loaded
     if streaming:
         return {split: table.to_iterable_dataset(min(64, len(table) or 1)) for split, table in splits.items()}
     return splits
@@ -123,6 +129,15 @@ def load_hub(path: str, *, name: str | None, revision: str | None, streaming: bo
     except Exception as error:
         raise _explained(path, error, _HUB_HINT) from error
     return loaded
+
+
+def _is_arrow(file: Path) -> bool:
+    try:
+        with pa.memory_map(str(file)) as source:
+            pa.ipc.open_stream(source)
+    except (pa.ArrowInvalid, OSError):
+        return False
+    return True
 
 
 def is_saved(folder: Path) -> bool:

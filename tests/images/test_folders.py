@@ -60,7 +60,7 @@ def test_a_fifth_of_a_flat_folder_of_classes_is_held_out(tmp_path, streaming):
     assert [len(kept), len(held), len(kept & held)] == [24, 6, 0]
     assert sorted(label for label, _ in held) == [0, 0, 1, 1, 1, 1]
     assert splits.found.images == {"train": 24, "validation": 6}
-    assert "20% of each class, were held out for evaluation" in " ".join(splits.found.notes)
+    assert "20% of each class or one of it, were held out for evaluation" in " ".join(splits.found.notes)
     assert splits.found.held_out
 
 
@@ -93,7 +93,7 @@ def test_a_class_of_one_image_is_trained_on(tmp_path):
     flat(tmp_path, {"cat": 5, "dog": 1})
     splits = load_images(str(tmp_path))
     assert splits.found.classes == {"train": {"cat": 4, "dog": 1}, "validation": {"cat": 1, "dog": 0}}
-    assert "1 classes with one image" in " ".join(splits.found.notes)
+    assert "1 class of one image only to train on" in " ".join(splits.found.notes)
 
 
 def test_evaluating_on_what_trains_is_refused_or_named(tmp_path):
@@ -372,7 +372,7 @@ def test_class_folders_go_before_metadata_without_labels(tmp_path):
     metadata(tmp_path / "train", "file_name,width\ncat/0.png,640\ndog/2.png,480\n")
     splits = load_images(str(tmp_path))
     assert (names(splits), len(splits["train"])) == (["cat", "dog"], 4)
-    assert "the labels are the class folders" in " ".join(splits.found.notes)
+    assert splits.found.notes == ["metadata.csv gives no labels that could be taken: they are the class folders"]
 
 
 def test_metadata_that_contradicts_the_class_folders_is_refused(tmp_path):
@@ -488,3 +488,36 @@ def test_a_dataset_that_is_a_folder_is_read_as_data_dir(tmp_path, streaming):
     write(tmp_path, [*inside("train"), *inside("val"), "test/4.png"])
     splits = load_images(dataset=str(tmp_path), streaming=streaming)
     assert [row["label"] for row in splits["validation"]] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("inner", ["", "/training_set"])
+def test_folders_that_are_splits_by_a_part_of_their_name_are_named_with_the_flags(tmp_path, inner):
+    write(tmp_path, [*inside(f"training_set{inner}"), *inside("test_set"), "pred_set/x/0.png"])
+    with pytest.raises(ValueError, match="Set train_split='training_set' and validation_split='test_set'"):
+        load_images(str(tmp_path))
+    splits = load_images(str(tmp_path), train_split="training_set", validation_split="test_set")
+    assert (names(splits), splits.found.images) == (["cat", "dog"], {"train": 4, "validation": 4})
+
+
+def test_two_folders_of_one_name_in_two_cases_are_refused(tmp_path):
+    write(tmp_path, [*inside("train"), *inside("Train"), *inside("val")])
+    with pytest.raises(ValueError, match="holds Train and train: set train_split to one of them"):
+        load_images(str(tmp_path))
+    assert len(load_images(str(tmp_path), train_split="train")["train"]) == 4
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_metadata_of_a_spreadsheet_is_read(tmp_path, mark):
+    write(tmp_path, [f"{number}.png" for number in range(4)])
+    rows = "".join(f"{number}.png{mark}{'NA' if number % 2 else 'fox'}\n" for number in range(4))
+    (tmp_path / "metadata.csv").write_text(f"\ufefffile_name{mark}label\n{rows}", encoding="utf-8")
+    assert names(load_images(str(tmp_path))) == ["fox", "NA"]
+
+
+def test_images_of_all_classes_in_one_folder_are_refused_with_the_table_that_may_help(tmp_path):
+    write(tmp_path, ["train/0.png", "train/1.png", "train.csv"])
+    with pytest.raises(ValueError, match=r"train holds images without class folders \(0.png\).*from train.csv"):
+        load_images(str(tmp_path))
+    write(tmp_path / "pets", ["images/abyssinian_1.png", "annotations/list.txt"])
+    with pytest.raises(ValueError, match=r"holds a single class folder, images.*metadata.csv"):
+        load_images(str(tmp_path / "pets"))

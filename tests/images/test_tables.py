@@ -7,6 +7,7 @@ import tarfile
 import numpy as np
 import pandas as pd
 import PIL.Image
+import pyarrow as pa
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from datasets.exceptions import DatasetGenerationError
@@ -222,6 +223,32 @@ def test_a_folder_of_save_to_disk_is_read(tmp_path, streaming):
     assert levels(splits["validation"]) == [(1, "dog")]
     table.save_to_disk(tmp_path / "one")
     assert len(load_images(str(tmp_path / "one"), validation_fraction=0.5)["validation"]) == 2
+    for name in ("train", "val"):
+        table.save_to_disk(tmp_path / "each" / name)
+    assert len(load_images(str(tmp_path / "each"))["validation"]) == 4
+
+
+def test_a_file_of_save_to_disk_that_is_cut_off_is_named(tmp_path):
+    table = Dataset.from_dict({"image": [{"path": None, "bytes": encoded(0)}], "label": [0]})
+    DatasetDict(train=table, test=table).save_to_disk(tmp_path)
+    (file,) = tmp_path.glob("train/*.arrow")
+    file.write_bytes(file.read_bytes()[:10])
+    with pytest.raises(ValueError, match=rf"{file.name}' could not be loaded.*save_to_disk"):
+        load_images(str(tmp_path))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_arrow_files_are_read(tmp_path, streaming):
+    table = Dataset.from_dict(
+        {"image": [{"path": None, "bytes": encoded(level)} for level in range(2)], "label": [0, 1]},
+        features=Features(image=Image(), label=classes("cat", "dog")),
+    ).data.table
+    (tmp_path / "data").mkdir()
+    for name, writer in (("train", pa.ipc.new_stream), ("test", pa.ipc.new_file)):
+        with pa.OSFile(str(tmp_path / f"data/{name}.arrow"), "wb") as sink, writer(sink, table.schema) as file:
+            file.write_table(table)
+    splits = load_images(str(tmp_path / "data"), streaming=streaming)
+    assert [levels(split) for split in splits.values()] == [[(0, "cat"), (1, "dog")]] * 2
 
 
 # What cannot be read.
@@ -305,3 +332,41 @@ def test_a_zip_is_named_with_what_to_do(tmp_path):
     (tmp_path / "train.zip").write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"holds no images \(1 .zip files \(unpack them first\)\)"):
         load_images(str(tmp_path))
+
+
+def write_tar(path, files):
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+
+
+def test_text_labels_of_shards_are_classes(tmp_path):
+    for split in ("train", "val"):
+        files = {f"{number}.png": encoded(number) for number in range(2)} | {
+            "0.label.txt": b"fox",
+            "1.label.txt": b"cat",
+        }
+        write_tar(tmp_path / f"data/{split}-0.tar", dict(sorted(files.items())))
+    assert levels(load_images(str(tmp_path / "data"))["train"]) == [(0, "fox"), (1, "cat")]
+
+
+@pytest.mark.parametrize("files", [{"train/cat/0.png": encoded(0)}, {"n01440764.tar": b"tar"}])
+def test_a_tar_that_is_no_shard_is_refused_with_what_one_is(tmp_path, files):
+    for split in ("train", "val"):
+        write_tar(tmp_path / f"data/{split}-0.tar", files)
+    with pytest.raises(ValueError, match=r"0001.jpg and 0001.cls; unpack one of class folders"):
+        load_images(str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize(("labels", "kind"), [([0.0, 1.0], "float64"), ([[0, 1], [1]], "list")])
+def test_a_label_of_another_kind_is_named(tmp_path, labels, kind):
+    (tmp_path / "data").mkdir()
+    for split in ("train", "val"):
+        pd.DataFrame({"image": [encoded(0), encoded(1)], "label": labels}).to_parquet(
+            tmp_path / f"data/{split}.parquet"
+        )
+    with pytest.raises(ValueError, match=f"column 'label' of the train split holds {kind}"):
+        load_images(str(tmp_path / "data"))
