@@ -18,7 +18,7 @@ import distributed
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import load, load_file
 from torch import nn
@@ -863,23 +863,33 @@ def test_random_kills_and_resumes_end_bit_equal(tmp_path, kills):
 # What cannot work is refused at construction
 
 
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.XLA])
-def test_sharding_and_tpus_are_refused_by_name_with_what_works(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "plugin", "match"),
+    [
+        (DistributedType.FSDP, {"fsdp_plugin": SimpleNamespace(fsdp_version=1)}, 'version 1, .*"version": 2'),
+        (DistributedType.DEEPSPEED, {"deepspeed_plugins": SimpleNamespace(zero_stage=3)}, "ZeRO-3, .*up to stage 2"),
+        (DistributedType.XLA, {}, "XLA. What works is DistributedDataParallel, FSDP2"),
+    ],
+)
+def test_other_engines_are_refused_by_name_with_what_works(tmp_path, kind, plugin, match):
     class Elsewhere(RWPTrainer):
         def create_accelerator_and_postprocess(self):
             super().create_accelerator_and_postprocess()
             PartialState._shared_state["distributed_type"] = kind  # where Accelerate itself keeps it
+            AcceleratorState._shared_state.update(plugin)
 
-    with pytest.raises(NotImplementedError, match=rf"work with {kind.value}: .*DistributedDataParallel on any number"):
+    with pytest.raises(NotImplementedError, match=f"work with .*{match}"):
         make(Tagger(), tmp_path, Elsewhere, rwp=True)
+    AcceleratorState._reset_state(True)
     make(Tagger(), tmp_path, Elsewhere, rwp=False)
+    AcceleratorState._reset_state(True)
 
 
 @pytest.mark.parametrize(
     ("mode", "match"),
     [
         (ParallelMode.NOT_DISTRIBUTED, "DataParallel.*use DistributedDataParallel"),
-        (ParallelMode.TPU, "does not work with tpu: .*What works is one process, or DistributedDataParallel"),
+        (ParallelMode.TPU, "does not work with tpu. What works is one process, DistributedDataParallel .*FSDP2"),
     ],
 )
 def test_data_parallel_and_other_modes_are_refused_by_name(tmp_path, monkeypatch, mode, match):
