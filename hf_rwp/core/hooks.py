@@ -34,19 +34,6 @@ class Hook:
         return getattr(method, "__self__", None)
 
 
-class Weighted(torch.autograd.Function):
-    """A tensor itself, whose gradient is multiplied by a weight. Not a view: in-place changes keep its hooks."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, weight: float) -> Tensor:
-        ctx.weight = weight
-        return tensor.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return gradient if ctx.weight == 1 else gradient * ctx.weight, None
-
-
 def at_end_of_backward(callback: Callable[[], None]) -> None:
     """Call `callback` when the backward pass that is running now has ended; to be called from a tensor's hook.
 

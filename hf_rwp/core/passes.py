@@ -6,13 +6,14 @@
 1. A forward pass in training mode with gradients enabled begins a micro-step, or joins the one that is pending. Any
    other sees clean weights.
 2. Between the two passes whoever looks (`state_dict`, copies, evaluation, `zero_grad`) finds clean weights.
-3. The gradient's weight goes on as a hook of every parameter, ahead of DDP's reduction; under FSDP2, which calls no
-   hooks of parameters, as one of every output.
+3. The gradient's weight goes on as a hook of every parameter, ahead of DDP's reduction; under FSDP2, where modules
+   compute with other parameters than the optimizer's, as one of those.
 """
 
 import functools
 import logging
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_rwp.core import registry
-from hf_rwp.core.hooks import Hook, Weighted, at_end_of_backward, in_backward, tensors_in, with_tensors
+from hf_rwp.core.hooks import Hook, at_end_of_backward, in_backward, tensors_in
 from hf_rwp.core.perturbation import Perturbation
 from hf_rwp.core.placement import Role
+from hf_rwp.core.sharding import gathered_weights, is_gathered
 from hf_rwp.core.window import Windows
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ class Passes:
         self.role: Role | None = None  # of the latest; None where it was an ordinary pass
         self._windows, self._perturbation = windows, perturbation
         self._entries: list[_Entry] = []  # of the forward passes that run now: a model may call itself
-        self._weight_hooks: list[RemovableHandle] = []  # on the parameters, while a micro-step is open
+        self._weight_hooks: dict[int, RemovableHandle] = {}  # on the parameters by id, while a micro-step is open
         for hook in list(model._forward_pre_hooks.values()):
             if isinstance(hook, Hook) and isinstance(hook.owner, Passes):
                 hook.owner.remove()
@@ -107,6 +109,9 @@ class Passes:
     def _before_forward(self, module: nn.Module, *_: Any) -> None:
         hooks: Any = module._forward_pre_hooks
         hooks.move_to_end(self.handles[0].id, last=False)  # FSDP2's may have come since
+        if is_gathered(module):  # our hook of an output comes ahead of its, which gathers the weights for the way back
+            hooks = module._forward_hooks
+            hooks.move_to_end(self.handles[1].id, last=False)
         self._entries.append(_Entry.LOOKED)
         if not self._trains(module):
             if self.suspend():
@@ -123,11 +128,7 @@ class Passes:
             if self.role is not None:
                 self._entries[-1] = _Entry.BEGAN
                 self.micro_step = MicroStep(self.role)
-                if self.role.weight != 1 and not self._windows.gathers:
-                    scale = functools.partial(torch.mul, other=self.role.weight)
-                    for parameter in module.parameters():
-                        if parameter.requires_grad:
-                            self._weight_hooks.append(parameter.register_hook(scale))
+                self._weigh(self.micro_step, module.parameters())
 
     def _after_forward(self, module: nn.Module, _: Any, output: Any) -> Any:
         entry = self._entries.pop() if self._entries else _Entry.LOOKED
@@ -139,9 +140,7 @@ class Passes:
             if not self._entries:
                 self._perturbation.guard_copies()
             return None
-        if self._windows.gathers:
-            weight = micro_step.role.weight  # once on each path, also where an output is made from another one
-            output = with_tensors(output, lambda t: Weighted.apply(t, weight) if t.grad_fn is not None else t)
+        self._weigh(micro_step, gathered_weights(self._windows.gatherers))
         outputs = [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
         for tensor in outputs:
             tensor.register_hook(functools.partial(self._before_backward, micro_step))
@@ -152,7 +151,14 @@ class Passes:
             self._perturbation.suspend()
         elif not self._entries:
             self._perturbation.guard_copies()
-        return output if self._windows.gathers else None
+        return None
+
+    def _weigh(self, micro_step: MicroStep, parameters: Iterable[Tensor]) -> None:
+        """Multiply the gradients of `parameters` by the micro-step's weight, once each."""
+        scale = functools.partial(torch.mul, other=micro_step.role.weight)
+        for parameter in parameters if micro_step.role.weight != 1 else ():
+            if parameter.requires_grad and id(parameter) not in self._weight_hooks:
+                self._weight_hooks[id(parameter)] = parameter.register_hook(scale)
 
     def _before_backward(self, micro_step: MicroStep, _: Tensor) -> None:
         if micro_step.stage is Stage.OVER:
@@ -189,7 +195,7 @@ class Passes:
             return self._perturbation.restore()
         finally:
             while self._weight_hooks:
-                self._weight_hooks.pop().remove()
+                self._weight_hooks.popitem()[1].remove()
 
     def _say(self, written: list[str]) -> None:
         if written:

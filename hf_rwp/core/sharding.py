@@ -138,20 +138,53 @@ def add_up(parts: Sequence[Tensor], groups: Sequence[Sequence[dist.ProcessGroup]
 
 
 def gatherers(model: nn.Module) -> list[Any]:
-    """FSDP2's groups of parameters in a model: each gathers its weights ahead of a pass, and frees them after it."""
+    """FSDP2's groups of parameters in a model: each gathers its weights ahead of a pass, and frees them after it.
+
+    Also those of a module around the model, such as torch.compile's, which hold its weights.
+    """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if not hasattr(fsdp, "FSDPModule"):
         return []
+    modules = list(model.modules())
     found: dict[Any, None] = {}
-    for module in model.modules():
-        if isinstance(module, fsdp.FSDPModule):  # type: ignore[union-attr]
-            state = module._get_fsdp_state()
-            if state._is_root is None:
-                state._lazy_init()  # the first forward pass does, and may move the shards to memory of another size
-            state._state_ctx.post_optim_event = None  # a gather waits for whatever is under way, our noise too
-            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-            found.update(dict.fromkeys(group for group in groups if group is not None))
+    states = [module._get_fsdp_state() for module in modules if isinstance(module, fsdp.FSDPModule)]  # type: ignore[union-attr]
+    for state in [*_states_around(modules), *states]:
+        if state._is_root is None:
+            state._lazy_init()  # the first forward pass does, and may move the shards to memory of another size
+        state._state_ctx.post_optim_event = None  # a gather waits for whatever is under way, our noise too
+        found.update(dict.fromkeys(_groups(state)))
     return list(found)
+
+
+def _groups(state: Any) -> list[Any]:
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
+
+
+def _states_around(modules: Sequence[nn.Module]) -> list[Any]:
+    """Those of FSDP2's states that are not of `modules`, and hold parameters of theirs. It has no public way there."""
+    from torch.distributed._composable_state import _module_state_mapping
+
+    inside = set(modules)
+    outside = [state() for module, state in _module_state_mapping.items() if module not in inside]
+    return [
+        state
+        for state in outside
+        if hasattr(state, "_fsdp_param_group")
+        and any(held._module_info.module in inside for group in _groups(state) for held in group.fsdp_params)
+    ]
+
+
+def is_gathered(module: nn.Module) -> bool:
+    """Whether FSDP2 gathers weights for a module's forward pass, ahead of its first one too."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return hasattr(fsdp, "FSDPModule") and isinstance(module, fsdp.FSDPModule)  # type: ignore[union-attr]
+
+
+def gathered_weights(groups: Iterable[Any]) -> list[nn.Parameter]:
+    """The whole weights that modules compute with, once FSDP2's `groups` gathered them: the same objects each time."""
+    held = [held for group in groups for held in group.fsdp_params]
+    return [one._unsharded_param for one in held if hasattr(one, "_unsharded_param")]
 
 
 def reshard(groups: Iterable[Any]) -> list[Any]:

@@ -105,9 +105,9 @@ class Windows:
         return self.options.alpha > 0 and any(gamma > 0 for gamma in self.groups.gammas())
 
     @property
-    def gathers(self) -> bool:
-        """Whether FSDP2 gathers the weights of the window that is open."""
-        return self.current is not None and bool(self.current.gatherers)
+    def gatherers(self) -> Sequence[Any]:
+        """Of the window that is open, see `Window`."""
+        return () if self.current is None else self.current.gatherers
 
     def begin(self, module: nn.Module) -> Role | None:
         """Begin a micro-step, its noise in the weights; None: an ordinary one. module: that is called."""

@@ -80,6 +80,7 @@ class Case:
     windows: int = 3
     wrapped_first: bool = False
     sync_each: bool = True  # whether every micro-step's gradients are reduced, not the last one's alone
+    keep: bool = False  # whether FSDP2's weights stay gathered from one micro-step to the next
     ahead: Callable[[nn.Module], Any] | None = None  # called before every forward pass
     between: Callable[[nn.Module, Any], None] | None = None  # called between the forward and the backward pass
     after: Callable[[nn.Module], Any] | None = None  # called after every backward pass
@@ -218,6 +219,8 @@ def train(case: Case, model: nn.Module, optimizer: Any, stepped: Callable[[list[
         last = (index + 1) % case.accumulation == 0
         if gathers:
             model.set_requires_gradient_sync(last)
+        if case.keep:
+            model.set_reshard_after_backward(last)
         if case.ahead:
             case.ahead(model)
         loss = loss_of(model, x, y) * (case.scale / case.accumulation)
