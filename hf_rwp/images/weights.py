@@ -57,7 +57,9 @@ def find_weights(named: str, flag: str) -> Source:
             return Source(*_model_folder(path.parent, str(path.parent), flag))
         return Source(path, None, {})
     looks_local = named.startswith(("/", "~", ".")) or named.count("/") > 1 or path.suffix in SUFFIXES
-    if looks_local or path.parts[0] == "outputs" or not _HUB_ID.fullmatch(named):
+    beside = [item.name for item in path.parent.iterdir()] if "/" in named and path.parent.is_dir() else []
+    mistyped = difflib.get_close_matches(path.name, beside, n=1)
+    if looks_local or mistyped or path.parts[0] == "outputs" or not _HUB_ID.fullmatch(named):
         raise ValueError(f"{flag}={named!r} does not exist{_nearest(path)}")
     return Source(None, named, {})
 
