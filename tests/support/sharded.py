@@ -36,8 +36,10 @@ MESHES: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
     "tp2ranks": ((2,), ("tp",)),
     "fsdp_tp": ((2, 2), ("shard", "tp")),
     "hsdp_tp": ((2, 1, 2), ("replicate", "shard", "tp")),
+    "replicated": ((4,), ("replicate",)),
+    "half": ((2, 2), ("elsewhere", "shard")),  # the other half of the world trains by itself
 }
-PARALLEL = {"hsdp", "replicate", "hsdp_tp"}
+PARALLEL = {"hsdp", "replicate", "hsdp_tp", "replicated"}
 _meshes: dict[str, Any] = {}
 
 
@@ -85,6 +87,7 @@ class Case:
     between: Callable[[nn.Module, Any], None] | None = None  # called between the forward and the backward pass
     after: Callable[[nn.Module], Any] | None = None  # called after every backward pass
     clip: float | None = None
+    excluded: str = ""  # beginning of the names of the weights in a group without noise
     dtype: torch.dtype = torch.float64
     options: dict[str, Any] = field(default_factory=dict)  # of RWP
     sharding: dict[str, Any] = field(default_factory=dict)  # of fully_shard
@@ -150,7 +153,7 @@ def shard(case: Case, model: nn.Module, mesh: DeviceMesh | None) -> None:
 def data_mesh_of(case: Case, mesh: DeviceMesh | None) -> DeviceMesh | None:
     """That fully_shard works along."""
     names = MESHES[case.engine][1]
-    data = tuple(name for name in names if name != "tp")
+    data = tuple(name for name in names if name not in ("tp", "elsewhere"))
     return (mesh[data] if len(names) > len(data) else mesh) if data else None
 
 
@@ -162,7 +165,7 @@ def build(case: Case) -> tuple[nn.Module, RWP, torch.optim.Optimizer]:
         model = case.change(model)
     if not case.wrapped_first:
         (case.shard or shard)(case, model, mesh)
-    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    base = base_of(case, model)
     steps = case.accumulation if case.accumulation > 1 else None
     optimizer = RWP(base, model, gamma=case.gamma, alpha=case.alpha, accumulation_steps=steps, **case.options)
     if case.wrapped_first:
@@ -171,9 +174,17 @@ def build(case: Case) -> tuple[nn.Module, RWP, torch.optim.Optimizer]:
     return model, optimizer, base
 
 
-def batch(case: Case, index: int) -> tuple[Tensor, Tensor]:
-    """Of this rank: tensor-parallel peers have the same."""
-    group = dist.get_rank() if dist.is_initialized() else 0
+def base_of(case: Case, model: nn.Module) -> torch.optim.Optimizer:
+    groups: dict[bool, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        groups.setdefault(bool(case.excluded) and name.startswith(case.excluded), []).append(parameter)
+    kinds = [{"params": own, **({"rwp_gamma": 0.0} if excluded else {})} for excluded, own in groups.items()]
+    return torch.optim.SGD(kinds, lr=0.1, momentum=0.9)
+
+
+def batch(case: Case, index: int, rank: int | None = None) -> tuple[Tensor, Tensor]:
+    """Of a rank, this one if None: tensor-parallel peers have the same."""
+    group = rank if rank is not None else dist.get_rank() if dist.is_initialized() else 0
     if "tp" in MESHES[case.engine][1]:
         group //= MESHES[case.engine][0][-1]
     generator = torch.Generator().manual_seed(1000 * group + index)
