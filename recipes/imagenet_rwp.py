@@ -11,7 +11,7 @@ accelerate launch --config_file recipes/accelerate/gpu_8.yaml recipes/imagenet_r
     --config recipes/configs/imagenet_resnet50.yaml --dataset ILSVRC/imagenet-1k --workers 8
 ```
 
-# Any folder: train/CLASS/IMAGE and validation/CLASS/IMAGE, parquet files, or WebDataset shards
+# Any folder: CLASS/IMAGE, train/CLASS/IMAGE and validation/CLASS/IMAGE, parquet files, or WebDataset shards
 ```bash
 accelerate launch recipes/imagenet_rwp.py --data_dir path/to/images --model resnet50 --epochs 90 --lr 0.1
 ```
@@ -21,8 +21,7 @@ accelerate launch recipes/imagenet_rwp.py --data_dir path/to/images --model resn
 accelerate launch recipes/imagenet_rwp.py --data_dir path/to/pets --pretrained timm/resnet50.a1_in1k --lr 0.01
 ```
 
-# After a crash, Ctrl-C or a preemption: on from the last checkpoint with the run's own flags, bit for bit
-# (on GPUs with --deterministic)
+# After a crash or Ctrl-C: on from the last checkpoint with the run's own flags, bit for bit (GPUs: --deterministic)
 ```bash
 accelerate launch recipes/imagenet_rwp.py --resume_from_checkpoint outputs/NAME
 ```
@@ -93,7 +92,7 @@ from hf_rwp.runs.determinism import derive_seed, use_fast_kernels
 from hf_rwp.runs.divergence import is_finite, refuse_divergence
 from hf_rwp.runs.evaluation import evaluate_only, write_evaluation
 from hf_rwp.runs.launch import check_launch
-from hf_rwp.runs.opening import model_facts, opening, say, step_facts
+from hf_rwp.runs.opening import data_facts, model_facts, opening, say, step_facts
 from hf_rwp.runs.parsing import start
 from hf_rwp.runs.records import Results, Row, command_of, environment, hub_id, scrub_paths, summary
 from hf_rwp.runs.resuming import check_flags, find_checkpoint
@@ -161,9 +160,10 @@ def main(args: Arguments) -> None:
     alpha = args.rwp_alpha if args.rwp and args.rwp_gamma != 0 else 0.0
     micro_steps = max(args.gradient_accumulation_steps, fewest_micro_steps(replicas, alpha, args.rwp_antithetic))
     flags, background = scrub_paths(asdict(args)), None
-    checkpoint, state = find_checkpoint(args)
     if not args.eval_only:
         args.check_batch(replicas, micro_steps, mixes(alpha))
+    checkpoint, state = find_checkpoint(args)
+    if not args.eval_only:
         kept = KEPT_BY_CHECKPOINTS | ({"lr"} if args.sched == "none" else set())
         harmless = HARMLESS | (set() if args.streaming else {"workers"})
         check_flags(accelerator, flags, state, kept=kept, harmless=harmless, weights="--pretrained .../model")
@@ -429,7 +429,7 @@ def describe_run(args: Arguments, accelerator: Accelerator, module: nn.Module, s
         "base_model": base,
         "command": command_of(f"accelerate launch recipes/{Path(__file__).name}", given, defaults),
         "data": describe_splits(splits),
-        "found": found_in(splits).facts(),
+        "found": data_facts(found_in(splits).facts()),
         "model": model_facts(module.pretrained_cfg["architecture"], module, source),
         "images_per_step": step,
         **environment(accelerator),  # now: by the end of the run the code on disk may be another

@@ -13,6 +13,7 @@ from typing import Any
 def replacing(file: Path) -> Iterator[Path]:
     """A path to write to, which takes the place of `file` at the end; after an error what was there stays."""
     partial = file.with_name(f"{file.name}.partial")
+    file.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
         partial.replace(file)

@@ -125,10 +125,10 @@ def check_flags(
 
 
 def check_writable(output_dir: Path) -> None:
-    """Raise ValueError now, not after the first epoch."""
+    """Raise ValueError now, not after the first epoch. The folder is made only once there is something to write."""
+    there = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise ValueError(f"output_dir={str(output_dir)!r} cannot be written to ({error}): set another one") from error

@@ -39,6 +39,7 @@ from sklearn.metrics import top_k_accuracy_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.functional import cross_entropy
 
+from hf_rwp.images.data import load_images
 from hf_rwp.runs.parsing import parse_arguments
 
 # As a user starts it
@@ -590,3 +591,22 @@ def test_antithetic_noise_gets_its_pairs_on_one_replica(recipe, tmp_path):
     assert found["final"]["rwp"]["slots"] == {"clean": 6, "perturbed": 6}
     with pytest.raises(ValueError, match="batch_size=30 cannot be cut into 4 parts: set a multiple of 4"):
         train(recipe, tmp_path / "odd", "--rwp_antithetic=true", "--batch_size=30")
+
+
+def test_a_refusal_leaves_no_folder_behind(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "load_images", load_images)
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(ValueError, match="holds no images"):
+        train(recipe, tmp_path / "outputs/run", f"--data_dir={tmp_path / 'photos'}")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written to"):
+        train(recipe, tmp_path / "file/run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "photos"]
+
+
+def test_flags_are_checked_before_a_run_that_is_there_is_refused(recipe, tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match="batch_size=31 cannot be cut into halves"):
+        train(recipe, tmp_path, "--batch_size=31")
+    with pytest.raises(FileExistsError, match="holds a finished run"):
+        train(recipe, tmp_path)
