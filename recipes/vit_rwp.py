@@ -68,10 +68,11 @@ from hf_rwp.images.transforms import image_transforms
 from hf_rwp.runs.evaluation import write_evaluation
 from hf_rwp.runs.files import as_json, write
 from hf_rwp.runs.given import Given, save_flags
-from hf_rwp.runs.opening import model_facts, opening, say, step_facts
+from hf_rwp.runs.opening import data_facts, model_facts, opening, say, step_facts
 from hf_rwp.runs.parsing import start
 from hf_rwp.runs.records import Results, base_of, environment, scrub_paths, summary, weights_digest
 from hf_rwp.runs.resuming import RESULTS, check_writable, refuse_other_flags
+from hf_rwp.runs.sharded import gathered, refuse_sharded, replicas_of_run, whole_copy
 from hf_rwp.runs.signals import Signals
 from hf_rwp.trainer.checkpoints import find_trainer_checkpoint, remove_later_checkpoints
 from hf_rwp.trainer.history import Record, evaluated, rows_by_epoch
@@ -218,6 +219,7 @@ def main(args: Arguments) -> None:
     signals = Signals()
     trainer = create_trainer(args, model, splits, data_config, signals)
     accelerator, is_main = trainer.accelerator, trainer.is_world_process_zero()
+    refuse_sharded(accelerator)
     facts = describe_run(args, trainer, splits)
     step = None if args.eval_only else facts["images_per_step"]
     say(accelerator, opening(accelerator, given, found_in(splits).lines(), facts["model"], step, output_dir))
@@ -236,6 +238,7 @@ def main(args: Arguments) -> None:
         save_flags(output_dir, given.flags)
         remove_later_checkpoints(output_dir, checkpoint)
     accelerator.wait_for_everyone()
+    whole = whole_copy(accelerator, model)  # takes sharded weights when they are written
     with signals:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
 
@@ -244,6 +247,7 @@ def main(args: Arguments) -> None:
         history[-1] |= evaluated(trainer.evaluate())
     best = evaluate_best(trainer)
     digests = gather_object([weights_digest(unwrapped(model))])
+    model = gathered(accelerator, whole, model)
     if not is_main:
         return
     folder = pushed = output_dir / "model"
@@ -309,7 +313,7 @@ def describe_run(args: Arguments, trainer: ImageTrainer, splits: DatasetDict) ->
     """What results.json says of a run beside its flags and figures."""
     model, accelerator, parts = unwrapped(trainer.model), trainer.accelerator, args.gradient_accumulation_steps
     mixing = args.rwp and mixes(args.rwp_alpha, args.rwp_gamma)
-    halved = mixing and accelerator.num_processes == parts == 1
+    halved = mixing and replicas_of_run(accelerator) == parts == 1
     base = base_of(model)
     inner = timm_model_of(model)
     name = type(model).__name__ if inner is None else model.config.architecture
@@ -318,7 +322,7 @@ def describe_run(args: Arguments, trainer: ImageTrainer, splits: DatasetDict) ->
     return {
         "base_model": base,
         "data": describe_splits(splits),
-        "found": found_in(splits).facts(),
+        "found": data_facts(found_in(splits).facts()),
         "model": model_facts(name, trainer.model, source),
         "images_per_step": step_facts(accelerator, per_process, 2 if halved else parts, mixing),
         **environment(accelerator),

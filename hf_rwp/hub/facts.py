@@ -19,6 +19,7 @@ PICTURES = {  # files that a card shows if its repository has them
 _METHODS = {"rwp": "Random Weight Perturbation", "sam": "sharpness-aware minimization (SAM)", "base": "plain training"}
 _METRICS = {"top1": "Top-1 accuracy", "top5": "Top-5 accuracy", "accuracy": "Accuracy"}
 _HYPER_PARAMETERS = (
+    *("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rwp_frozen"),
     *("rwp_noise", "rwp_noise_1d", "rwp_antithetic", "rwp_schedule", "rwp_growth", "rwp_start"),
     *("rwp_eta", "rwp_beta", "rwp_seed"),
     *("sam_rho", "epochs", "num_train_epochs", "max_steps", "batch_size", "per_device_train_batch_size"),
@@ -56,6 +57,8 @@ class Facts:
     slots: Mapping[str, int] | None = None
     data: str = ""
     split: str | None = None
+    held_out: bool = True  # whether evaluation was on other images than training
+    notes: Sequence[str] = ()  # what was decided about the data
     metrics: Mapping[str, float] = field(default_factory=dict)
     hyper_parameters: Mapping[str, Any] = field(default_factory=dict)
     hardware: Mapping[str, Any] = field(default_factory=dict)
@@ -107,7 +110,7 @@ class Facts:
     @property
     def evaluation(self) -> list[dict[str, Any]]:
         """The results in the card's head, each as `EvalResult` takes it: all of one split, accuracies as fractions."""
-        if self.task is None:
+        if self.task is None or not self.held_out:
             return []
         common = {
             "task_type": self.task,
@@ -150,6 +153,8 @@ def build_facts(
         "slots": rwp.get("slots"),
         "data": results.get("dataset") or _data(arguments),
         "split": results.get("data", {}).get("validation", {}).get("split") or arguments.get("validation_split"),
+        "held_out": results.get("found", {}).get("held_out", True),
+        "notes": results.get("found", {}).get("notes", ()),
         "metrics": metrics,
         "hyper_parameters": {key: arguments[key] for key in _HYPER_PARAMETERS if _said(key, arguments, method)},
         "hardware": results.get("hardware", {}),
@@ -202,10 +207,12 @@ def _figures(results: Mapping[str, Any], metrics: Mapping[str, float], averaged:
     """The rows of the card's table."""
     final, data = results.get("final", {}), results.get("data", {})
     images = data.get("validation", {}).get("images")
-    on = f" on {images:,} held-out {kind}" if images else f", held-out {kind}"
+    found = results.get("found", {})
+    which = f"held-out {kind}" if found.get("held_out", True) else f"of the {kind} that it was trained on"
+    on = f" on {images:,} {which}" if images else f", {which}"
     rows = {f"{_METRICS[key]}{on}": f"{value:.2%}".replace("%", " %") for key, value in metrics.items()}
     loss = final.get("eval_loss_ema" if averaged else "eval_loss")
-    rows |= _row(f"Loss, held-out {kind}", loss, ".4f")
+    rows |= _row(f"Loss, {which}", loss, ".4f")
     rows |= _row("Training loss", final.get("train_loss"), ".4f")
     rows |= _row("Training loss at clean weights", final.get("loss_clean"), ".4f")
     rows |= _row("Training loss at perturbed weights", final.get("loss_perturbed"), ".4f")
@@ -221,9 +228,24 @@ def _figures(results: Mapping[str, Any], metrics: Mapping[str, float], averaged:
     if noise:
         rows["Noise relative to the weights, largest layer"] = f"{noise['size']:.2g} ({noise['name']})"
     rows |= _row("Training images", data.get("train", {}).get("images"), ",")
+    classes = _classes(found.get("classes", {}).get("train", {}))
+    if classes:
+        rows["Classes, and training images of each"] = classes
+    if found.get("ignored"):
+        rows["Files left out"] = ", ".join(f"{count:,} {reason}" for reason, count in found["ignored"].items())
+    rows |= _row("Weights in the model", results.get("model", {}).get("weights"), ",")
+    rows |= _row("Images in a step", (results.get("images_per_step") or {}).get("images"), ",")
     rows |= _row("Training time, seconds", results.get("seconds"), ",.1f")
     rows |= _row("Images per second", final.get("images_per_second"), ",.0f")
     return rows
+
+
+def _classes(counts: Mapping[str, Any]) -> str:
+    """Of the counts by class, or of the fewest and the most where there are many classes."""
+    if isinstance(counts.get("most"), Mapping):
+        (most, largest), (fewest, smallest) = (next(iter(counts[name].items())) for name in ("most", "fewest"))
+        return f"{counts['count']:,}, {smallest:,} ({fewest}) to {largest:,} ({most})"
+    return f"{len(counts)}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()) if counts else ""
 
 
 def _row(name: str, value: float | None, form: str) -> dict[str, str]:

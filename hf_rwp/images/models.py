@@ -144,8 +144,8 @@ def _created(name: str, pretrained: str | None, options: dict[str, Any]) -> Any:
             raise
         here = "" if "local-dir:" in name or pretrained == "timm" else "it is no folder here, and on the Hub: "
         raise ValueError(
-            f"pretrained={pretrained!r} could not be loaded as {name}: {here}{error}. Set a folder that holds a model, or "
-            "an id on the Hub, and check the connection and your access (`hf auth login`)"
+            f"pretrained={pretrained!r} could not be loaded as {name}: {here}{error}. Set a folder that holds a model, "
+            "or an id on the Hub, and check the connection and your access (`hf auth login`)"
         ) from error
 
 

@@ -1,6 +1,6 @@
 """The first lines of a run: what it found, what it trains, on what and where; the same facts for its results."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from hf_rwp.runs.given import Given
+from hf_rwp.runs.records import scrub_paths
 from hf_rwp.runs.sharded import replicas_of_run
 
 
@@ -18,6 +19,12 @@ def model_facts(name: str, module: nn.Module, source: str | None) -> dict[str, A
         sizes[parameter.requires_grad] += parameter.numel()
     facts = {"name": name, "weights": sum(sizes.values()), "from": source}
     return facts | ({"trained": sizes[True]} if sizes.get(False) else {})
+
+
+def data_facts(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What `Found.facts` says, without places on this machine and the names of files."""
+    kept = {name: value for name, value in found.items() if name != "firsts"}
+    return kept | {"notes": [scrub_paths(note) for note in found["notes"]]}
 
 
 def step_facts(accelerator: Accelerator, per_process: int, parts: int, mixes: bool) -> dict[str, Any]:

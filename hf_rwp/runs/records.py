@@ -71,6 +71,9 @@ class Results(TypedDict, total=False):
     command: str  # that gives the same run
     base_model: str | None  # what training started from, by its id on the Hub
     data: dict[str, dict[str, Any]]  # by role, train and validation: `images`, None for a stream, and the `split`
+    found: dict[str, Any]  # more of them: classes with counts, columns, files left out, notes (`data_facts`)
+    model: dict[str, Any]  # `name`, number of `weights`, where they are `from`; how many are `trained` if not all
+    images_per_step: dict[str, Any] | None  # `step_facts`
     hardware: dict[str, Any]  # this and what follows: `environment`
     versions: dict[str, str]
     git_commit: str | None

@@ -288,3 +288,51 @@ def test_the_wheel_alone_renders_a_card(tmp_path):
         assert Path(file).is_relative_to(packages), file  # not this checkout
     assert torch_too == "False"  # a card needs no torch
     assert card.rstrip() == render_card(build_facts({"arguments": {"method": "rwp"}}, name="beasts")).rstrip()
+
+
+# What was found in the data, and what is no result
+
+
+FOUND = {
+    "classes": {"train": {"cat": 600, "fox": 400}, "validation": {"cat": 60, "fox": 40}},
+    "ignored": {"without an ending": 2, "of .txt": 1},
+    "notes": ["a fifth of the images | is held out"],
+    "held_out": True,
+}
+
+
+def test_a_card_says_what_was_found_and_left_out():
+    many = {"count": 1000, "fewest": {"fox": 5}, "most": {"cat": 1300}}
+    facts = {"found": FOUND, "model": {"name": "resnet18", "weights": 11_689_512}, "images_per_step": {"images": 64}}
+    card = render_card(build_facts(RESULTS | facts))
+    table = rows(card)
+    assert table["Classes, and training images of each"] == "2: cat 600, fox 400"
+    assert table["Files left out"] == "2 without an ending, 1 of .txt"
+    assert table["Weights in the model"] == "11,689,512"
+    assert table["Images in a step"] == "64"
+    assert "About the data: a fifth of the images \\| is held out." in card
+    table = rows(render_card(build_facts(RESULTS | {"found": FOUND | {"classes": {"train": many}, "ignored": {}}})))
+    assert table["Classes, and training images of each"] == "1,000, 5 (fox) to 1,300 (cat)"
+    assert "Files left out" not in table
+
+
+def test_figures_of_the_training_images_are_not_called_held_out():
+    card = render_card(build_facts(RESULTS | {"found": FOUND | {"held_out": False}}))
+    table = rows(card)
+    assert table["Top-1 accuracy on 100 of the images that it was trained on"] == "90.00 %"
+    assert "held-out" not in card
+    assert "model-index" not in head(card)  # which others rank
+
+
+def test_figures_that_are_no_numbers_are_on_no_card_and_json_stays_json(tmp_path):
+    results = RESULTS | {"final": RESULTS["final"] | {"top1": float("nan"), "eval_loss": float("inf")}}
+    add_card(tmp_path, results)
+    text = (tmp_path / "README.md").read_text()
+    assert "nan" not in text.lower()
+    assert "Top-5 accuracy on 100 held-out images" in rows(text)
+
+    def refuse(constant):
+        raise ValueError(constant)
+
+    written = json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+    assert (written["final"]["top1"], written["final"]["eval_loss"]) == (None, None)
