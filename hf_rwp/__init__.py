@@ -29,6 +29,7 @@ EXTRAS = {  # of pyproject.toml: the packages that each brings beyond those of `
         *("scipy", "sklearn", "tensorboard", "timm", "tqdm", "transformers", "yaml"),
     ),
     "compare": ("pytorch_optimizer",),
+    "lora": ("peft", "trl"),
 }
 
 __all__ = [

@@ -16,6 +16,7 @@ from hf_rwp import EXTRAS, __version__, missing
 RECIPES = {
     "train": ("imagenet_rwp.py", "a timm model on images, with RWP, plainly or with SAM"),
     "vit": ("vit_rwp.py", "a vision transformer on images, with Trainer"),
+    "lora": ("lora_rwp.py", "a language model with LoRA, with TRL's SFTTrainer"),
     "compare": ("compare.py", "plain training, SAM and RWP under equal terms"),
     "landscape": ("landscape.py", "the loss around trained weights"),
     "benchmark": ("benchmark.py", "what a step costs on this machine"),
@@ -67,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def refuse_missing(command: str) -> None:
     """Exit, ahead of any work, where a package that a recipe needs is not installed."""
-    for extra in ("recipes", "compare") if command in ("compare", "benchmark") else ("recipes",):
+    own = {"compare": ("compare",), "benchmark": ("compare",), "lora": ("lora",)}
+    for extra in ("recipes", *own.get(command, ())):
         for package in EXTRAS[extra]:
             if importlib.util.find_spec(package) is None:
                 raise SystemExit(missing(f"hf-rwp {command}", package, extra))

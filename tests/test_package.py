@@ -127,7 +127,7 @@ def test_the_extras_are_those_of_pyproject():
 
     for extra, packages in hf_rwp.EXTRAS.items():
         installed_by = {normal(distributions[package][0]) for package in packages}
-        assert installed_by == brought(extra) - (brought("recipes") if extra == "compare" else set())
+        assert installed_by == brought(extra) - (brought("recipes") if extra in ("compare", "lora") else set())
 
 
 def test_ci_tests_the_floors_of_pyproject():

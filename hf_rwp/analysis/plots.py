@@ -22,6 +22,7 @@ _LOSSES: dict[str, dict[str, Any]] = {
     "train_loss": {"label": "mean", "color": "#777777", "linestyle": ":", "marker": "."},
     "loss_perturbed": {"label": "perturbed weights", "color": "#D55E00", "linestyle": "--", "marker": "s"},
     "loss_clean": {"label": "clean weights", "color": "#0072B2", "linestyle": "-", "marker": "o"},
+    "known_loss": {"label": "text known before", "color": "#CC79A7", "linestyle": "-.", "marker": "^"},
 }
 _TOP1: dict[str, dict[str, Any]] = {
     "top1": {"label": "weights", "color": "#009E73", "linestyle": "-", "marker": "o"},
@@ -41,12 +42,14 @@ _MODELS: list[dict[str, Any]] = [
 _HATCHES = ["", "//", "..", "xx", "\\\\", "++", "oo"]
 
 
-def training_curves(history: Sequence[Mapping[str, Any]], path: StrPath) -> None:
+def training_curves(
+    history: Sequence[Mapping[str, Any]], path: StrPath, accuracy_title: str = "Held-out top-1 accuracy (%)"
+) -> None:
     """Write a PNG: losses on the left, held-out top-1 accuracy in percent on the right, over the epochs.
 
-    history: one mapping an epoch with epoch, train_loss and, where they exist, loss_clean, loss_perturbed, top1 and
-    top1_ema (fractions in [0, 1]); other keys are ignored. Losses that span more than a factor of ten get a
-    logarithmic axis. The last accuracy is written out, top1_ema where there is one.
+    history: one mapping an epoch with epoch, train_loss and, where they exist, loss_clean, loss_perturbed, known_loss
+    (on text that the model knew before), top1 and top1_ema (fractions in [0, 1]); other keys are ignored. Losses that
+    span more than a factor of ten get a logarithmic axis. The last accuracy is written out, top1_ema where there is one.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     losses, accuracy = figure.subplots(1, 2)
@@ -63,7 +66,7 @@ def training_curves(history: Sequence[Mapping[str, Any]], path: StrPath) -> None
         _plot(accuracy, history, key, style, scale=100)
     if len(accuracy.lines) > 1:
         accuracy.legend(frameon=False)
-    _finish(accuracy, "Held-out top-1 accuracy (%)")
+    _finish(accuracy, accuracy_title)
     for point in [(x, y) for line in accuracy.lines for x, y in line.get_xydata()][-1:]:
         accuracy.annotate(f"{point[1]:.2f} %", point, (0, -8), textcoords="offset points", ha="right", va="top")
     figure.savefig(path, format="png", dpi=150)

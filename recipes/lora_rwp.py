@@ -1,0 +1,378 @@
+"""Fine-tune a language model with LoRA and Random Weight Perturbation (RWP) on the base weights: TRL's SFTTrainer.
+
+# A small language model that is made on the spot, and sums in words: no network, minutes on a laptop
+```bash
+accelerate launch recipes/lora_rwp.py
+accelerate launch recipes/lora_rwp.py --rwp false                  # to compare: plain LoRA
+```
+
+# Your model and data: an id on the Hub, JSON lines or parquet with `messages`, `prompt` and `completion`, or `text`
+```bash
+accelerate launch recipes/lora_rwp.py --model_name_or_path meta-llama/Llama-3.2-1B --dataset trl-lib/Capybara \
+    --lora_r 16 --bf16 --gradient_checkpointing
+accelerate launch recipes/lora_rwp.py --model_name_or_path path/to/model --data_file sums.jsonl --known_file known.txt
+```
+
+# Seven billion weights on one GPU, quantized (pip install bitsandbytes); or on eight that hold them together
+```bash
+accelerate launch recipes/lora_rwp.py --config recipes/configs/lora/qlora_7b.yaml --data_file sums.jsonl
+accelerate launch --config_file recipes/accelerate/fsdp2_8.yaml recipes/lora_rwp.py \
+    --config recipes/configs/lora/fsdp2_7b.yaml --data_file sums.jsonl
+```
+
+The flags are those of TRL (SFTConfig, ModelConfig, so PEFT's `--use_dora`, `--lora_target_modules`, ...) and of RWP;
+all can stand in a file, `--config FILE.yaml`. It ends with the held-out loss, the fraction of prompts that are
+completed exactly, the loss on text that the base knew before and after (forgetting), the peak memory, a picture and,
+in `adapter`, what PEFT loads, with its card.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+from transformers import TrainerCallback, set_seed
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
+
+from hf_rwp import RWPArguments, RWPTrainerMixin
+from hf_rwp.analysis.plots import training_curves
+from hf_rwp.core.checks import check_all
+from hf_rwp.core.refusals import refuse_lone_processes
+from hf_rwp.hub.card import add_card
+from hf_rwp.hub.push import PushError, push
+from hf_rwp.runs.files import write
+from hf_rwp.runs.parsing import start
+from hf_rwp.runs.records import aligned, environment, hub_id, scrub_paths
+from hf_rwp.runs.resuming import RESULTS, check_writable
+from hf_rwp.trainer.checkpoints import find_trainer_checkpoint, remove_later_checkpoints
+from hf_rwp.trainer.language import exact_match, known_texts, make_base, mean_loss, sums_in_words
+
+
+@dataclass
+class Arguments(ModelConfig, RWPArguments, SFTConfig):
+    # Model
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "An id on the Hub or a folder; a small language model made here if not set."}
+    )
+    base_dir: str = field(
+        default="outputs/small_language_model",
+        metadata={"help": "Where that small language model is kept for other runs."},
+    )
+    base_steps: int = field(default=1500, metadata={"help": "Steps of 64 texts that it is trained for."})
+    use_peft: bool = field(default=True, metadata={"help": "Whether to train adapters; all weights with `false`."})
+    lora_r: int = field(default=8, metadata={"help": "Rank of the adapters."})
+    lora_target_modules: list[str] | None = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "The layers that get adapters."}
+    )
+    # Data
+    dataset: str | None = field(default=None, metadata={"help": "An id on the Hub; sums in words if none is set."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Its split to train on."})
+    data_file: str | None = field(default=None, metadata={"help": "Instead of it a file: .jsonl, .json or .parquet."})
+    train_samples: int | None = field(
+        default=None, metadata={"help": "At most so many samples to train on; of the sums 1000 if not set."}
+    )
+    held_out: int = field(default=200, metadata={"help": "Samples that are held out, to evaluate on."})
+    known_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "A text file of lines that the base knows, to measure forgetting; the embedded base's own text "
+            "if it is trained."
+        },
+    )
+    max_new_tokens: int = field(default=16, metadata={"help": "Of an answer that is compared with the held-out one."})
+    quick: bool = field(default=False, metadata={"help": "Whether to be done in seconds, with a base of few steps."})
+    # RWP and training, with other defaults
+    rwp: bool = field(default=True, metadata={"help": "`--rwp false` is plain SFTTrainer."})
+    rwp_frozen: bool = field(default=True, metadata={"help": "Whether the base weights are perturbed, too."})
+    rwp_noise: str = field(
+        default="filter_normalized", metadata={"help": "What the noise is relative to: every weight matrix's rms."}
+    )
+    rwp_gamma: float | None = field(default=0.05, metadata={"help": "Size of the noise, relative to the weights."})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate; 2e-4, and for the embedded base 2e-3, if not set."}
+    )
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Passes over the training samples."})
+    per_device_train_batch_size: int = field(
+        default=16, metadata={"help": "Samples per replica and micro-step; a single replica halves them for RWP."}
+    )
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Samples per replica in evaluation."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Whether to save memory by computing anew."})
+    bf16: bool | None = field(
+        default=torch.cuda.is_available(), metadata={"help": "Whether to compute in bfloat16, on a GPU by default."}
+    )
+    max_length: int | None = field(default=512, metadata={"help": "Tokens to a sample."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+    logging_strategy: str = field(default="epoch", metadata={"help": "When to log the losses: no, steps or epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch or best."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "How many of the last checkpoints are kept."})
+    seed: int = field(default=0, metadata={"help": "Seed of adapters, shuffling and the sums, at least 0."})
+    report_to: list[str] | str | None = field(
+        default_factory=lambda: ["none"], metadata={"help": "Where figures go: tensorboard, wandb, ..., or none."}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder for all that is written; outputs/DATA_lora_METHOD_seedN if not set."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Whether a run that output_dir holds may be deleted for this one."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "A checkpoint's path, or `latest` for the last one in output_dir."}
+    )
+    disable_tqdm: bool | None = field(
+        default=None, metadata={"help": "Whether to hide progress bars; shown only on a terminal if not set."}
+    )
+    eval_only: bool = field(default=False, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.quick:
+            self.base_steps, self.held_out, self.num_train_epochs = min(self.base_steps, 20), 16, 1.0
+            self.train_samples = self.train_samples or 64
+        if self.learning_rate is None:
+            self.learning_rate = 2e-4 if self.model_name_or_path else 2e-3
+        if self.output_dir is None:
+            self.output_dir = f"outputs/{self.data_name}_lora_{self.method}_seed{self.seed}"
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()
+        check_all(
+            self,
+            ("held_out", self.held_out >= 1, "at least 1"),
+            ("base_steps", self.base_steps >= 1, "at least 1"),
+            ("train_samples", self.train_samples is None or self.train_samples >= 1, "at least 1"),
+            ("data_file", not (self.data_file and self.dataset), "unset where dataset is set"),
+        )
+        if self.model_name_or_path is None and (self.load_in_4bit or self.load_in_8bit):
+            raise ValueError("load_in_4bit and load_in_8bit are for a model that is given: set model_name_or_path")
+        ModelConfig.__post_init__(self)
+        RWPArguments.__post_init__(self)  # and SFTConfig's
+
+    @property
+    def method(self) -> str:
+        return "rwp" if self.rwp else "base"
+
+    @property
+    def data_name(self) -> str:
+        return Path(self.data_file or self.dataset or "sums").stem
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the data are sums in words."""
+        return not (self.data_file or self.dataset)
+
+
+class RWPSFTTrainer(RWPTrainerMixin, SFTTrainer): ...
+
+
+@dataclass
+class Measured:
+    """What is measured beside the loss. rows: held-out prompts and completions. known: text that the base knew."""
+
+    rows: Sequence[Mapping[str, str]]
+    known: Sequence[str]
+    max_new_tokens: int
+
+    def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
+        found = {}
+        if self.rows:
+            found["accuracy"] = exact_match(model, tokenizer, self.rows, max_new_tokens=self.max_new_tokens)
+        if self.known:
+            found["known_loss"] = mean_loss(model, tokenizer, self.known)
+        return found
+
+
+class History(TrainerCallback):
+    """A row of figures for every evaluation."""
+
+    def __init__(self, measure: Measured, tokenizer: Any) -> None:
+        self.measure, self.tokenizer, self.rows = measure, tokenizer, list[dict[str, Any]]()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
+        logs = [entry for entry in state.log_history if "loss" in entry]
+        losses = logs[-1] if logs else {}
+        row = {"epoch": state.epoch or 0.0, "step": state.global_step, "eval_loss": seen["metrics"]["eval_loss"]}
+        row |= {"train_loss": losses["loss"]} if losses else {}
+        row |= {name: losses[name] for name in ("loss_clean", "loss_perturbed", "loss_gap") if name in losses}
+        row |= self.measure(seen["model"], self.tokenizer)
+        self.rows.append(row)
+        if state.is_world_process_zero:
+            told = {"eval_loss": ".4f", "accuracy": ".2%", "known_loss": ".4f"}
+            print(f"step {row['step']}: " + ", ".join(f"{n} {row[n]:{f}}" for n, f in told.items() if n in row))
+
+
+def main(args: Arguments) -> None:
+    refuse_lone_processes()
+    vars(args).pop("given", None)
+    output_dir, flags = Path(args.output_dir), scrub_paths(args.to_dict())
+    checkpoint = find_trainer_checkpoint(args)
+    check_writable(output_dir)
+    set_seed(args.seed)
+    trainer = create_trainer(args)
+    tokenizer, is_main = trainer.processing_class, trainer.is_world_process_zero()
+    measure = measured(args, trainer.held_out)
+    history = History(measure, tokenizer)
+    trainer.add_callback(history)
+    if is_main:
+        remove_later_checkpoints(output_dir, checkpoint)
+        write(output_dir / "arguments.json", json.dumps(flags, indent=2, default=str))
+    before = measure(trainer.model, tokenizer)
+    begin = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    seconds, memory = time.perf_counter() - begin, peak_memory()
+    if not history.rows or history.rows[-1]["step"] != trainer.state.global_step:
+        trainer.evaluate()
+    final = dict(history.rows[-1])
+    if trainer.rwp is not None:
+        final["rwp"] = {**trainer.rwp.report(), "gamma": trainer.rwp.defaults["rwp_gamma"]}
+    if "known_loss" in final:
+        final |= {"known_loss_before": before["known_loss"], "forgetting": final["known_loss"] - before["known_loss"]}
+    final |= {"accuracy_before": before["accuracy"]} if "accuracy" in before else {}
+    adapter = output_dir / ("adapter" if args.use_peft else "model")
+    trainer.save_model(str(adapter))  # collective under FSDP2
+    if not is_main:
+        return
+    results = {
+        "final": final | {"peak_memory_bytes": memory},
+        "seconds": seconds,
+        "arguments": {name: value for name, value in flags.items() if value != -1} | {"method": args.method},
+        "base_model": hub_id(args.model_name_or_path),
+        "data": {
+            "train": {"samples": len(trainer.train_dataset)},
+            "validation": {"samples": len(trainer.held_out)},
+        },
+        **environment(trainer.accelerator),
+        "history": history.rows,
+    }
+    results["versions"] |= {name: version(name) for name in ("trl", "peft")}
+    finish(args, results, adapter)
+    if args.push_to_hub:
+        try:
+            print(f"Pushed to {push(adapter, trainer.hub_model_id, private=args.hub_private_repo)}")
+        except PushError as error:
+            raise SystemExit(f"error: {error}") from None
+
+
+def create_trainer(args: Arguments) -> Any:
+    """What trains: for another loss or other data, change it here."""
+    path = args.model_name_or_path
+    if path is None:
+        path = str(made_once(args))
+    args.model_init_kwargs = {
+        "revision": args.model_revision,
+        "attn_implementation": args.attn_implementation,
+        "dtype": args.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    train, held_out = load_samples(args)
+    trainer: Any = RWPSFTTrainer(
+        model=path,
+        args=args,
+        train_dataset=Dataset.from_list(train),
+        eval_dataset=Dataset.from_list(held_out),
+        quantization_config=get_quantization_config(args),
+        peft_config=get_peft_config(args),
+    )
+    trainer.held_out = held_out
+    return trainer
+
+
+def made_once(args: Arguments) -> Path:
+    """The embedded base, which the main process makes where it is not there yet."""
+    folder = Path(f"{args.base_dir}_{args.base_steps}")
+    with args.main_process_first(desc="the small language model"):
+        return make_base(folder, args.base_steps, seed=0)
+
+
+def load_samples(args: Arguments) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What to train on, and what is held out. Raises ValueError for columns that are none of those known."""
+    if args.embedded:
+        return sums_in_words(args.train_samples or 1000, args.held_out, args.seed)
+    if args.data_file:
+        kind = "parquet" if args.data_file.endswith(".parquet") else "json"
+        rows = load_dataset(kind, data_files=args.data_file, split="train")
+    else:
+        rows = load_dataset(args.dataset, args.dataset_config, split=args.dataset_train_split)
+    kinds = (("messages",), ("prompt", "completion"), ("text",))
+    kind = next((kind for kind in kinds if set(kind) <= set(rows.column_names)), None)
+    if kind is None:
+        raise ValueError(
+            f"{args.data_file or args.dataset} has the columns {', '.join(rows.column_names)}: SFT needs `messages`, "
+            "`prompt` and `completion`, or `text`. Rename them"
+        )
+    if len(rows) <= args.held_out:
+        raise ValueError(f"{len(rows)} samples, of which held_out={args.held_out} leaves none to train on: lower it")
+    parts = rows.select_columns(list(kind)).train_test_split(args.held_out, seed=args.seed)
+    train = parts["train"].to_list()
+    return train[: args.train_samples], parts["test"].to_list()
+
+
+def measured(args: Arguments, held_out: Sequence[Mapping[str, Any]]) -> Measured:
+    """What is measured beside the loss; the answers only where there are prompts in plain text."""
+    plain = [row for row in held_out if isinstance(row.get("prompt"), str)]
+    known: list[str] = []
+    if args.known_file:
+        known = [line for line in Path(args.known_file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    elif args.model_name_or_path is None:
+        known = known_texts(args.held_out, seed=10_000)
+    return Measured(plain, known, args.max_new_tokens)
+
+
+def peak_memory() -> int:
+    """Bytes: of torch's allocator on a GPU, of the process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def finish(args: Arguments, results: dict[str, Any], adapter: Path) -> None:
+    """Write the results, the picture and the card, and print what came out."""
+    output_dir, final = adapter.parent, results["final"]
+    (adapter / "training_args.bin").unlink(missing_ok=True)  # a pickle, with this machine's paths
+    config = adapter / "adapter_config.json"
+    if config.is_file() and Path(args.model_name_or_path or "/").is_absolute():
+        write(config, json.dumps(scrub_paths(json.loads(config.read_text())), indent=2))
+    curves = output_dir / "curves.png"
+    rows = [row | ({"top1": row["accuracy"]} if "accuracy" in row else {}) for row in results["history"]]
+    training_curves(rows, curves, "Held-out prompts completed exactly (%)")
+    write(output_dir / RESULTS, json.dumps(results, indent=2, default=str))
+    memory, told = f"{final['peak_memory_bytes'] / 2**20:,.0f} MiB", []
+    if "accuracy" in final:
+        told.append("Accuracy is the share of held-out prompts that greedy decoding completes exactly.")
+    if "forgetting" in final:
+        told.append(
+            f"The loss on text that the base knew went from {final['known_loss_before']:.4f} to "
+            f"{final['known_loss']:.4f}."
+        )
+    if args.model_name_or_path is None:
+        told.append("The base is a small language model that the recipe makes: `recipes/lora_rwp.py`.")
+    add_card(
+        adapter,
+        results,
+        pictures=[curves],
+        repo_id=args.hub_model_id,
+        library="peft" if args.use_peft else "transformers",
+        architecture="LoRA" if args.use_peft else "Causal language model",
+        task="text-generation",
+        name=f"{args.data_name}_lora_{args.method}" if args.hub_model_id is None else None,
+        data="sums in words, generated" if args.embedded else args.data_name,
+        dataset=args.dataset,
+        note=" ".join([*told, f"Training took {memory} at its peak."]),
+    )
+    texts = {"held-out loss": f"{final['eval_loss']:.4f}"}
+    if "accuracy" in final:
+        texts["exact match"] = f"{final['accuracy']:.2%}, {final['accuracy_before']:.2%} before"
+    if "forgetting" in final:
+        texts["known text"] = f"loss {final['known_loss']:.4f}, {final['known_loss_before']:.4f} before"
+    print(aligned(texts | {"peak memory": memory, "seconds": f"{results['seconds']:.1f}"}))
+    print(f"Wrote {output_dir / RESULTS}, {curves} and {adapter}")
+
+
+if __name__ == "__main__":
+    start(main, Arguments, description=__doc__.splitlines()[0])

@@ -1,0 +1,218 @@
+"""recipes/lora_rwp.py: what it computes, writes and refuses."""
+
+import getpass
+import json
+import re
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from imagenet import RECIPES, load_recipe, results
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_rwp.runs.parsing import parse_arguments
+from hf_rwp.trainer import language
+
+CONFIGS = sorted((RECIPES / "configs" / "lora").glob("*.yaml"))
+QUICK = ["--quick", "--train_samples=24", "--per_device_train_batch_size=8", "--use_cpu"]
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return load_recipe(RECIPES / "lora_rwp.py")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The embedded base, after a few steps."""
+    return language.make_base(tmp_path_factory.mktemp("base") / "base_3", 3, seed=0)
+
+
+def train(recipe, folder, base, *flags):
+    flags = [*QUICK, f"--base_dir={str(base).removesuffix('_3')}", "--base_steps=3", *flags]
+    recipe.main(parse_arguments(recipe.Arguments, [*flags, f"--output_dir={folder}"]))
+    return results(folder)
+
+
+@pytest.fixture(scope="module")
+def run(recipe, base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, train(recipe, folder, base)
+
+
+def test_figures_are_those_of_the_adapter_that_it_leaves(run, base):
+    folder, found = run
+    tokenizer = AutoTokenizer.from_pretrained(folder / "adapter")
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder / "adapter")
+    _, held_out = language.sums_in_words(24, 16, seed=0)
+    known, final = language.known_texts(16, seed=10_000), found["final"]
+    assert final["known_loss"] == pytest.approx(language.mean_loss(model, tokenizer, known), rel=1e-4)
+    assert final["known_loss_before"] == pytest.approx(language.mean_loss(plain, tokenizer, known), rel=1e-4)
+    assert final["forgetting"] == pytest.approx(final["known_loss"] - final["known_loss_before"])
+    assert final["accuracy"] == language.exact_match(model, tokenizer, held_out)
+    answers = [
+        (tokenizer(r["prompt"])["input_ids"], tokenizer(r["completion"] + "<eos>")["input_ids"]) for r in held_out
+    ]
+    losses = []
+    for prompt, answer in answers:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="none"))
+    assert final["eval_loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-3)
+
+
+def test_a_run_perturbs_the_base_and_says_what_it_did(run):
+    found = run[1]
+    assert found["final"]["rwp"]["slots"] == {"clean": 3, "perturbed": 3}
+    assert "base_layer" in found["final"]["rwp"]["relative_noise"]["largest"]["name"]
+    assert found["final"]["rwp"]["relative_noise"]["largest"]["size"] == pytest.approx(0.05, rel=0.1)
+    assert found["final"]["peak_memory_bytes"] > 2**20
+    assert {"trl", "peft", "transformers", "torch"} <= set(found["versions"])
+    assert found["data"] == {"train": {"samples": 24}, "validation": {"samples": 16}}
+    assert [row["step"] for row in found["history"]] == [3]
+
+
+def test_plain_lora_takes_no_noise(recipe, base, tmp_path, run):
+    found = train(recipe, tmp_path, base, "--rwp=false")
+    assert "rwp" not in found["final"]
+    assert found["final"]["known_loss_before"] == run[1]["final"]["known_loss_before"]
+    assert found["final"]["eval_loss"] != run[1]["final"]["eval_loss"]
+    assert found["arguments"]["method"] == "base"
+
+
+def test_what_it_leaves_says_nothing_of_the_machine(run):
+    folder, _ = run
+    texts = [folder / name for name in ("results.json", "arguments.json")] + [
+        file for file in (folder / "adapter").iterdir() if file.suffix in (".json", ".md")
+    ]
+    assert len(texts) > 4
+    assert not (folder / "adapter" / "training_args.bin").exists()
+    for file in texts:
+        for trace in (str(folder.parent), str(Path.cwd()), str(Path.home()), socket.gethostname(), getpass.getuser()):
+            assert not re.search(rf"(?<!\w){re.escape(trace)}(?!\w)", file.read_text()), (file, trace)
+
+
+def test_the_card_is_one_of_an_adapter(run):
+    folder, found = run
+    card = ModelCard.load(folder / "adapter" / "README.md")
+    assert card.data.library_name == "peft"
+    assert card.data.pipeline_tag == "text-generation"
+    assert "PeftModel.from_pretrained(AutoModelForCausalLM" in card.text
+    assert f"went from {found['final']['known_loss_before']:.4f} to {found['final']['known_loss']:.4f}" in card.text
+    assert "| lora_r | 8 |" in card.text
+    assert "| rwp_frozen | True |" in card.text
+    assert "max_steps" not in card.text
+    assert (folder / "adapter" / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("kind", ["prompts", "messages", "text"])
+def test_own_data_and_an_own_model(recipe, base, tmp_path, kind):
+    rows = {
+        "prompts": [{"prompt": f"{i} plus 1 is ", "completion": str(i + 1)} for i in range(30)],
+        "messages": [
+            {"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": f"{i}"}]}
+            for i in range(30)
+        ],
+        "text": [{"text": f"{i}+1={i + 1}"} for i in range(30)],
+    }[kind]
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    model = tmp_path / "own"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    template = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
+    tokenizer.chat_template = template
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    known = tmp_path / "known.txt"
+    known.write_text("the red fox sees a small bird at night.\n\n1+2=3\n")
+    flags = [f"--data_file={file}", f"--model_name_or_path={model}", f"--known_file={known}", "--lora_r=2"]
+    found = train(recipe, tmp_path / "run", base, *flags, "--train_samples=8", "--use_dora")
+    assert found["data"] == {"train": {"samples": 8}, "validation": {"samples": 16}}
+    assert ("accuracy" in found["final"]) == (kind == "prompts")
+    before = language.mean_loss(
+        AutoModelForCausalLM.from_pretrained(base), tokenizer, [line for line in known.read_text().split("\n") if line]
+    )
+    assert found["final"]["known_loss_before"] == pytest.approx(before, rel=1e-4)
+    assert any("lora_magnitude" in name for name in load_file(tmp_path / "run/adapter/adapter_model.safetensors"))
+    assert found["arguments"]["data_file"] == "data.jsonl"
+
+
+def test_columns_that_it_does_not_know_are_named(recipe, base, tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join(json.dumps({"question": "1", "answer": "2"}) for _ in range(30)))
+    with pytest.raises(ValueError, match=r"data.jsonl has the columns .*question.*: SFT needs `messages`"):
+        train(recipe, tmp_path / "run", base, f"--data_file={file}")
+
+
+def test_training_resumes_bit_exactly(recipe, base, tmp_path):
+    flags = ["--save_strategy=steps", "--save_steps=1", "--save_total_limit=9"]
+    train(recipe, tmp_path / "whole", base, *flags)
+    whole = load_file(tmp_path / "whole/adapter/adapter_model.safetensors")
+    (tmp_path / "whole/results.json").unlink()
+    again = [*flags, f"--resume_from_checkpoint={tmp_path / 'whole/checkpoint-2'}"]
+    found = train(recipe, tmp_path / "again", base, *again)
+    again = load_file(tmp_path / "again/adapter/adapter_model.safetensors")
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+    assert found["history"][-1]["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--held_out=0"], "held_out must be at least 1, got 0"),
+        (["--dataset=a/b", "--data_file=c.jsonl"], "data_file must be unset where dataset is set"),
+        (["--load_in_4bit"], "load_in_4bit and load_in_8bit are for a model that is given"),
+        (["--rwp_alpha=2"], r"rwp_alpha must be in \[0, 1\], got 2.0"),
+        (["--lora_rank=3"], "--lora_rank=3.*--lora_r"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused(recipe, flags, said):
+    with pytest.raises(ValueError, match=said):
+        parse_arguments(recipe.Arguments, [*flags, "--use_cpu"])
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_a_configuration_starts(recipe, base, config, tmp_path):
+    """On a tiny model, a CPU and in full precision; what it says of the rest is taken as it is."""
+    settings = yaml.safe_load(config.read_text())
+    small = [f"--model_name_or_path={base}", "--bf16=false", "--dtype=float32", "--num_train_epochs=1"]
+    if settings.get("load_in_4bit"):
+        pytest.importorskip("bitsandbytes")
+    args = parse_arguments(recipe.Arguments, [f"--config={config}", "--use_cpu", "--bf16=false"])
+    for name, value in settings.items():
+        assert name == "bf16" or getattr(args, name) == value, name
+    found = train(recipe, tmp_path, base, f"--config={config}", *small)
+    assert found["final"]["rwp"]["slots"]["perturbed"] > 0
+
+
+def test_the_base_is_made_once_and_leaves_the_random_state_alone(base, tmp_path):
+    state, written = torch.get_rng_state(), (base / "model.safetensors").stat().st_mtime_ns
+    assert language.make_base(base, 3, seed=0) == base
+    assert (base / "model.safetensors").stat().st_mtime_ns == written
+    assert torch.equal(torch.get_rng_state(), state)
+    again = language.make_base(tmp_path / "again", 3, seed=0)
+    assert torch.equal(torch.get_rng_state(), state)
+    one, other = (load_file(folder / "model.safetensors") for folder in (base, again))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_sums_are_right_and_none_of_the_held_out_is_trained_on():
+    train_rows, held_out = language.sums_in_words(300, 100, seed=3)
+    assert (len(train_rows), len(held_out)) == (300, 100)
+    prompts = {row["prompt"] for row in train_rows}
+    assert len(prompts) == 300
+    assert prompts.isdisjoint(row["prompt"] for row in held_out)
+    for row in (*train_rows, *held_out):
+        one, other = re.fullmatch(r"(\d+) plus (\d+) is ", row["prompt"]).groups()
+        assert int(row["completion"]) == int(one) + int(other)
+    for text in language.known_texts(50, seed=0):
+        if "=" in text:
+            one, other, total = map(int, re.split(r"[+=]", text))
+            assert total == one + other
