@@ -488,3 +488,15 @@ def test_defaults_are_named_after_the_run(recipe):
     args = parse_arguments(recipe.Arguments, ["--dataset=uoft-cs/cifar10", "--seed=3", "--rwp=false"])
     assert args.output_dir == "outputs/cifar10_vit_base_seed3"
     assert parse_arguments(recipe.Arguments, []).output_dir == "outputs/digits_vit_rwp_seed0"
+
+
+def test_a_folder_of_photos_without_a_model_trains_the_small_vit_on_32_pixels(tmp_path):
+    for number, name in enumerate(("cat", "dog")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for photo in range(5):
+            PIL.Image.new("RGB", (40, 30), (100 * number, photo, 0)).save(tmp_path / "photos" / name / f"{photo}.png")
+    flags = [f"--data_dir={tmp_path / 'photos'}", "--num_train_epochs=1", f"--model_kwargs={TINY}", "--report_to=none"]
+    found = results_of(tmp_path / "run", *flags, "--per_device_train_batch_size=4", few=False)
+    assert json.loads((tmp_path / "run/model/config.json").read_text())["image_size"] == 32
+    assert found["found"]["images"] == {"train": 8, "validation": 2}
+    assert "held out" in found["found"]["splits"]["validation"]
