@@ -66,8 +66,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         runpy.run_path(str(recipe), run_name="__main__")
 
 
-def refuse_missing(command: str) -> None:
-    """Exit, ahead of any work, where a package that a recipe needs is not installed."""
+def refuse_missing(command: str, module: str = "__main__") -> None:
+    """Exit, ahead of any work, where a package that a recipe needs is not installed.
+
+    module: who asks; a recipe that is not the program but imported by it fails as any import does.
+    """
+    if module != "__main__":
+        return
     own = {"compare": ("compare",), "benchmark": ("compare",), "lora": ("lora",)}
     for extra in ("recipes", *own.get(command, ())):
         for package in EXTRAS[extra]:

@@ -32,6 +32,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hf_rwp.cli import refuse_missing
+
+refuse_missing("compare", __name__)
 import torch
 import yaml
 from accelerate import Accelerator

@@ -49,6 +49,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hf_rwp.cli import refuse_missing
+
+refuse_missing("train", __name__)  # ahead of the imports that would fail
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
@@ -90,11 +94,11 @@ from hf_rwp.runs.arguments import HARMLESS, RunArguments
 from hf_rwp.runs.checkpoints import newest
 from hf_rwp.runs.determinism import derive_seed, use_fast_kernels
 from hf_rwp.runs.divergence import is_finite, refuse_divergence
-from hf_rwp.runs.evaluation import evaluate_only, write_evaluation
+from hf_rwp.runs.evaluation import evaluate_only
 from hf_rwp.runs.launch import check_launch
 from hf_rwp.runs.opening import data_facts, model_facts, opening, say, step_facts
 from hf_rwp.runs.parsing import start
-from hf_rwp.runs.records import Results, Row, command_of, environment, hub_id, scrub_paths, summary
+from hf_rwp.runs.records import Results, Row, command_of, environment, hub_id, repeatable, scrub_paths, summary
 from hf_rwp.runs.resuming import check_flags, find_checkpoint
 from hf_rwp.runs.run import Run, agree
 from hf_rwp.runs.sharded import in_lockstep, replicas_of_run, shard_alike, whole_copy
@@ -191,9 +195,7 @@ def main(args: Arguments) -> None:
     facts = describe_run(args, accelerator, module, splits, step)
     say(accelerator, opening(accelerator, args.given, found_in(splits).lines(), facts["model"], step, args.output_dir))
     if args.eval_only:
-        figures = evaluate_only(module, checkpoint, evaluate)
-        if accelerator.is_main_process:
-            write_evaluation(Path(args.output_dir), figures)
+        evaluate_only(accelerator, Path(args.output_dir), module, checkpoint, evaluate)
         return
 
     ema = ModelEmaV3(module, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
@@ -420,14 +422,11 @@ def create_loader(args: Arguments, splits: dict, config: dict, accelerator: Acce
 def describe_run(args: Arguments, accelerator: Accelerator, module: nn.Module, splits: dict, step: dict | None) -> dict:
     """What results.json says of a run beside its flags and figures."""
     defaults = asdict(Arguments(data_dir=args.data_dir, dataset=args.dataset)) | {"data_dir": None, "dataset": None}
-    places = ("rwp", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "push_to_hub")
-    given = {name: value for name, value in scrub_paths(asdict(args)).items() if name not in places}
-    given = {name: value for name, value in given.items() if not name.startswith("hub_")}
     base = timm_id(module) if args.pretrained == "timm" else hub_id(args.pretrained)
     source = base or (Path(args.pretrained).name if args.pretrained else None)
     return {
         "base_model": base,
-        "command": command_of(f"accelerate launch recipes/{Path(__file__).name}", given, defaults),
+        "command": command_of(f"accelerate launch recipes/{Path(__file__).name}", repeatable(asdict(args)), defaults),
         "data": describe_splits(splits),
         "found": data_facts(found_in(splits).facts()),
         "model": model_facts(module.pretrained_cfg["architecture"], module, source),

@@ -34,6 +34,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from hf_rwp.cli import refuse_missing
+
+refuse_missing("landscape", __name__)  # ahead of the imports that would fail
+
 import PIL.Image
 import torch
 from accelerate import Accelerator

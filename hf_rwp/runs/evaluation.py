@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from accelerate import Accelerator
 from torch import nn
 
 from hf_rwp.runs.distributed_checkpoints import load_weights
@@ -13,8 +14,10 @@ from hf_rwp.runs.records import aligned
 Evaluate = Callable[[nn.Module], dict[str, float]]
 
 
-def evaluate_only(module: nn.Module, checkpoint: Path | None, evaluate: Evaluate) -> dict[str, float]:
-    """The figures of the model, or of a checkpoint's weights and, as `..._ema`, of their average.
+def evaluate_only(
+    accelerator: Accelerator, folder: Path, module: nn.Module, checkpoint: Path | None, evaluate: Evaluate
+) -> None:
+    """The figures of the model, or of a checkpoint's weights and, as `..._ema`, of their average: `write_evaluation`.
 
     Raises FloatingPointError where they mean nothing.
     """
@@ -25,7 +28,8 @@ def evaluate_only(module: nn.Module, checkpoint: Path | None, evaluate: Evaluate
         load_weights(module, checkpoint, "ema")
         figures |= {f"{name}_ema": value for name, value in evaluate(module).items()}
     refuse_meaningless(figures, None)
-    return figures
+    if accelerator.is_main_process:
+        write_evaluation(folder, figures)
 
 
 def write_evaluation(folder: Path, figures: Mapping[str, float]) -> None:

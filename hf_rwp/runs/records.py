@@ -183,6 +183,14 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+def repeatable(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that another run needs to be the same, `scrub_paths` of them: none of its places."""
+    places = ("rwp", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "push_to_hub")
+    kept = {name: value for name, value in arguments.items() if name not in places and not name.startswith("hub_")}
+    scrubbed: dict[str, Any] = scrub_paths(kept)
+    return scrubbed
+
+
 def command_of(start: str, arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
     """The command line that a run's arguments amount to, after its `start`, without those that have their default."""
     words = shlex.split(start)

@@ -269,3 +269,47 @@ def test_weights_that_give_no_number_are_no_result(recipe, tmp_path):
     with pytest.raises(FloatingPointError, match=r"the held-out loss is .*nan.*: these weights"):
         train(recipe, tmp_path / "eval", "--eval_only", f"--pretrained={tmp_path / 'model'}")
     assert list((tmp_path / "eval").iterdir()) == []
+
+
+# The first lines
+
+
+def test_a_run_begins_with_what_it_found(loaded, pictures, tmp_path, capsys):
+    (pictures / "train" / "dark" / "notes.txt").write_text("not an image")
+    flags = [f"--data_dir={pictures}", "--batch_size=8", "--epochs=1", "--hflip=0.5"]
+    found = results_of(loaded, tmp_path / "out", *flags)
+    said = capsys.readouterr().out
+    opening = said.partition("\nnoise / weights")[0]
+    for part in (
+        "train: 24 images, 2 classes: dark 12, light 12",
+        "validation (val): 8 images, 2 classes: dark 4, light 4",
+        "notes.txt",
+        "model: test_resnet, ",
+        "random weights",
+        "devices: 1 replica on cpu, mixed precision: no",
+        "images per step: 8 (in halves, a clean and a perturbed gradient)",
+        f"writes to: {tmp_path / 'out'}",
+    ):
+        assert part in opening, opening
+    model = timm.create_model("test_resnet", num_classes=2)
+    weights_in_it = sum(parameter.numel() for parameter in model.parameters())
+    assert f"model: test_resnet, {weights_in_it:,} weights" in opening
+    assert found["model"] == {"name": "test_resnet", "weights": weights_in_it, "from": None}
+    assert found["found"]["classes"]["train"] == {"dark": 12, "light": 12}
+    assert sum(found["found"]["ignored"].values()) == 1
+    assert found["images_per_step"] == {"images": 8, "images_per_process": 8, "parts": 2, "gradients": "by turns"}
+    card = (tmp_path / "out" / "model" / "README.md").read_text()
+    assert "| Classes, and training images of each | 2: dark 12, light 12 |" in card
+    assert f"| Weights in the model | {weights_in_it:,} |" in card
+    assert "| Files left out | 1 " in card
+    tuned = [f"--pretrained={tmp_path}/out", "--method=base", "--gradient_accumulation_steps=2"]
+    train(loaded, tmp_path / "tuned", *flags, *tuned)
+    said = capsys.readouterr().out
+    assert f"{weights_in_it:,} weights, weights from out" in said
+    assert "images per step: 8 (in 2 parts)" in said
+
+
+def test_halves_of_one_image_are_refused_ahead_of_the_epoch(recipe, tmp_path):
+    with pytest.raises(ValueError, match=r"batch_size=2 is halved, .* into parts of one image.* at least 4"):
+        train(recipe, tmp_path, "--batch_size=2")
+    assert list(tmp_path.iterdir()) == []

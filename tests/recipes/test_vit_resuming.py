@@ -12,6 +12,7 @@ import torch
 from imagenet import SUPPORT, few_digits, results, weights
 from safetensors.torch import load_file, save_file
 from test_vit_rwp import break_images, figures_of
+from transformers import ViTForImageClassification
 from vit import SCRATCH, SMALL, cut_back, load_vit_recipe, results_of, train, train_on_rank, trained_vit, write_pictures
 
 from hf_rwp.core.optimizer import RWP
@@ -204,3 +205,36 @@ def test_weights_that_give_no_number_are_no_result(tmp_path):
     with pytest.raises(FloatingPointError, match="these weights hold, or lead to, numbers that are not finite"):
         train(tmp_path / "eval", *SMALL, "--eval_only", f"--model_name_or_path={tmp_path / 'run' / 'model'}")
     assert not (tmp_path / "eval" / "eval.json").exists()
+
+
+# The first lines
+
+
+def test_a_run_begins_with_what_it_found(tmp_path, pictures, capsys):
+    found = results_of(tmp_path / "out", *SCRATCH, f"--data_dir={pictures}", few=False)
+    opening = capsys.readouterr().out.partition("\n{")[0]
+    count = sum(
+        parameter.numel()
+        for parameter in ViTForImageClassification.from_pretrained(tmp_path / "out" / "model").parameters()
+    )
+    for part in (
+        "train: 40 images, 2 classes: 0 20, 1 20",
+        "validation: 10 images",
+        f"model: ViTForImageClassification, {count:,} weights, random weights",
+        "devices: 1 replica on cpu, mixed precision: no",
+        "images per step: 32 (in halves, a clean and a perturbed gradient)",
+        f"writes to: {tmp_path / 'out'}",
+    ):
+        assert part in opening, opening
+    assert found["model"]["weights"] == count
+    assert found["images_per_step"]["images"] == 32
+    assert (
+        "| Classes, and training images of each | 2: 0 20, 1 20 |"
+        in (tmp_path / "out" / "model" / "README.md").read_text()
+    )
+    lora = ["--lora_r=2", f"--model_name_or_path={tmp_path / 'out'}", "--gradient_accumulation_steps=2"]
+    found = results_of(tmp_path / "lora", *SMALL, *lora, f"--data_dir={pictures}", few=False)
+    said = capsys.readouterr().out
+    assert "of them trained, weights from model" in said
+    assert "images per step: 64 (in halves, a clean and a perturbed gradient)" in said
+    assert 0 < found["model"]["trained"] < found["model"]["weights"]
