@@ -18,14 +18,19 @@ from sharded import (
     build,
     follow,
     follow_built,
+    mesh_of,
     part,
     record,
+    shard,
     snapshot,
     whole,
 )
+from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.nn.functional import mse_loss
 
+from hf_rwp import RWP
 from hf_rwp.core.sharding import gatherers
 
 ENGINES = ["hsdp", "replicate", "fsdp", "tp", "fsdp_tp", "hsdp_tp"]
@@ -43,6 +48,62 @@ def test_step_gradient_is_the_mix(engine):
     answers = run_each(4, record, [(case,) for case in cases], keep_group=True)
     for case, ranks in zip(cases, answers, strict=True):
         assert_mixed(case, ranks)
+
+
+def shard_half(case, model, mesh) -> None:
+    shard(case, model, mesh["shard"])
+
+
+def replicate_all(case, model, mesh) -> None:
+    for layer in model.layers:
+        replicate(layer, mesh=mesh)
+    replicate(model, mesh=mesh)
+
+
+def distribute_all(case, model, mesh) -> None:
+    """DTensors that every rank holds whole, and no FSDP2: gradients are sums that are still to be taken."""
+    distribute_module(model, mesh)
+
+
+def loss_of_dtensors(model, x, y):
+    x, y = (DTensor.from_local(tensor, mesh_of(Case("replicated")), [Shard(0)]) for tensor in (x, y))
+    return mse_loss(model(x).full_tensor(), y.full_tensor())
+
+
+def cases_of_replicated(**options) -> list[Case]:
+    return [Case("replicated", accumulation=count, windows=2, **options) for count in (1, 2)]
+
+
+def test_step_gradient_is_the_mix_where_dtensors_are_replicated():
+    cases = cases_of_replicated(shard=replicate_all)
+    cases += cases_of_replicated(shard=distribute_all, loss=loss_of_dtensors)
+    for case, ranks in zip(cases, run_each(4, record, [(case,) for case in cases], keep_group=True), strict=True):
+        assert_mixed(case, ranks)
+
+
+def test_step_gradient_is_the_mix_in_a_mesh_over_half_of_the_world():
+    case = Case("half", accumulation=2, shard=shard_half)
+    ranks = run(4, record, case, keep_group=True)
+    for half in (ranks[:2], ranks[2:]):
+        assert_mixed(dataclasses.replace(case, engine="fsdp2ranks"), half)
+
+
+def refusal(placements: list[Any]) -> str:
+    mesh = mesh_of(Case("two replicate"))
+    model = torch.nn.Linear(4, 8, bias=False)
+    model.weight = torch.nn.Parameter(distribute_tensor(model.weight.detach(), mesh, placements))
+    optimizer = RWP(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    try:
+        model(distribute_tensor(torch.ones(2, 4), mesh, [Replicate()] * mesh.ndim))
+    except NotImplementedError as error:
+        return str(error)
+    return f"{optimizer.role}"
+
+
+def test_two_dimensions_that_replicate_all_weights_are_refused_by_name():
+    placements = [[Replicate(), Replicate(), Shard(0)], [Replicate()] * 3]
+    for answers in run_each(4, refusal, [(own,) for own in placements], keep_group=True):
+        assert all("dimensions of the mesh (east, north, shard) replicate all weights" in answer for answer in answers)
 
 
 # Gradients that are reduced once for all micro-steps, some only over the shards.

@@ -37,6 +37,7 @@ MESHES: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
     "fsdp_tp": ((2, 2), ("shard", "tp")),
     "hsdp_tp": ((2, 1, 2), ("replicate", "shard", "tp")),
     "replicated": ((4,), ("replicate",)),
+    "two replicate": ((2, 2, 1), ("east", "north", "shard")),
     "half": ((2, 2), ("elsewhere", "shard")),  # the other half of the world trains by itself
 }
 PARALLEL = {"hsdp", "replicate", "hsdp_tp", "replicated"}
@@ -154,7 +155,7 @@ def data_mesh_of(case: Case, mesh: DeviceMesh | None) -> DeviceMesh | None:
     """That fully_shard works along."""
     names = MESHES[case.engine][1]
     data = tuple(name for name in names if name not in ("tp", "elsewhere"))
-    return (mesh[data] if len(names) > len(data) else mesh) if data else None
+    return (mesh[data] if mesh.ndim > len(data) else mesh) if data else None
 
 
 def build(case: Case) -> tuple[nn.Module, RWP, torch.optim.Optimizer]:
