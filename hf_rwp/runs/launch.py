@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from hf_rwp.core.refusals import refuse_lone_processes
 from hf_rwp.runs.sharded import refuse_sharded
@@ -14,6 +15,11 @@ def check_launch(accelerator: Accelerator, method: str, flags: Mapping[str, bool
     flags: those that sharded weights do not take, as a user writes them, and whether each was given.
     """
     refuse_lone_processes()
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "this loop clips and steps by itself, and DeepSpeed does both inside of backward(): take vit_rwp.py or "
+            "another script on RWPTrainer, or FSDP2 (recipes/accelerate/fsdp2_8.yaml)"
+        )
     if accelerator.gradient_accumulation_steps > 1:
         raise ValueError("accelerate's gradient_accumulation_steps would count twice: set the recipe's own flag")
     refuse_sharded(accelerator, {"--method sam": method == "sam", **flags})
