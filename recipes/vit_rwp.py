@@ -72,7 +72,7 @@ from hf_rwp.runs.opening import data_facts, model_facts, opening, say, step_fact
 from hf_rwp.runs.parsing import start
 from hf_rwp.runs.records import Results, base_of, environment, scrub_paths, summary, weights_digest
 from hf_rwp.runs.resuming import RESULTS, check_writable, refuse_other_flags
-from hf_rwp.runs.sharded import gathered, refuse_sharded, replicas_of_run, whole_copy
+from hf_rwp.runs.sharded import gathered, refuse_sharded, replicas_of_run, shard_blocks, whole_copy
 from hf_rwp.runs.signals import Signals
 from hf_rwp.trainer.checkpoints import find_trainer_checkpoint, remove_later_checkpoints
 from hf_rwp.trainer.history import Record, evaluated, rows_by_epoch
@@ -219,7 +219,7 @@ def main(args: Arguments) -> None:
     signals = Signals()
     trainer = create_trainer(args, model, splits, data_config, signals)
     accelerator, is_main = trainer.accelerator, trainer.is_world_process_zero()
-    refuse_sharded(accelerator)
+    refuse_sharded(accelerator, deepspeed=True)
     facts = describe_run(args, trainer, splits)
     step = None if args.eval_only else facts["images_per_step"]
     say(accelerator, opening(accelerator, given, found_in(splits).lines(), facts["model"], step, output_dir))
@@ -238,6 +238,7 @@ def main(args: Arguments) -> None:
         save_flags(output_dir, given.flags)
         remove_later_checkpoints(output_dir, checkpoint)
     accelerator.wait_for_everyone()
+    shard_blocks(accelerator, model)
     whole = whole_copy(accelerator, model)  # takes sharded weights when they are written
     with signals:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))

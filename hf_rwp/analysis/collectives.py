@@ -94,6 +94,14 @@ def sent(traffic: Mapping[str, Traffic], *, replicas: int, shards: int) -> float
     return within * (traffic["all_gather"].size + traffic["reduce_scatter"].size) + between * traffic["all_reduce"].size
 
 
+def perturbed_bytes(units: Sequence[Sequence[Shape]], shards: int, weight_bytes: int = 4) -> int:
+    """Bytes of its own memory that a process reads and writes for the noise of one gradient, and to take it away.
+
+    Each element is read for the norms, read and written for the copy, for the noise and for restoring.
+    """
+    return 7 * weight_bytes * sum(padded(shape, shards) for shapes in units for shape in shapes) // shards
+
+
 def counted(step: Callable[[], object]) -> dict[str, Traffic]:
     """The traffic of `step()`, as the profiler saw it on this process of a gloo group."""
     with tempfile.TemporaryDirectory() as folder:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 METADATA = ".metadata"
+_SHARDS = "pytorch_model_fsdp_0"  # accelerate's folder
 _CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
@@ -54,6 +55,11 @@ def refuse_code(folder: Path) -> None:
                 torch.load(io.BytesIO(file.read(place.length)), weights_only=True)
 
 
+def is_sharded_checkpoint(folder: Path) -> bool:
+    """Whether each process wrote its part of the model's weights to a checkpoint."""
+    return (folder / _SHARDS).is_dir()
+
+
 def load_weights(module: nn.Module, folder: Path, name: str = "model") -> None:
     """Load what a checkpoint holds of a model into a plain one. name: of its file; of an average of the weights, say.
 
@@ -76,8 +82,8 @@ def checkpoint_weights(folder: Path) -> dict[str, Tensor]:
     if (file := folder / "pytorch_model_fsdp.bin").exists():
         weights: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
         return weights
-    sharded = folder / "pytorch_model_fsdp_0"
-    if not sharded.is_dir():
+    sharded = folder / _SHARDS
+    if not is_sharded_checkpoint(folder):
         raise FileNotFoundError(f"{folder} holds no weights: neither model.safetensors nor what FSDP2 writes")
     refuse_code(sharded)
     from torch.distributed.checkpoint.filesystem import FileSystemReader

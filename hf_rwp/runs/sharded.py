@@ -11,6 +11,7 @@ All but the first are called on all processes. Where the weights are whole in ev
 """
 
 import copy
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -43,10 +44,12 @@ def replicas_of_run(accelerator: Accelerator) -> int:
     return int(accelerator.num_processes) // processes_per_replica(accelerator)
 
 
-def refuse_sharded(accelerator: Accelerator, flags: Mapping[str, bool]) -> None:
+def refuse_sharded(
+    accelerator: Accelerator, flags: Mapping[str, bool] | None = None, *, deepspeed: bool = False, fsdp: bool = True
+) -> None:
     """Raise ValueError for ways of sharding that a recipe does not take, and for flags that sharded weights do not.
 
-    flags: what each is, as a user writes it, and whether it was given.
+    flags: what each is, as a user writes it, and whether it was given. deepspeed, fsdp: whether the recipe takes them.
     """
     mesh = accelerator.parallelism_config
     cut = [name for name in ("tp", "cp", "sp") if mesh is not None and getattr(mesh, f"{name}_size", 1) > 1]
@@ -55,16 +58,42 @@ def refuse_sharded(accelerator: Accelerator, flags: Mapping[str, bool]) -> None:
         raise ValueError(
             f"parallelism_config asks for {cut[0]}_size > 1, which images and these models do not have: take {works}"
         )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and not deepspeed:
+        raise ValueError(f"this loop has no place for DeepSpeed's steps: take {works}; vit_rwp.py takes DeepSpeed")
+    if is_mesh(accelerator) and not fsdp:
+        raise ValueError(
+            "FSDP holds the weights, and this recipe takes whole ones: take plain DDP (recipes/accelerate/gpu_8.yaml)"
+        )
     if not is_mesh(accelerator):
+        asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        if asked and accelerator.num_processes > 1:
+            raise ValueError(
+                f"FSDP was asked for, and Accelerate leaves it aside on {accelerator.distributed_type.value}: each "
+                "process would have all weights. Without GPUs take recipes/accelerate/cpu_2.yaml"
+            )
         return
     if not accelerator.is_fsdp2:
         raise ValueError(f"fsdp_version is 1, Accelerate's default, which cuts weights anywhere: take {works}")
-    given = [flag for flag, was_given in flags.items() if was_given]
+    given = [flag for flag, was_given in (flags or {}).items() if was_given]
     if given:
         raise ValueError(
             f"{given[0]} does not work where FSDP2 holds the weights: leave it out, or take plain DDP "
             "(recipes/accelerate/gpu_8.yaml)"
         )
+
+
+def shard_blocks(accelerator: Accelerator, model: nn.Module) -> None:
+    """Have a model with lists of modules sharded by what they list, where SIZE_BASED_WRAP was asked for.
+
+    Before it is prepared: Accelerate would shard the list itself, which FSDP2 refuses, since nothing calls a list.
+    """
+    from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
+
+    plugin = accelerator.state.fsdp_plugin if is_mesh(accelerator) else None
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if lists and plugin is not None and plugin.auto_wrap_policy is size_based_auto_wrap_policy:
+        plugin.auto_wrap_policy = transformer_auto_wrap_policy
+        plugin.transformer_cls_names_to_wrap = sorted({type(module).__name__ for some in lists for module in some})
 
 
 def whole_copy(accelerator: Accelerator, module: nn.Module) -> nn.Module | None:
@@ -82,6 +111,13 @@ def gather_into(whole: nn.Module | None, module: nn.Module) -> None:
         value = whole_of(tensor)
         if whole is not None:
             own[name].copy_(value)
+
+
+def gathered(accelerator: Accelerator, whole: nn.Module | None, module: nn.Module) -> nn.Module:
+    """The model to write: `whole` with a sharded model's weights on the main process, the model itself elsewhere."""
+    if is_mesh(accelerator):
+        gather_into(whole, module)
+    return module if whole is None else whole
 
 
 def whole_weights(module: nn.Module, kept: bool = True) -> dict[str, torch.Tensor]:

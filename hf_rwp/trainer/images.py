@@ -15,6 +15,8 @@ from transformers import EvalPrediction, PreTrainedModel
 from hf_rwp.core.placement import mixes
 from hf_rwp.images.loaders import BatchPlan
 from hf_rwp.images.metrics import Top1, Top5, label_rank, refuse_nothing_read
+from hf_rwp.runs.distributed_checkpoints import is_sharded_checkpoint, load_weights
+from hf_rwp.runs.sharded import is_sharded_model
 from hf_rwp.trainer.trainer import RWPTrainer
 
 
@@ -101,13 +103,16 @@ class ImageTrainer(RWPTrainer):
             super()._load_best_model()
 
     def _restore(self, checkpoint: Any) -> bool:
-        """Load a checkpoint's weights, unless they are LoRA's; whether it did.
+        """Load a checkpoint's weights, unless they are LoRA's or a mesh holds the model's; whether it did.
 
         Trainer looks for the names that weights have in memory. A ViT's are saved under older ones, in checkpoints too:
         it would pass them over, with a warning (huggingface/transformers issue 43701).
         """
-        if not isinstance(self.model, PreTrainedModel):
+        if not isinstance(self.model, PreTrainedModel) or is_sharded_model(self.model):
             return False
+        if is_sharded_checkpoint(Path(checkpoint)):
+            load_weights(self.model, Path(checkpoint))
+            return True
         saved = type(self.model).from_pretrained(checkpoint, config=copy.deepcopy(self.model.config))
         self.model.load_state_dict(saved.state_dict())
         return True

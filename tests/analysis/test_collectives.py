@@ -1,9 +1,22 @@
 """The formula of what processes send each other is what the profiler counts, and what RWP adds to plain training."""
 
+from pathlib import Path
+
 import pytest
 from distributed import run, stop
 
-from hf_rwp.analysis.collectives import KINDS, LAYOUTS, METHODS, Traffic, foretold, formula, padded, sent, traffic_rows
+from hf_rwp.analysis.collectives import (
+    KINDS,
+    LAYOUTS,
+    METHODS,
+    Traffic,
+    foretold,
+    formula,
+    padded,
+    perturbed_bytes,
+    sent,
+    traffic_rows,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -56,3 +69,28 @@ def test_what_replicas_average_shrinks_with_the_shards():
 def test_a_ring_sends_less_than_twice_what_is_averaged():
     traffic = foretold(UNITS, replicas=128, shards=1)
     assert sent(traffic, replicas=128, shards=1) == 2 * 127 / 128 * traffic["all_reduce"].size
+
+
+def giant_vit() -> list[list[tuple[int, ...]]]:
+    """timm's vit_giant_patch14_224, a billion weights: forty blocks, then the rest."""
+    width, hidden = 1408, 6144
+    block = [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,)]
+    block += [(width,), (width,), (hidden, width), (hidden,), (width, hidden), (width,)]
+    rest = [(1, 257, width), (1, 1, width), (width, 3, 14, 14), (width,), (width,), (width,), (1000, width), (1000,)]
+    return [block] * 40 + [rest]
+
+
+def test_the_manuals_figures_for_1024_gpus_are_the_formulas():
+    manual = (Path(__file__).parents[2] / "recipes" / "README.md").read_text()
+    units, layout = giant_vit(), {"replicas": 128, "shards": 8}
+    options = {**layout, "gathered_bytes": 2, "reduced_bytes": 2}
+    plain, noisy = foretold(units, **options), foretold(units, **options, perturbed=1)
+    rows = [
+        f"| all-gather, within 8 | {plain['all_gather'].calls} | {plain['all_gather'].size / 1e9:.2f} GB |",
+        f"| reduce-scatter, within 8 | {plain['reduce_scatter'].calls} | {plain['reduce_scatter'].size / 1e9:.2f} GB |",
+        f"| all-reduce, between 128 | {plain['all_reduce'].calls} | {plain['all_reduce'].size / 1e9:.2f} GB |",
+    ]
+    calls, size = (more - less for more, less in zip(noisy["all_reduce"], plain["all_reduce"], strict=True))
+    rows.append(f"| RWP: all-reduce of norms, within 8 | {calls} | {size / 1e3:.1f} kB |")
+    rows.append(f"| RWP: own memory, read and written | | {perturbed_bytes(units, 8) / 1e9:.2f} GB |")
+    assert [row for row in rows if row not in manual] == []

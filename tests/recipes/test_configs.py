@@ -102,7 +102,7 @@ def test_a_launch_file_that_shards_weights_is_what_accelerate_reads(file, replic
     assert plugin.fsdp_version == 2
     assert plugin.reshard_after_forward is True
     assert plugin.auto_wrap_policy is size_based_auto_wrap_policy
-    assert plugin.min_num_params == 10**6
+    assert plugin.min_num_params == 2 * 10**6
     assert plugin.state_dict_type is StateDictType.SHARDED_STATE_DICT
     assert plugin.cpu_ram_efficient_loading is False
     if replicas > 1:  # without a mesh FSDP2 shards over all processes

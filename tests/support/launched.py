@@ -37,7 +37,8 @@ def under(file: str, changed: Mapping[str, str] | None = None) -> Iterator[None]
     """A process that was launched with `file`, cut down to `SMALL`. changed: further variables."""
     before = dict(os.environ)
     AcceleratorState._reset_state(True)
-    os.environ.update({**environment_of(file), **SMALL[file], "ACCELERATE_USE_CPU": "true", **(changed or {})})
+    on_a_cpu = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"}
+    os.environ.update({**environment_of(file), **SMALL[file], **on_a_cpu, **(changed or {})})
     try:
         with on_cpus():
             yield
@@ -47,13 +48,13 @@ def under(file: str, changed: Mapping[str, str] | None = None) -> Iterator[None]
         os.environ.update(before)
 
 
-def train_imagenet(file: str, folder: str, *flags: str, changed: Mapping[str, str] | None = None) -> str:
-    """`imagenet.train_on_rank` under `file`: what it ended with, "" for success."""
+def train_imagenet(file: str, changed: Mapping[str, str] | None, folder: str, *flags: str) -> str:
+    """`imagenet.train_on_rank` in a process `under` the file: what it ended with, "" for success."""
     with under(file, changed):
-        return imagenet.train_on_rank(folder, "--mixed_precision=no", *flags)
+        return imagenet.train_on_rank(folder, *flags)
 
 
-def train_vit(file: str, folder: str, *flags: str, changed: Mapping[str, str] | None = None) -> str:
-    """`vit.train_on_rank` under `file`: what it ended with, "" for success."""
+def train_vit(file: str, changed: Mapping[str, str] | None, folder: str, *flags: str) -> str:
+    """`vit.train_on_rank` in a process `under` the file: what it ended with, "" for success."""
     with under(file, changed):
         return vit.train_on_rank(folder, *flags)
