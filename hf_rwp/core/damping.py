@@ -11,7 +11,9 @@ from torch import Tensor
 from hf_rwp.core.checks import check
 from hf_rwp.core.draws import Target
 from hf_rwp.core.noise import filter_norms
-from hf_rwp.core.sharding import add_up, block_of, is_sharded
+from hf_rwp.core.sharding import add_up, block_of, filters_like, is_sharded, local_of
+
+_KEY = "rwp_fisher"
 
 
 class Damping:
@@ -46,8 +48,45 @@ class Damping:
                 None if before is None else before.to(squared.device), squared, self.beta
             )
 
+    def put(self, state_dict: dict[str, Any], named: Sequence[tuple[str | None, Tensor]]) -> dict[str, Any]:
+        """The base's `state_dict`, with F in the state of each weight where a mesh holds the weights: whoever saves
+        and cuts these (DCP) does the same to F. named: the parameters of the base's groups."""
+        if not (self.eta and any(is_sharded(weight) for _, weight in named)):
+            return state_dict
+        state = dict(state_dict["state"])
+        for key, (name, weight) in zip(_keys(state_dict), named, strict=True):
+            if name is not None and weight.requires_grad:
+                block = block_of(weight)
+                none = torch.zeros(block.memory.shape[0], dtype=_dtype(weight), device=block.memory.device)
+                state[key] = {**state.get(key, {}), _KEY: filters_like(weight, self.fisher.get(name, none))}
+        return {**state_dict, "state": state}
+
     def commit(self) -> None:
         self.fisher, self._next = self._next or self.fisher, {}
+
+
+def taken(
+    state_dict: dict[str, Any], named: Sequence[tuple[str | None, Tensor]]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """`state_dict` without what `Damping.put` added, and the F that this was."""
+    found: dict[str, Tensor] = {}
+    state = dict(state_dict["state"])
+    names = {key: name for key, (name, _) in zip(_keys(state_dict), named, strict=False)}
+    for key in [key for key, own in state.items() if isinstance(own, dict) and _KEY in own]:
+        own = dict(state.pop(key))
+        values, name = local_of(own.pop(_KEY)).reshape(-1).clone(), names.get(key)
+        found |= {} if name is None else {name: values}
+        state |= {key: own} if own else {}
+    return {**state_dict, "state": state}, found
+
+
+def _keys(state_dict: dict[str, Any]) -> list[Any]:
+    return [key for group in state_dict["param_groups"] for key in group["params"]]
+
+
+def _dtype(weight: Tensor) -> torch.dtype:
+    """Of F."""
+    return torch.promote_types(block_of(weight).memory.dtype, torch.float32)
 
 
 def _gradient(weight: Any) -> Tensor:

@@ -155,9 +155,19 @@ class Groups:
             for position, (name, weight) in enumerate(named):
                 number = self._number(name, weight, numbers) if weight.requires_grad else 0 if frozen else None
                 if number is not None and gammas[number] > 0 and (noise_1d or weight.ndim > 1):
-                    self._targets.append(Target(position, name, weight, local_of(weight), block_of(weight)))
+                    self._targets.append(Target(position, _plain(name), weight, local_of(weight), block_of(weight)))
                     self._numbers.append(number)
         return self._targets, [gammas[number] for number in self._numbers]
+
+    def named(self) -> list[tuple[str | None, Tensor]]:
+        """All parameters of the groups, in order, with the names that they had when their groups came. None: the group
+        holds something else by now."""
+        found: list[tuple[str | None, Tensor]] = []
+        for number, group in enumerate(self._base.param_groups):
+            names = [name for name, (_, home) in self._homes.items() if home == number]
+            known = len(names) == len(group["params"])
+            found += zip(names if known else [None] * len(group["params"]), group["params"], strict=True)
+        return found
 
     def _number(self, name: str, weight: Tensor, numbers: dict[int, int]) -> int | None:
         """The number of a weight's group: by what the groups hold now, else by its name."""

@@ -24,7 +24,7 @@ from torch import nn
 from hf_rwp.core import registry
 from hf_rwp.core.buffers import sync_buffers
 from hf_rwp.core.checks import check
-from hf_rwp.core.damping import Damping
+from hf_rwp.core.damping import Damping, taken
 from hf_rwp.core.groups import Groups
 from hf_rwp.core.hooks import in_backward
 from hf_rwp.core.layers import Layers
@@ -164,10 +164,12 @@ class RWP(OptimizerWrapper):
     def state_dict(self) -> dict[str, Any]:
         """The base's, with seed and windows in its groups, and under `rwp` the same and ARWP's F. `weights_only`-safe.
 
-        Saved at any time, it lets training go on from the last optimizer step, bit for bit.
+        Where a mesh holds the weights, F is in the state of each as well, for frameworks that keep no more than states
+        and groups. Saved at any time, it lets training go on from the last optimizer step, bit for bit.
         """
         own = {"version": _FORMAT, "seed": self._groups.seed, "windows": self._groups.windows}
-        return {**super().state_dict(), "rwp": {**own, "fisher": dict(self._damping.fisher)}}
+        state_dict = self._damping.put(super().state_dict(), self._groups.named())
+        return {**state_dict, "rwp": {**own, "fisher": dict(self._damping.fisher)}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave: the seed and the groups' gamma too, in place of those given at construction.
@@ -181,13 +183,16 @@ class RWP(OptimizerWrapper):
                 f"a checkpoint of format {own['version']}, and this hf_rwp knows up to {_FORMAT}: update it"
             )
         plain = {key: value for key, value in state_dict.items() if key != "rwp"}
+        plain, fisher = taken(plain, self._groups.named())
         before = self._groups.windows
         self._groups.load(functools.partial(super().load_state_dict, plain), own)
         self._windows.discard()
         self._report.before = 0
-        if own is not None:
-            self._damping.fisher = {name: fisher.reshape(-1) for name, fisher in own["fisher"].items()}
+        if own is not None or fisher:
+            earlier = {} if own is None else own["fisher"]
+            self._damping.fisher = {name: f.reshape(-1) for name, f in earlier.items()} | fisher
         elif self._damping.eta and self._groups.windows != before:
+            self._damping.fisher = {}
             logger.warning("the checkpoint holds no F of ARWP: its damping begins anew")
 
     def train(self) -> None:

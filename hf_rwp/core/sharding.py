@@ -88,6 +88,24 @@ def block_of(weight: Tensor) -> Block:
     return Block(memory, filters, length, row, column, reals, groups)
 
 
+def filters_like(weight: Any, values: Tensor) -> Tensor:
+    """A number for each filter in this process's memory, (rows,), as a tensor of the weight's dimensions that number
+    filters, at least one; cut as the weight is."""
+    first = next((dim for dim, size in enumerate(weight.shape) if size != 1), weight.ndim)
+    begin = first + 1 if weight.ndim - first > 1 else first
+    shape = weight.shape[:begin] or torch.Size([1])
+    if not is_sharded(weight):
+        return values.view(shape)
+    cut = {mesh_dim for mesh_dim, dim in sharded_dims(weight) if dim < begin}
+    whole = torch.distributed.tensor.Replicate()
+    placements = [one if mesh_dim in cut else whole for mesh_dim, one in enumerate(weight.placements)]
+    own, stride = local_of(weight).shape[:begin] or torch.Size([1]), torch.empty(shape, device="meta").stride()
+    made: Tensor = torch.distributed.tensor.DTensor.from_local(
+        values.view(own), weight.device_mesh, placements, run_check=False, shape=shape, stride=stride
+    )
+    return made
+
+
 def block_like(block: Block, tensor: Tensor) -> Block:
     """The same part of another tensor of the same shape. tensor: a copy of what is in this process's memory, say."""
     memory = torch.view_as_real(tensor) if tensor.is_complex() else tensor

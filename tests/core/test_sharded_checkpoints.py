@@ -1,0 +1,202 @@
+"""Guarantee 7 where a mesh holds the weights: what Accelerate and torch's DCP save resumes bit for bit in the same
+layout, and with the same noise and F in another one, on another number of processes.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from distributed import run_each, stop
+from sharded import HIDDEN, Case, Net, assert_same, mesh_of, seen_weights, shard, snapshot, whole
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn.functional import mse_loss
+
+from hf_rwp import RWP
+
+OPTIONS = {"seed": 5, "eta": 20.0, "beta": 0.9}
+BEFORE, AFTER = 2, 2  # windows
+KINDS = ["nested", "flat", "full"]
+
+
+class Said(logging.Handler):
+    """What the package's loggers said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def __enter__(self) -> "Said":
+        logging.getLogger("hf_rwp").addHandler(self)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        logging.getLogger("hf_rwp").removeHandler(self)
+
+
+# torch's DCP
+
+
+def build(engine: str, **options: Any) -> tuple[torch.nn.Module, RWP]:
+    """The same model in any layout."""
+    torch.manual_seed(0)
+    case, model = Case(engine), Net(HIDDEN).double()
+    shard(case, model, mesh_of(case))
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return model, RWP(base, model, gamma=0.2, alpha=0.4, accumulation_steps=2, **{**OPTIONS, **options})
+
+
+def go_on(model: Any, optimizer: Any, windows: range, half: bool = False) -> list[Any]:
+    """Train, on the same batches in all processes; the weights that each forward pass saw.
+
+    half: end in the middle of a micro-step, whose forward pass is done and whose backward pass is to come; on one
+    replica its noise is in the weights.
+    """
+    with seen_weights(model) as seen:
+        for index in range(windows.start * 2, windows.stop * 2 + 2 * half):
+            generator = torch.Generator().manual_seed(index)
+            x, y = (torch.randn(3, *of, dtype=torch.float64, generator=generator) for of in ((5, 6), (3,)))
+            loss = mse_loss(model(x), y) / 2
+            if index < windows.stop * 2 + half:
+                loss.backward()
+                if index % 2:
+                    optimizer.step()
+                    optimizer.zero_grad()
+    return list(seen)
+
+
+def options_of(kind: str) -> StateDictOptions:
+    return StateDictOptions(flatten_optimizer_state_dict=kind == "flat", full_state_dict=kind == "full")
+
+
+def fisher(optimizer: Any) -> dict[str, torch.Tensor]:
+    """F of every weight, whole. Collective."""
+    named = {id(p): name for name, p in optimizer.model.named_parameters()}
+    state = optimizer.state_dict()
+    keys = [named[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    return {
+        name: whole(state["state"][key]["rwp_fisher"]).flatten()
+        for key, name in enumerate(keys)
+        if "rwp_fisher" in state["state"].get(key, {})
+    } or {name: f.flatten() for name, f in state["rwp"]["fisher"].items()}
+
+
+def save(engine: str, folder: str) -> dict[str, Any]:
+    """Train, save in all kinds, in the middle of a window too; and what another run does that is not interrupted."""
+    model, optimizer = build(engine)
+    go_on(model, optimizer, range(BEFORE))
+    found = {"at": snapshot(model), "fisher": fisher(optimizer)}
+    for name in ("boundary", "middle"):
+        if name == "middle":
+            go_on(model, optimizer, range(BEFORE, BEFORE), half=True)
+        for kind in KINDS:
+            state = {
+                "model": get_model_state_dict(model, options=StateDictOptions(full_state_dict=kind == "full")),
+                "optimizer": get_optimizer_state_dict(model, optimizer, options=options_of(kind)),
+            }
+            dcp.save(state, checkpoint_id=str(Path(folder) / f"{engine}-{name}-{kind}"))
+    model, optimizer = build(engine)
+    found["seen"] = go_on(model, optimizer, range(BEFORE + AFTER))[2 * BEFORE :]
+    return {**found, "after": snapshot(model), "fisher after": fisher(optimizer)}
+
+
+def load(engine: str, of: str, name: str, kind: str, folder: str) -> dict[str, Any]:
+    """Load what `save(of)` saved into a new run of `engine`, and train on."""
+    model, optimizer = build(engine, seed=77)
+    with Said() as said:
+        load_into(model, optimizer, Path(folder) / f"{of}-{name}-{kind}", kind)
+    own = [(group["rwp_seed"], group["rwp_windows"]) for group in optimizer.param_groups]
+    found = {"at": snapshot(model), "own": own, "fisher": fisher(optimizer), "said": said.lines}
+    found["seen"] = go_on(model, optimizer, range(BEFORE, BEFORE + AFTER))
+    return {**found, "after": snapshot(model), "fisher after": fisher(optimizer)}
+
+
+def load_into(model: Any, optimizer: Any, folder: Path, kind: str) -> None:
+    model_options = StateDictOptions(full_state_dict=kind == "full")
+    state = {
+        "model": get_model_state_dict(model, options=model_options),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=options_of(kind)),
+    }
+    dcp.load(state, checkpoint_id=str(folder))
+    set_model_state_dict(model, state["model"], options=model_options)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options_of(kind))
+
+
+ELSEWHERE = {"fsdp": ["fsdp2ranks", "tp2ranks", "plain"], "hsdp": ["hsdp_tp"], "fsdp_tp": ["fsdp2ranks"]}
+WORLDS = {"fsdp2ranks": 2, "tp2ranks": 2, "plain": 1}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """What was saved, by engine; and what came of loading it, by (engine, of, name, kind)."""
+    folder = str(tmp_path_factory.mktemp("checkpoints"))
+    stop()  # DTensor caches plans with the names of process groups, which a test before this one may have ended
+    saved = dict(
+        zip(ELSEWHERE, run_each(4, save, [(engine, folder) for engine in ELSEWHERE], timeout=120), strict=True)
+    )
+    same = [(of, of, name, kind) for of in ELSEWHERE for name in ("boundary", "middle") for kind in KINDS]
+    other = [
+        (to, of, "middle", kind) for of, engines in ELSEWHERE.items() for to in engines for kind in ("nested", "full")
+    ]
+    loaded = {}
+    for world in (4, 2, 1):
+        cases = [case for case in same + other if WORLDS.get(case[0], 4) == world]
+        stop()
+        found = run_each(world, load, [(*case, folder) for case in cases], timeout=120)
+        loaded |= dict(zip(cases, found, strict=True))
+    return saved, loaded
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["boundary", "middle"])
+@pytest.mark.parametrize("engine", ELSEWHERE)
+def test_resume_is_bit_exact_in_the_same_layout(runs, engine, name, kind):
+    saved, loaded = runs
+    for through, again in zip(saved[engine], loaded[engine, engine, name, kind], strict=True):
+        assert_same(again["at"], through["at"])
+        assert set(again["own"]) == {(5, BEFORE)}
+        assert sum("rwp_seed" in line for line in again["said"]) == 1
+        lost = kind == "flat"  # torch takes back no state that the base has not
+        assert sum("no F of ARWP" in line for line in again["said"]) == len(again["said"]) - 1 == lost
+        assert any(f.any() for f in through["fisher"].values())
+        if not lost:
+            assert_same(again["fisher"], through["fisher"])
+            assert_same(again["seen"], through["seen"])
+            assert_same(again["after"], through["after"])
+            assert_same(again["fisher after"], through["fisher after"])
+
+
+@pytest.mark.parametrize("kind", ["nested", "full"])
+@pytest.mark.parametrize(("of", "to"), [(of, to) for of, engines in ELSEWHERE.items() for to in engines])
+def test_another_layout_goes_on_with_the_same_noise(runs, of, to, kind):
+    saved, loaded = runs
+    through = saved[of][0]
+    clean = through["at"]
+    for again in loaded[to, of, "middle", kind]:
+        assert_same(again["at"], clean)
+        assert set(again["own"]) == {(5, BEFORE)}
+        assert any("no F of ARWP" in line for line in again["said"]) == (to == "plain")
+        if to != "plain":
+            assert_same(again["fisher"], through["fisher"])
+            for name, weight in again["after"].items():
+                torch.testing.assert_close(weight, through["after"][name], rtol=1e-11, atol=1e-13)
+    if to != "plain":  # to the rounding of a cut filter's norm, whose squares are added up in another order
+        seen = [again["seen"][:2] for again in loaded[to, of, "middle", kind]]
+        assert all(any(alike(own, run["seen"][:2]) for run in saved[of]) for own in seen)
+        assert not all(alike(own, [clean, clean]) for own in seen)
+
+
+def alike(some: Any, others: Any) -> bool:
+    pairs = [(a[name], b[name]) for a, b in zip(some, others, strict=True) for name in a]
+    return all(torch.allclose(a, b, rtol=0, atol=1e-14) for a, b in pairs)
