@@ -70,6 +70,7 @@ from hf_rwp.analysis.costs import rows, table
 from hf_rwp.analysis.noise_cost import kernels_without_launches, noise_and_restore, noise_variants
 from hf_rwp.analysis.timing import collectives, on_one_thread, peak_bytes, timed
 from hf_rwp.core.checks import check_all
+from hf_rwp.analysis.frozen_cost import run_frozen
 from hf_rwp.core.noise import Source
 from hf_rwp.images.data import load_images
 from hf_rwp.images.small_models import make_stem_small
@@ -169,8 +170,6 @@ def main(args: Arguments) -> None:
     print(f"{facts['hardware']['device']}, {args.ranks} ranks of {args.threads} threads, load average {busy:.2f}")
     groups = start(run_rank, args.ranks, args)
     (alones,) = start(run_rank, 1, args)
-    (loops,) = start(run_loops, 1, args)
-    (host,) = start(run_host, 1, args)
     imports = [import_seconds() for _ in range(min(args.rounds, 5))]
     defaults = {item.name: item.default for item in fields(Arguments)}
     given = scrub_paths(asdict(args))
@@ -181,8 +180,9 @@ def main(args: Arguments) -> None:
         "device_type": "cuda" if torch.cuda.is_available() else "cpu",
         "shared_gpu": args.shared,
         **facts,
-        "loop_images_per_second": loops,
-        "host_milliseconds": host,
+        "loop_images_per_second": start(run_loops, 1, args)[0],
+        "host_milliseconds": start(run_host, 1, args)[0],
+        "frozen": start(run_frozen, 1, args)[0],
         "import_seconds": dict(zip(("hf_rwp", "RWP"), zip(*imports, strict=True), strict=True)),
         "measurements": [combined(*found) for found in zip(zip(*groups, strict=True), alones, strict=True)],
     }

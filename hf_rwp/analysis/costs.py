@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from hf_rwp.analysis.frozen_cost import frozen_ratios
+
 PASSES = 5  # over the weights' bytes: read and write them, write and read the snapshot, write them back; a copy has 2
 
 
@@ -62,6 +64,13 @@ def rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     loops = record["loop_images_per_second"]
     speeds = _ratios(loops["imagenet_rwp"], loops["timm"])
     add("", "images/s, imagenet_rwp base / timm's loop", speeds, 1.0, at_least=True)
+    if "frozen" in record:  # not in records from before there was one
+        more = 1.05 + record["frozen"]["layer_bytes"] / record["frozen"]["weights_bytes"]
+        limits = {"drawn": (None if gpu else 1.15, more)}
+        for kind, (times, memory) in frozen_ratios(record["frozen"]).items():
+            time_limit, memory_limit = limits.get(kind, (None, None))
+            add("lora", f"step, noise on the base ({kind}) / plain LoRA", times, time_limit)
+            add("lora", f"memory, noise on the base ({kind}) / plain LoRA", memory, memory_limit)
     for path, limit in (("torch", 3.0), ("kernels", 1.5)):
         if path in record["host_milliseconds"]:  # no kernels without Triton
             add("", f"host ms of begin + restore, {path}", record["host_milliseconds"][path], limit)

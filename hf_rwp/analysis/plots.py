@@ -49,7 +49,7 @@ def training_curves(
 
     history: one mapping an epoch with epoch, train_loss and, where they exist, loss_clean, loss_perturbed, known_loss
     (on text that the model knew before), top1 and top1_ema (fractions in [0, 1]); other keys are ignored. Losses that
-    span more than a factor of ten get a logarithmic axis. The last accuracy is written out, top1_ema where there is one.
+    span more than a factor of ten get a logarithmic axis. The last accuracy is written out, top1_ema's if there is one.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     losses, accuracy = figure.subplots(1, 2)
