@@ -49,6 +49,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hf_rwp.cli import refuse_missing
+
+refuse_missing("benchmark", __name__)
 import timm
 import torch
 import torch.distributed as dist
@@ -67,10 +70,10 @@ from tqdm import tqdm
 from hf_rwp import RWP
 from hf_rwp.analysis.collectives import LAYOUTS, Network, traffic_rows, units_of
 from hf_rwp.analysis.costs import rows, table
+from hf_rwp.analysis.frozen_cost import run_frozen
 from hf_rwp.analysis.noise_cost import kernels_without_launches, noise_and_restore, noise_variants
 from hf_rwp.analysis.timing import collectives, on_one_thread, peak_bytes, timed
 from hf_rwp.core.checks import check_all
-from hf_rwp.analysis.frozen_cost import run_frozen
 from hf_rwp.core.noise import Source
 from hf_rwp.images.data import load_images
 from hf_rwp.images.small_models import make_stem_small

@@ -47,6 +47,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_rwp.cli import refuse_missing
+
+refuse_missing("vit", __name__)  # ahead of the imports that would fail
+
 import torch
 from accelerate.utils import gather_object
 from datasets import DatasetDict
@@ -219,7 +223,7 @@ def main(args: Arguments) -> None:
     signals = Signals()
     trainer = create_trainer(args, model, splits, data_config, signals)
     accelerator, is_main = trainer.accelerator, trainer.is_world_process_zero()
-    refuse_sharded(accelerator, deepspeed=True)
+    refuse_sharded(accelerator)
     facts = describe_run(args, trainer, splits)
     step = None if args.eval_only else facts["images_per_step"]
     say(accelerator, opening(accelerator, given, found_in(splits).lines(), facts["model"], step, output_dir))
