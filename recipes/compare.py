@@ -53,7 +53,6 @@ from hf_rwp.core.buffers import sync_buffers
 from hf_rwp.core.checks import check_all
 from hf_rwp.core.noise import DEFAULT_GAMMA, gamma_factor
 from hf_rwp.core.placement import fewest_micro_steps, mixes
-from hf_rwp.core.refusals import refuse_lone_processes
 from hf_rwp.images.data import load_images
 from hf_rwp.images.memory import Batches, Images, MemoryArguments, images_digest, select_images
 from hf_rwp.images.metrics import Accuracy
@@ -74,6 +73,7 @@ from hf_rwp.runs.comparison import (
     run_folder,
 )
 from hf_rwp.runs.determinism import derive_seed, use_fast_kernels
+from hf_rwp.runs.launch import check_comparison
 from hf_rwp.runs.methods import METHODS, PROTOCOLS, ComparisonArguments, Settings, count_steps, relative_times
 from hf_rwp.runs.parsing import parse_arguments
 from hf_rwp.runs.records import append_record, command_of, environment, scrub_paths, without_nan
@@ -140,9 +140,7 @@ def main(args: Arguments) -> None:
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision, dynamo_backend="inductor" if args.torch_compile else None
     )
-    refuse_lone_processes()
-    if accelerator.gradient_accumulation_steps > 1 or accelerator.scaler is not None:
-        raise ValueError("methods are compared without accelerate's gradient accumulation, in bf16 or full precision")
+    check_comparison(accelerator)
     use_fast_kernels()
     torch._dynamo.config.recompile_limit = 256  # each model is compiled anew
     results, output_dir, replicas = Path(args.results), Path(args.output_dir), accelerator.num_processes

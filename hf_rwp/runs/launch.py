@@ -6,7 +6,19 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from hf_rwp.core.refusals import refuse_lone_processes
-from hf_rwp.runs.sharded import refuse_sharded
+from hf_rwp.runs.sharded import is_mesh, refuse_sharded
+
+
+def check_comparison(accelerator: Accelerator) -> None:
+    """Raise RuntimeError for processes that train each by itself, ValueError for what not all methods can work with."""
+    refuse_lone_processes()
+    if is_mesh(accelerator) or accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            f"{accelerator.distributed_type.value} holds the weights, and SAM needs whole ones: methods are compared "
+            "on one device or under plain DDP (recipes/accelerate/gpu_8.yaml)"
+        )
+    if accelerator.gradient_accumulation_steps > 1 or accelerator.scaler is not None:
+        raise ValueError("methods are compared without accelerate's gradient accumulation, in bf16 or full precision")
 
 
 def check_launch(accelerator: Accelerator, method: str, flags: Mapping[str, bool]) -> None:

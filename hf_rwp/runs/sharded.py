@@ -44,12 +44,10 @@ def replicas_of_run(accelerator: Accelerator) -> int:
     return int(accelerator.num_processes) // processes_per_replica(accelerator)
 
 
-def refuse_sharded(
-    accelerator: Accelerator, flags: Mapping[str, bool] | None = None, *, deepspeed: bool = False, fsdp: bool = True
-) -> None:
+def refuse_sharded(accelerator: Accelerator, flags: Mapping[str, bool] | None = None) -> None:
     """Raise ValueError for ways of sharding that a recipe does not take, and for flags that sharded weights do not.
 
-    flags: what each is, as a user writes it, and whether it was given. deepspeed, fsdp: whether the recipe takes them.
+    flags: what each is, as a user writes it, and whether it was given.
     """
     mesh = accelerator.parallelism_config
     cut = [name for name in ("tp", "cp", "sp") if mesh is not None and getattr(mesh, f"{name}_size", 1) > 1]
@@ -57,12 +55,6 @@ def refuse_sharded(
     if cut:
         raise ValueError(
             f"parallelism_config asks for {cut[0]}_size > 1, which images and these models do not have: take {works}"
-        )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED and not deepspeed:
-        raise ValueError(f"this loop has no place for DeepSpeed's steps: take {works}; vit_rwp.py takes DeepSpeed")
-    if is_mesh(accelerator) and not fsdp:
-        raise ValueError(
-            "FSDP holds the weights, and this recipe takes whole ones: take plain DDP (recipes/accelerate/gpu_8.yaml)"
         )
     if not is_mesh(accelerator):
         asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"

@@ -9,10 +9,11 @@ import pytest
 import timm
 import torch
 from distributed import run, stop
-from imagenet import few_digits, load_recipe, results, train, train_on_rank, weights
-from launched import train_imagenet
+from imagenet import RECIPES, few_digits, load_recipe, results, train, train_on_rank, weights
+from launched import train_imagenet, under
 
 from hf_rwp.runs.checkpoints import checkpoints_in
+from hf_rwp.runs.parsing import parse_arguments
 
 # A transformer without BatchNorm, three steps an epoch on four processes.
 FLAGS = ["--model=test_vit", "--batch_size=8", "--checkpointing_steps=2", "--save_total_limit=9", "--clip_grad=1"]
@@ -141,3 +142,19 @@ def test_fsdp_that_accelerate_leaves_aside_is_refused(tmp_path):
     for error in run(2, train_with_fsdp_left_aside, str(tmp_path)):
         assert "MULTI_CPU" in error
         assert "cpu_2.yaml" in error
+
+
+def compare(file, folder):
+    recipe = load_recipe(RECIPES / "compare.py")
+    with under(file):
+        try:
+            recipe.main(parse_arguments(recipe.Arguments, [f"--output_dir={folder}", f"--results={folder}/results"]))
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+def test_methods_are_not_compared_where_the_weights_are_sharded(tmp_path):
+    for error in run(2, compare, "fsdp2_8", str(tmp_path)):
+        assert "FSDP holds the weights, and SAM needs whole ones" in error
+        assert "gpu_8.yaml" in error
