@@ -69,8 +69,8 @@ def rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         limits = {"drawn": (None if gpu else 1.15, more)}
         for kind, (times, memory) in frozen_ratios(record["frozen"]).items():
             time_limit, memory_limit = limits.get(kind, (None, None))
-            add("lora", f"step, noise on the base ({kind}) / plain LoRA", times, time_limit)
-            add("lora", f"memory, noise on the base ({kind}) / plain LoRA", memory, memory_limit)
+            add("lora", f"step, base noise ({kind}) / plain LoRA", times, time_limit)
+            add("lora", f"memory, base noise ({kind}) / plain LoRA", memory, memory_limit)
     for path, limit in (("torch", 3.0), ("kernels", 1.5)):
         if path in record["host_milliseconds"]:  # no kernels without Triton
             add("", f"host ms of begin + restore, {path}", record["host_milliseconds"][path], limit)

@@ -44,10 +44,10 @@ def test_rows_have_their_limits(found):
         "import_seconds": {"hf_rwp": [0.1, 0.1], "RWP": [1.0, 1.0]},
     }
     by_what = {row["what"]: row for row in rows(record | {"frozen": found})}
-    assert by_what["step, noise on the base (drawn) / plain LoRA"]["limit"] == 1.15
-    memory = by_what["memory, noise on the base (drawn) / plain LoRA"]
+    assert by_what["step, base noise (drawn) / plain LoRA"]["limit"] == 1.15
+    memory = by_what["memory, base noise (drawn) / plain LoRA"]
     assert memory["limit"] == pytest.approx(1.05 + found["layer_bytes"] / found["weights_bytes"])
-    assert by_what["step, noise on the base (copy) / plain LoRA"]["limit"] is None
+    assert by_what["step, base noise (copy) / plain LoRA"]["limit"] is None
     assert len(rows(record)) == len(by_what) - 6
 
 

@@ -14,6 +14,7 @@ import torch
 
 from hf_rwp.runs.parsing import parse_arguments
 
+UNLIMITED = ("copy", "flat_lora")
 FLAGS = ["--models=test_resnet", "--img_size=32", "--batch_size=4", "--rounds=2", "--threads=1"]
 
 
@@ -59,6 +60,9 @@ def test_every_row_of_the_design_is_measured_and_shown(run):
         "peak memory of a rank, SAM / DDP": None,
         "collectives in a step, RWP - base": 0.0,
         "images/s, imagenet_rwp base / timm's loop": 1.0,
+        "step, base noise (drawn) / plain LoRA": 1.15,
+        "memory, base noise (drawn) / plain LoRA": pytest.approx(1.05 + 1 / 6, abs=0.01),  # one layer of six
+        **{f"{what}, base noise ({kind}) / plain LoRA": None for what in ("step", "memory") for kind in UNLIMITED},
         "host ms of begin + restore, torch": 3.0,
         **({"host ms of begin + restore, kernels": 1.5} if importlib.util.find_spec("triton") else {}),
         "seconds of import hf_rwp after import torch": 0.2,
