@@ -87,12 +87,15 @@ class RWP(OptimizerWrapper):
         antithetic (`bool`, *optional*, defaults to `False`):
             Whether the perturbed slots of a step, where there are two or more, draw eps and -eps in pairs.
         process_group (`torch.distributed.ProcessGroup`, *optional*):
-            Of the replicas whose gradients are averaged; if not set that of the DDP around the model, else the world.
+            Of the replicas whose gradients are averaged; if not set that of the DDP around the model, along the mesh
+            dimension that copies the weights (HSDP), DeepSpeed's data-parallel one, or else the world.
             `torch.distributed.new_subgroups(1)[0]` where each process trains by itself between averages (LocalSGD).
 
     On two or more data-parallel replicas the odd ones are perturbed, and the framework's all-reduce mixes the
-    gradients. On one, the micro-steps of a window alternate, so a step needs two or more of them. `eval()` disarms it
-    and leaves clean weights, also after an interrupt or an error in a backward pass; `train()` arms it; a new one is
+    gradients. On one, the micro-steps of a window alternate, so a step needs two or more of them. A replica is a process
+    under DDP and DeepSpeed; under HSDP and tensor parallelism it is all processes that hold one copy of the weights
+    together, and FSDP2 by itself is a single one. They share role and noise, which no layout changes. `eval()` disarms
+    it and leaves clean weights, also after an interrupt or an error in a backward pass; `train()` arms it; a new one is
     armed. Wrapping a model again retires the earlier wrapper; wrapping one that shares parameters with it is refused.
     For two optimizers over one model wrap one of them, with the other's parameters in it as a group of lr=0, and step
     the other one after it. A loss's own weights outside the model (proxies) get an ordinary gradient. `step` takes a
@@ -100,10 +103,11 @@ class RWP(OptimizerWrapper):
     checkpointing of the whole model) is refused: take the plain loss, or checkpoint layers.
 
     Raises ValueError for a value out of range, for optimizer parameters that the model does not have and for a model
-    that shares some with another wrapper's; NotImplementedError under FSDP, DeepSpeed, DataParallel, tensor parallelism
-    and XLA. In a loop, RuntimeError: where a step holds one gradient and nothing can be mixed; for a second backward
-    pass in one micro-step; where something writes into a noisy weight; at `step`, for gradients that no forward pass of
-    the model began, or that were never averaged.
+    that shares some with another wrapper's; NotImplementedError, with what works, under FSDP of version 1, DeepSpeed
+    ZeRO-3, DataParallel and XLA, and for weights that a mesh cuts inside of filters. In a loop, RuntimeError: where a
+    step holds one gradient and nothing can be mixed; for a second backward pass in one micro-step; where something
+    writes into a noisy weight; at `step`, for gradients that no forward pass of the model began, or that were never
+    averaged.
     """
 
     def __init__(
