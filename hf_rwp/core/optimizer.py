@@ -92,7 +92,7 @@ class RWP(OptimizerWrapper):
             `torch.distributed.new_subgroups(1)[0]` where each process trains by itself between averages (LocalSGD).
 
     On two or more data-parallel replicas the odd ones are perturbed, and the framework's all-reduce mixes the
-    gradients. On one, the micro-steps of a window alternate, so a step needs two or more of them. A replica is a process
+    gradients. On one, the micro-steps of a window alternate, so a step needs two or more. A replica is a process
     under DDP and DeepSpeed; under HSDP and tensor parallelism it is all processes that hold one copy of the weights
     together, and FSDP2 by itself is a single one. They share role and noise, which no layout changes. `eval()` disarms
     it and leaves clean weights, also after an interrupt or an error in a backward pass; `train()` arms it; a new one is
