@@ -43,8 +43,13 @@ def is_sharded(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def local_of(tensor: Tensor) -> Tensor:
-    """The part of a tensor that is in this process's memory, the same object each time; the tensor itself if whole."""
-    local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    """The part of a tensor that is in this process's memory; the tensor itself if whole.
+
+    Of a parameter it is the same object each time, which `to_local` makes anew.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    local: Tensor = tensor._local_tensor if isinstance(tensor, nn.Parameter) else tensor.to_local()  # type: ignore[attr-defined]
     return local
 
 

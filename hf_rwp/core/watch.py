@@ -24,13 +24,13 @@ class Writes:
         self._comparisons, self._compares = COMPARISONS, False  # left, and whether this is one
         self._open = False  # whether writes may have gone unnoticed
         self._drawn: tuple[Sequence[Target], Sequence[Tensor], Sequence[int]] = [], [], []
-        self._versions: list[int] = []  # of the targets' weights, with their noise
+        self._versions: list[tuple[int, int]] = []  # of the targets' weights, with their noise
         self._others: set[int] = set()  # indices of weights whose clean values are others than the noise was added to
 
     def begin(self, targets: Sequence[Target], stds: Sequence[Tensor], seeds: Sequence[int]) -> None:
         """Noise is in the targets' weights now, and nothing else has happened."""
         self.found, self._drawn, self._others = [], (targets, stds, seeds), set()
-        self._versions = [target.local._version for target in targets]
+        self._versions = [_version(target) for target in targets]
         self._compares, self._comparisons = self._comparisons > 0, self._comparisons - 1
         self._open = True
 
@@ -42,18 +42,18 @@ class Writes:
         if not self._open:
             return
         for index, (target, std, seed, own) in enumerate(zip(*self._drawn, clean, strict=False)):
-            suspect = self._compares or target.local._version != self._versions[index]
+            suspect = self._compares or _version(target) != self._versions[index]
             if not suspect or target.name in self.found or own.shape != target.local.shape:
                 continue  # another shape is another failure, which is told by name
             if index in self._others or not draws.holds(target, std, seed, own):
                 self.found.append(target.name)
         # Writes so far are judged: only those between `look` and `resumed` replace the clean values.
-        self._versions = [target.local._version for target in self._drawn[0]]
+        self._versions = [_version(target) for target in self._drawn[0]]
         self._open = False
 
     def resumed(self) -> None:
         """The noise was suspended, when weights may be written to, and is there again."""
-        now = [target.local._version for target in self._drawn[0]]
+        now = [_version(target) for target in self._drawn[0]]
         self._others |= {index for index, version in enumerate(now) if version != self._versions[index]}
         self._versions = now
         self._compares, self._open = False, True
@@ -62,6 +62,11 @@ class Writes:
         """The names of the weights that were written to."""
         found, self.found, self._drawn, self._versions = self.found, [], ([], [], []), []
         return found
+
+
+def _version(target: Target) -> tuple[int, int]:
+    """A DTensor counts its own changes, and its local tensor those that are made to it directly."""
+    return target.weight._version, target.local._version
 
 
 class Copies:
