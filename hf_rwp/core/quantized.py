@@ -47,7 +47,16 @@ class Quantized:
         return draw
 
     def beside(self, eps: Callable[[torch.dtype], Tensor]) -> RemovableHandle:
-        """Let the layer add x @ eps^T until the handle is removed. eps: of a dtype."""
+        """Let the layer add x @ eps^T until the handle is removed. eps: of a dtype.
+
+        NotImplementedError: the layer's stored weight is sharded, so that no process can say what it stands for.
+        """
+        if any(is_sharded(parameter) for parameter in self.module.parameters(recurse=False)):
+            raise NotImplementedError(
+                f"{self.name}, a {type(self.module).__name__}, is quantized and sharded (FSDP2), and noise goes beside "
+                "quantized layers that are whole: leave it out of sharding, load the base unquantized (bfloat16), or "
+                "leave frozen=False to perturb the others"
+            )
 
         def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             x: Tensor = args[0] if args else next(iter(kwargs.values()))
@@ -134,7 +143,10 @@ def _is_quantized(module: nn.Module) -> bool:
     if not all(isinstance(size, int) for size in sizes) or plain or isinstance(module, nn.Bilinear):
         return False
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return any(not _takes_noise(tensor) for tensor in own) and not any(p.requires_grad for p in module.parameters())
+    packed = type(module).__module__.startswith("bitsandbytes.")  # whose integers may be stored as bfloat16, for FSDP
+    return (packed or any(not _takes_noise(tensor) for tensor in own)) and not any(
+        p.requires_grad for p in module.parameters()
+    )
 
 
 def _takes_noise(tensor: Tensor) -> bool:

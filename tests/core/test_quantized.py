@@ -209,6 +209,14 @@ def test_a_copy_of_a_quantized_weight_is_refused_by_name():
         RWP(torch.optim.SGD(own, lr=0.1), model, frozen="copy")
 
 
+def test_a_quantized_layer_that_is_sharded_is_refused_by_name():
+    layer = Stored(linears()[0])
+    layer.weight.device_mesh = "of a DTensor"
+    with pytest.raises(NotImplementedError, match=r"a\.b, a Stored, is quantized and sharded"):
+        Quantized("a.b", layer).beside(lambda dtype: torch.zeros(16, 16))
+    assert not layer._forward_hooks
+
+
 def nf4(linear):
     bnb = pytest.importorskip("bitsandbytes")
     layer = bnb.nn.Linear4bit(16, 16, compute_dtype=torch.float32, quant_type="nf4")
