@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_rwp.core import registry
-from hf_rwp.core.hooks import Hook, at_end_of_backward, in_backward, tensors_in
+from hf_rwp.core.hooks import Hook, at_end_of_backward, in_backward, tensors_in, with_tensors
 from hf_rwp.core.perturbation import Perturbation
 from hf_rwp.core.placement import Role
 from hf_rwp.core.sharding import gathered_weights, is_gathered
@@ -141,6 +141,9 @@ class Passes:
                 self._perturbation.guard_copies()
             return None
         self._weigh(micro_step, gathered_weights(self._windows.gatherers))
+        if self._windows.gatherers:
+            # An output may be that of a layer, too, for which FSDP2 then gathers weights ahead of our hook.
+            output = with_tensors(output, lambda t: t.view_as(t) if t.grad_fn is not None else t)
         outputs = [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
         for tensor in outputs:
             tensor.register_hook(functools.partial(self._before_backward, micro_step))
@@ -151,7 +154,7 @@ class Passes:
             self._perturbation.suspend()
         elif not self._entries:
             self._perturbation.guard_copies()
-        return None
+        return output if self._windows.gatherers else None
 
     def _weigh(self, micro_step: MicroStep, parameters: Iterable[Tensor]) -> None:
         """Multiply the gradients of `parameters` by the micro-step's weight, once each."""

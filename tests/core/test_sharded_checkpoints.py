@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from distributed import run_each, stop
+from engines import accelerator_of, llama, next_word_loss, on_cpus, plain_name, sentences
+from engines import snapshot as weights_of
 from sharded import HIDDEN, Case, Net, assert_same, mesh_of, seen_weights, shard, snapshot, whole
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -82,7 +85,7 @@ def options_of(kind: str) -> StateDictOptions:
 
 def fisher(optimizer: Any) -> dict[str, torch.Tensor]:
     """F of every weight, whole. Collective."""
-    named = {id(p): name for name, p in optimizer.model.named_parameters()}
+    named = {id(p): plain_name(name) for name, p in optimizer.model.named_parameters()}
     state = optimizer.state_dict()
     keys = [named[id(p)] for group in optimizer.param_groups for p in group["params"]]
     return {
@@ -200,3 +203,60 @@ def test_another_layout_goes_on_with_the_same_noise(runs, of, to, kind):
 def alike(some: Any, others: Any) -> bool:
     pairs = [(a[name], b[name]) for a, b in zip(some, others, strict=True) for name in a]
     return all(torch.allclose(a, b, rtol=0, atol=1e-14) for a, b in pairs)
+
+
+# Accelerate's save_state and load_state
+
+
+def accelerated(sizes: dict[str, int], state: str, folder: str, do: str, seed: int = 5) -> dict[str, Any]:
+    """do: `through`, train without a break; `save`, in the middle of a micro-step; `load`, and train on."""
+    with on_cpus():
+        fsdp = {"state_dict_type": state, "activation_checkpointing": True}
+        accelerator = accelerator_of(fsdp, sizes, gradient_accumulation_steps=2)
+        model = llama(tied=True)
+        base = torch.optim.AdamW(model.parameters(), lr=0.01)
+        optimizer = RWP(base, model, gamma=0.2, alpha=0.4, **{**OPTIONS, "seed": seed})
+        model, optimizer = accelerator.prepare(model, optimizer)
+    rwp, folder = optimizer.optimizer, f"{folder}/{'-'.join([state, *sizes])}"
+    with Said() as said:
+        if do == "load":
+            accelerator.load_state(folder)
+    for index in range(*{"through": (0, 8), "save": (0, 4), "load": (4, 8)}[do]):
+        ids = sentences(2, seed=10 * index + dist.get_rank())
+        with accelerator.accumulate(model):
+            accelerator.backward(next_word_loss(model(ids), ids))
+            optimizer.step()
+            optimizer.zero_grad()
+    if do == "save":
+        for _ in range(2):  # the second one's noise is in the weights, on some
+            loss = next_word_loss(model(sentences(2)), sentences(2))
+            accelerator.save_state(folder)
+            loss.backward()
+    own = {key: rwp.param_groups[0][key] for key in ("rwp_seed", "rwp_windows")}
+    return {"at": weights_of(model), "own": own, "fisher": fisher(rwp), "said": said.lines}
+
+
+LAYOUTS = [{}, {"dp_replicate_size": 2, "dp_shard_size": 2}]
+STATES = ["SHARDED_STATE_DICT", "FULL_STATE_DICT"]
+
+
+@pytest.fixture(scope="module")
+def accelerated_runs(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("accelerated"))
+    cases = [(sizes, state, folder, do) for sizes in LAYOUTS for state in STATES for do in ("through", "save")]
+    cases += [(sizes, state, folder, "load", 77) for sizes in LAYOUTS for state in STATES]
+    stop()
+    found = run_each(4, accelerated, cases, timeout=120)
+    return {(str(case[0]), case[1], case[3]): ranks for case, ranks in zip(cases, found, strict=True)}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("sizes", LAYOUTS, ids=["fsdp", "hsdp"])
+def test_resume_through_accelerate_is_bit_exact(accelerated_runs, sizes, state):
+    through, again = (accelerated_runs[str(sizes), state, do] for do in ("through", "load"))
+    for one, other in zip(through, again, strict=True):
+        assert other["own"] == one["own"] == {"rwp_seed": 5, "rwp_windows": 4}
+        assert_same(other["at"], through[0]["at"])
+        assert_same(other["fisher"], one["fisher"])
+        assert one["fisher"].keys() == one["at"].keys()
+        assert [line for line in other["said"] if "place of" in line] == other["said"] != []
