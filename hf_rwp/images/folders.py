@@ -149,7 +149,7 @@ def _labelled(root: Tree, tree: Tree, role: str, label_column: str | None, found
     names: list[str] = []
     for name, folders in _classes(root, tree, role, found, deep):
         for folder in folders:
-            paths += [str(folder.path / image) for image in folder.images]
+            paths += [f"{folder.path}/{image}" for image in folder.images]
             names += [name] * len(folder.images)
     return Labelled(tree.path.name, paths, names)
 
@@ -322,7 +322,7 @@ def _count_ignored(root: Tree, splits: Mapping[str, Tree], read: Mapping[str, La
             found.ignore(reason, _shown(root, folder.path / first), count)
         for table in folder.tables:
             found.ignore("tables beside the images", _shown(root, folder.path / table))
-        left = [image for image in folder.images if str(folder.path / image) not in used]
+        left = [image for image in folder.images if f"{folder.path}/{image}" not in used]
         if left and "images without a label" not in found.ignored:
             inside = not splits or any(folder.path.is_relative_to(split.path) for split in splits.values())
             reason = "images beside the class folders" if inside else "images outside of the splits"

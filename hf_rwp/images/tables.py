@@ -14,11 +14,21 @@ from typing import Any
 
 import datasets
 import datasets.config
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
-from datasets import ClassLabel, Dataset, DatasetDict, Features, load_dataset, load_from_disk
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from hf_rwp.images.files import Tree
@@ -51,7 +61,7 @@ class TolerantWebDataset(WebDataset):
                     raise BrokenFileError(f"{tar_path} after {example['__key__']}: {error}") from error
                 if example is None:
                     raise BrokenFileError(
-                        f"{tar_path} is no tar file, or an empty one: {error}. Fetch it again"
+                        f"{tar_path} is no tar file, or its first sample is none: {error}. Fetch it again"
                     ) from error
                 images = (key for key in example if key.rsplit(".", 1)[-1].lower() in cls.IMAGE_EXTENSIONS)
                 cut = f"{Path(tar_path).name} is cut off after {example['__key__']}"
@@ -128,7 +138,16 @@ def load_hub(path: str, *, name: str | None, revision: str | None, streaming: bo
         loaded: dict[str, Any] = load_dataset(path, name=name, revision=revision, streaming=streaming)
     except Exception as error:
         raise _explained(path, error, _HUB_HINT) from error
-    return loaded
+    if datasets.config.HF_HUB_OFFLINE:
+        return loaded
+    try:
+        builder = load_dataset_builder(path, name=name, revision=revision)
+        files = dict(builder.config.data_files or {}) if isinstance(builder, Parquet) else {}
+        own = {split: (class_names(some[0]), class_names(some[-1])) for split, some in files.items() if split in loaded}
+    except Exception as error:  # of the connection, in whatever form; the data are here
+        found.note(f"the files of {path} could not be asked for their classes: {type(error).__name__}")
+        return loaded
+    return _with_classes_of_splits(loaded, own, found)
 
 
 def _is_arrow(file: Path) -> bool:
@@ -215,9 +234,10 @@ def _refuse_broken(files: Sequence[Path], alike: bool) -> None:
             )
 
 
-def class_names(file: Path) -> dict[str, list[str]]:
-    """The names that a parquet file has for the classes of each of its ClassLabel columns."""
-    features = Features.from_arrow_schema(parquet.read_schema(file))
+def class_names(file: Path | str) -> dict[str, list[str]]:
+    """The names that a parquet file, here or on the Hub, has for the classes of each of its ClassLabel columns."""
+    with fsspec.open(str(file), "rb") as source:
+        features = Features.from_arrow_schema(parquet.read_schema(source))
     return {name: feature.names for name, feature in features.items() if isinstance(feature, ClassLabel)}
 
 
@@ -250,6 +270,31 @@ def _with_own_classes(loaded: dict[str, Any], parts: Mapping[str, Sequence[Path]
                 start += rows
             loaded[split] = with_column(loaded[split], column, labels, ClassLabel(names=together))
         found.notes.append(f"{told}: the labels were brought into one order by their names")
+    return loaded
+
+
+def _with_classes_of_splits(
+    loaded: dict[str, Any], asked: Mapping[str, tuple[dict[str, list[str]], dict[str, list[str]]]], found: Found
+) -> dict[str, Any]:
+    """The same for the Hub, by what the first and the last file of each split say."""
+    loaded = dict(loaded)
+    for split, (first, last) in asked.items():
+        features = loaded[split].features or {}
+        for column in (name for name, feature in features.items() if isinstance(feature, ClassLabel)):
+            own, assumed = first.get(column, features[column].names), features[column].names
+            told = f"{split} has the classes {_few(own)} in its files, {_few(assumed)} in its description"
+            if first != last:
+                raise ValueError(
+                    f"the first and the last file of {split} number the classes of column {column!r} differently "
+                    f"({_few(own)}; {_few(last.get(column, []))}): download them, and set data_dir to their folder"
+                )
+            if own == assumed:
+                continue
+            if not isinstance(loaded[split], Dataset):
+                raise ValueError(f"{told}: a stream cannot be numbered anew, leave out streaming")
+            values = loaded[split].with_format("numpy")[column][:]
+            loaded[split] = with_column(loaded[split], column, values, ClassLabel(names=own))
+            found.note(f"{told}: the files were believed")
     return loaded
 
 

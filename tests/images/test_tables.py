@@ -1,6 +1,7 @@
 """Tables of images as people have them: what each file says by itself, and what an error says of which file."""
 
 import errno
+import functools
 import io
 import tarfile
 
@@ -9,7 +10,16 @@ import pandas as pd
 import PIL.Image
 import pyarrow as pa
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    Value,
+    load_dataset,
+    load_dataset_builder,
+)
 from datasets.exceptions import DatasetGenerationError
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -291,7 +301,7 @@ def test_a_file_that_is_no_tar_is_named(tmp_path, data, streaming):
     (tmp_path / "data").mkdir()
     write_shard(tmp_path / "data/val-0.tar", range(2))
     (tmp_path / "data/train-0.tar").write_bytes(data)
-    with pytest.raises(ValueError, match=r"train-0.tar is no tar file, or an empty one"):
+    with pytest.raises(ValueError, match=r"train-0.tar is no tar file, or its first sample is none"):
         load_images(str(tmp_path / "data"), streaming=streaming, num_classes=2)
 
 
@@ -370,3 +380,55 @@ def test_a_label_of_another_kind_is_named(tmp_path, labels, kind):
         )
     with pytest.raises(ValueError, match=f"column 'label' of the train split holds {kind}"):
         load_images(str(tmp_path / "data"))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A dataset of the Hub whose parquet files lie here: `datasets` takes the classes of the first split for both."""
+
+    def load(train, test, streaming=False):
+        write(tmp_path / "files", "train", list(range(len(train))), classes(*train))
+        write(tmp_path / "files", "test", list(range(len(test))), classes(*test))
+        files = {name: [str(tmp_path / f"files/{name}.parquet")] for name in ("train", "test")}
+        local = functools.partial(load_dataset, "parquet", data_files=files)
+        builder = functools.partial(load_dataset_builder, "parquet", data_files=files)
+        monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("hf_rwp.images.tables.load_dataset", lambda *_, streaming, **__: local(streaming=streaming))
+        monkeypatch.setattr("hf_rwp.images.tables.load_dataset_builder", lambda *_, **__: builder())
+        return load_images(dataset="user/name", streaming=streaming)
+
+    return load
+
+
+def test_classes_of_a_hub_dataset_are_those_of_its_files(hub):
+    splits = hub(["cat", "dog", "fox"], ["fox", "cat"])
+    assert levels(splits["validation"]) == [(0, "fox"), (1, "cat")]
+    assert "test has the classes fox, cat in its files, cat, dog, fox in its description" in splits.found.notes[0]
+
+
+def test_a_hub_dataset_whose_files_cannot_be_asked_is_taken_as_it_is(hub, monkeypatch):
+    def fails(file):
+        raise ConnectionError(file)
+
+    monkeypatch.setattr("hf_rwp.images.tables.class_names", fails)
+    splits = hub(["cat", "dog"], ["cat", "dog"])
+    assert levels(splits["validation"]) == [(0, "cat"), (1, "dog")]
+    assert splits.found.notes == ["the files of user/name could not be asked for their classes: ConnectionError"]
+
+
+def test_a_stream_of_a_hub_dataset_with_other_classes_is_refused(hub):
+    with pytest.raises(ValueError, match=r"test has the classes fox, cat in its files.*leave out streaming"):
+        hub(["cat", "dog", "fox"], ["fox", "cat"], streaming=True)
+    assert levels(hub(["cat", "dog"], ["cat", "dog"], streaming=True)["validation"]) == [(0, "cat"), (1, "dog")]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_sample_of_a_shard_that_cannot_be_read_is_named(tmp_path, streaming):
+    for split in ("train", "val"):
+        files = {}
+        for number in range(8):
+            files |= {f"{number}.png": encoded(number), f"{number}.cls": b"0"}
+            files[f"{number}.json"] = b"{" if (split, number) == ("train", 6) else b"{}"
+        write_tar(tmp_path / f"data/{split}-0.tar", files)
+    with pytest.raises(ValueError, match=r"train-0.tar after 5: Expecting"):
+        [list(split) for split in load_images(str(tmp_path / "data"), streaming=streaming, num_classes=1).values()]
