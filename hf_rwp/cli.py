@@ -7,6 +7,8 @@ import argparse
 import importlib.util
 import os
 import runpy
+import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,9 +96,14 @@ def located(path: str) -> str:
 
 
 def launch(recipe: Path, flags: Sequence[str], processes: int, config_file: str | None) -> None:
-    """`accelerate launch`, told all that it would warn about. A config file's number of processes is what it says."""
+    """`accelerate launch`, told all that it would warn about. A config file's number of processes is what it says.
+
+    Exits with the status of the first process that failed, or of the signal, without the launcher's own tracebacks.
+    """
     import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     if config_file:
         options = ["--config_file", located(config_file)]
@@ -106,7 +113,13 @@ def launch(recipe: Path, flags: Sequence[str], processes: int, config_file: str 
         options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     if not torch.accelerator.is_available() or torch.backends.mps.is_available():  # a machine has one of the latter
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # with --cpu Accelerate would start one process
-    launch_command(launch_command_parser().parse_args([*options, str(recipe), *flags]))
+    try:
+        launch_command(launch_command_parser().parse_args([*options, str(recipe), *flags]))
+    except (KeyboardInterrupt, SignalException) as stopped:  # the processes were told as well, and say what they do
+        raise SystemExit(128 + getattr(stopped, "sigval", signal.SIGINT)) from None
+    except (ChildFailedError, subprocess.CalledProcessError) as error:  # which they have told
+        failed = error.get_first_failure()[1].exitcode if isinstance(error, ChildFailedError) else error.returncode
+        raise SystemExit(failed if failed > 0 else 128 - failed) from None
 
 
 if __name__ == "__main__":

@@ -193,7 +193,8 @@ def main(args: Arguments) -> None:
 
     step = None if args.eval_only else step_facts(accelerator, args.batch_size, micro_steps, mixes(alpha))
     facts = describe_run(args, accelerator, module, splits, step)
-    say(accelerator, opening(accelerator, args.given, found_in(splits).lines(), facts["model"], step, args.output_dir))
+    found = found_in(splits).lines()
+    say(accelerator, opening(accelerator, args.given, found, facts["model"], step, args.output_dir, checkpoint))
     if args.eval_only:
         evaluate_only(accelerator, Path(args.output_dir), module, checkpoint, evaluate)
         return

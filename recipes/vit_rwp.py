@@ -226,7 +226,8 @@ def main(args: Arguments) -> None:
     refuse_sharded(accelerator)
     facts = describe_run(args, trainer, splits)
     step = None if args.eval_only else facts["images_per_step"]
-    say(accelerator, opening(accelerator, given, found_in(splits).lines(), facts["model"], step, output_dir))
+    found = found_in(splits).lines()
+    say(accelerator, opening(accelerator, given, found, facts["model"], step, output_dir, checkpoint))
     if args.eval_only:
         if checkpoint:
             trainer.load_checkpoint(checkpoint)

@@ -133,6 +133,13 @@ def test_train_trains_on_two_processes(tmp_path):
     assert yaml.safe_load((ROOT / CPU_2).read_text())["num_processes"] == 2  # what the documentation has for the same
 
 
+def test_what_two_processes_refuse_is_told_without_the_launchers_traceback(tmp_path):
+    run = hf_rwp("train", "--processes", "2", "--batch_size=0", cwd=tmp_path, ACCELERATE_USE_CPU="true")
+    assert run.returncode == 1
+    assert "error: batch_size must be at least 1, got 0" in run.stderr
+    assert "Traceback (most recent call last)" not in run.stderr
+
+
 def test_the_commands_of_the_hub_are_there(tmp_path):
     records = sorted((ROOT / "recipes" / "results").glob("*.jsonl"))
     cli.main(["card", *map(str, records), "--folder", str(tmp_path)])

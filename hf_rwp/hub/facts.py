@@ -58,6 +58,7 @@ class Facts:
     data: str = ""
     split: str | None = None
     held_out: bool = True  # whether evaluation was on other images than training
+    evaluated_on: str | None = None  # in words, where that is no split of the data's source
     notes: Sequence[str] = ()  # what was decided about the data
     metrics: Mapping[str, float] = field(default_factory=dict)
     hyper_parameters: Mapping[str, Any] = field(default_factory=dict)
@@ -139,6 +140,9 @@ def build_facts(
     metrics = {key: value for key, value in metrics.items() if value is not None and math.isfinite(value)}
     model = architecture or arguments.get("model") or ""
     images = "top1" in metrics or user.get("library", "timm") == "timm" or "ForImageClassification" in model
+    split = results.get("found", {}).get("splits", {}).get("validation")
+    data_split = results.get("data", {}).get("validation", {}).get("split")
+    made = bool(split) and split.startswith("held out ")
     facts: dict[str, Any] = {
         "task": "image-classification" if images else None,
         "base_model": results.get("base_model") or _hub_id(arguments.get("pretrained")),
@@ -152,7 +156,8 @@ def build_facts(
         "replicas": results.get("hardware", {}).get("replicas", rwp.get("replicas")),
         "slots": rwp.get("slots"),
         "data": results.get("dataset") or _data(arguments),
-        "split": results.get("data", {}).get("validation", {}).get("split") or arguments.get("validation_split"),
+        "split": None if made else split or data_split or arguments.get("validation_split"),
+        "evaluated_on": split if made else None,
         "held_out": results.get("found", {}).get("held_out", True),
         "notes": results.get("found", {}).get("notes", ()),
         "metrics": metrics,

@@ -42,9 +42,14 @@ def opening(
     model: dict[str, Any],
     step: dict[str, Any] | None,
     output_dir: str | Path,
+    checkpoint: Path | None = None,
 ) -> list[str]:
-    """The lines. given: the flags. found: what was found in the data. model, step: as above; None without training."""
-    source = f", weights from {model['from']}" if model["from"] else ", random weights"
+    """The lines. given: the flags. found: what was found in the data. model, step: as above; None without training.
+
+    checkpoint: whose weights come in place of the model's own.
+    """
+    origin = checkpoint.name if checkpoint else model["from"]
+    source = f", weights from {origin}" if origin else ", random weights"
     trained = f", {model['trained']:,} of them trained" if "trained" in model else ""
     replicas, processes = replicas_of_run(accelerator), accelerator.num_processes
     shards = f" of {processes // replicas} processes each" if processes != replicas else ""

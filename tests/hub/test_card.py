@@ -311,7 +311,15 @@ def test_a_card_says_what_was_found_and_left_out():
     assert table["Weights in the model"] == "11,689,512"
     assert table["Images in a step"] == "64"
     assert "About the data: a fifth of the images \\| is held out." in card
-    table = rows(render_card(build_facts(RESULTS | {"found": FOUND | {"classes": {"train": many}, "ignored": {}}})))
+    made = FOUND | {
+        "classes": {"train": many},
+        "ignored": {},
+        "splits": {"validation": "held out of the training images"},
+    }
+    card = render_card(build_facts(RESULTS | {"found": made}))
+    assert "Evaluated on images held out of the training images." in card
+    assert "split" not in head(card)["model-index"][0]["results"][0]["dataset"]
+    table = rows(card)
     assert table["Classes, and training images of each"] == "1,000, 5 (fox) to 1,300 (cat)"
     assert "Files left out" not in table
 

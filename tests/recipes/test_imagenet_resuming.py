@@ -248,6 +248,20 @@ def test_ctrl_c_under_accelerate_launch(tmp_path, processes):
     assert f"--resume_from_checkpoint {tmp_path / 'out'} goes on" in said
 
 
+def test_ctrl_c_under_hf_rwp_with_two_processes_prints_no_traceback(tmp_path):
+    flags = ["--epochs=9999", "--img_size=16", "--batch_size=256", "--report_to=none", f"--output_dir={tmp_path}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    command = [sys.executable, "-m", "hf_rwp.cli", "train", "--processes", "2", "--logging_steps=1", *flags]
+    with subprocess.Popen(command, env=environment, **options) as process:
+        assert any(line.startswith("epoch 1") for line in iter(process.stdout.readline, "")), process.stderr.read()
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=200)[1]
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert f"Ctrl-C: saved step {steps(tmp_path)[-1]}; --resume_from_checkpoint {tmp_path} goes on" in said
+
+
 # A run that has diverged
 
 
