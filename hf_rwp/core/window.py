@@ -196,7 +196,8 @@ class Windows:
         elif alpha < 1 and not window.synchronized:
             raise RuntimeError(
                 "step() found gradients that were never averaged over the replicas: every backward pass was inside "
-                "no_sync(), as LocalSGD has it, so that clean and perturbed ones are not mixed. Take the last one "
+                "no_sync(), as LocalSGD has it, or after FSDP2's set_requires_gradient_sync(False) or "
+                "set_requires_all_reduce(False), so that clean and perturbed ones are not mixed. Take the last one "
                 "outside of it; or, where processes train by themselves, make each a replica of its own: "
                 "RWP(process_group=torch.distributed.new_subgroups(1)[0], accumulation_steps=2)"
             )
