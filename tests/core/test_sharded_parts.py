@@ -1,0 +1,162 @@
+"""What others show of FSDP2 and HSDP, under tensor parallelism too; frozen weights; collectives of every layout."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import Collectives, run_each
+from sharded import HIDDEN, PARALLEL, Case, Net, assert_same, batch, build, follow, shard, snapshot
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.nn.functional import mse_loss
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_rwp import RWP
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """Tensor parallelism ahead of `then`, which takes the model."""
+
+    then: Callable[[Any], None]
+
+    def __call__(self, case, model, mesh):
+        shard(case, model, mesh)
+        self.then(model)
+
+
+def non_reentrant(model):
+    for index, layer in enumerate(model.layers):
+        model.layers[index] = checkpoint_wrapper(layer, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
+
+
+def reentrant(model):
+    for index, layer in enumerate(model.layers):
+        model.layers[index] = checkpoint_wrapper(layer, checkpoint_impl=CheckpointImpl.REENTRANT)
+
+
+def compiled(model):
+    for layer in model.layers:
+        layer.compile(backend="aot_eager")
+
+
+TP = Case("tp", accumulation=2, windows=2)
+AROUND = {
+    "non-reentrant checkpointing": {"shard": Cut(non_reentrant)},
+    "reentrant checkpointing": {"shard": Cut(reentrant)},
+    "compiled layers": {"shard": Cut(compiled)},
+    "a scaled loss": {"scale": 1024.0},
+}
+
+
+def test_none_of_it_changes_a_bit_of_the_gradient_of_cut_weights():
+    plain, *others = run_each(
+        4, follow, [(TP,), *[(dataclasses.replace(TP, **case),) for case in AROUND.values()]], keep_group=True
+    )
+    assert all(gradients for gradients, _ in plain)
+    for name, own in zip(AROUND, others, strict=True):
+        try:
+            assert_same(own, plain)
+        except AssertionError as error:
+            raise AssertionError(name) from error
+
+
+# The ranks that have data of their own, by replica of the weights.
+SHARES = {"hsdp": [[0, 1], [2, 3]], "fsdp": [[0, 1, 2, 3]], "tp": [[0]]}
+
+
+def freeze(model):
+    model.pos.requires_grad_(False)
+    model.layers[0].requires_grad_(False)
+    return model
+
+
+def course(case: Case, model, optimizer, batches_of) -> dict[str, torch.Tensor]:
+    for index in range(case.windows * case.accumulation):
+        x, y = batches_of(index)
+        (mse_loss(model(x), y) / case.accumulation).backward()
+        if (index + 1) % case.accumulation == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    return snapshot(optimizer.model)
+
+
+def whole_and_sharded(case: Case) -> tuple[Any, Any]:
+    """The weights after a run with whole ones, by DDP over a rank of every replica, and after the sharded run."""
+    model, optimizer, _ = build(case)
+    sharded = course(case, model, optimizer, lambda index: batch(case, index))
+    shares = SHARES[case.engine]
+    size, rank = 4 // len(shares), dist.get_rank()
+    groups = [[other * size + place for other in range(len(shares))] for place in range(size)]
+    group, _ = dist.new_subgroups_by_enumeration(groups)
+    torch.manual_seed(0)
+    net = freeze(Net(HIDDEN if "tp" in case.engine else 7).to(case.dtype))
+    steps = case.accumulation if case.accumulation > 1 else None
+    base = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    rwp = RWP(
+        base, net, gamma=case.gamma, alpha=case.alpha, accumulation_steps=steps, process_group=group, **case.options
+    )
+    wrapped = DistributedDataParallel(net, process_group=group) if len(shares) > 1 else net
+
+    def batches_of(index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = [batch(case, index, peer) for peer in shares[rank // size]]
+        return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+
+    return course(case, wrapped, rwp, batches_of), sharded
+
+
+@pytest.mark.parametrize("engine", SHARES)
+def test_noise_on_frozen_weights_is_that_of_whole_ones(engine):
+    cases = [
+        Case(engine, accumulation=1 if engine in PARALLEL else 2, change=freeze, options={"frozen": frozen})
+        for frozen in (False, True)
+    ]
+    without, with_noise = run_each(4, whole_and_sharded, [(case,) for case in cases], keep_group=True)
+    for plain, sharded in (*without, *with_noise):
+        torch.testing.assert_close(sharded, plain, rtol=1e-10, atol=1e-12)
+    apart = [(without[0][0][name] - with_noise[0][0][name]).abs().max() for name in ("head.weight", "norm.weight")]
+    assert min(apart) > 1e-6  # the frozen weights' noise is in the others' gradients
+    assert torch.equal(without[0][1]["pos"], with_noise[0][1]["pos"])
+
+
+def collectives(case: Case) -> list[tuple[bool, Counter[str]]]:
+    """Of each micro-step whether it was perturbed, and its collectives by kind."""
+    model, optimizer, _ = build(case)
+    found = []
+    for index in range(2 * case.accumulation):
+        x, y = batch(case, index)
+        with Collectives() as counter:
+            mse_loss(model(x), y).backward()
+        kinds = Counter[str]()
+        for what, times in counter.counts.items():
+            kinds[what.split(" ")[0]] += times
+        found.append((optimizer.role.perturbed, kinds))
+        if (index + 1) % case.accumulation == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    return found[case.accumulation :]  # the first window makes what later ones reuse
+
+
+# Weights of one dimension are cut among the shards; tensor parallelism cuts columns of matrices as well.
+MORE = {"hsdp": 1, "fsdp": 1, "tp": 1, "fsdp_tp": 2, "hsdp_tp": 1}  # whose shards are one
+
+
+@pytest.mark.parametrize("noise_1d", [True, False])
+def test_a_perturbed_micro_step_adds_an_all_reduce_for_each_group_that_cuts_filters(noise_1d):
+    steps = {engine: 1 if engine in PARALLEL else 2 for engine in MORE}
+    cases = [(Case(engine, accumulation=steps[engine], options={"noise_1d": noise_1d}),) for engine in MORE]
+    everyone = run_each(4, collectives, cases, keep_group=True)
+    for engine, ranks in zip(MORE, everyone, strict=True):
+        clean = {frozenset(kinds.items()) for rank in ranks for perturbed, kinds in rank if not perturbed}
+        noisy = [kinds for rank in ranks for perturbed, kinds in rank if perturbed]
+        assert len(clean) == 1
+        assert noisy
+        (plain,) = map(dict, clean)
+        for kinds in noisy:
+            more = Counter(kinds) - Counter(plain)
+            expected = MORE[engine] if noise_1d else {"tp": 1, "fsdp_tp": 1, "hsdp_tp": 1}.get(engine, 0)
+            assert more == (Counter({"c10d.allreduce_.default": expected}) if expected else Counter()), engine
+            assert not Counter(plain) - Counter(kinds)
