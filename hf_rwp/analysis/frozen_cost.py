@@ -40,7 +40,7 @@ def frozen_costs(device: torch.device, rounds: int, tokens: int = TOKENS, width:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = nn.Sequential(*[Adapted(width, RANK) for _ in range(LAYERS)]).to(device, dtype)
     x = torch.randn(tokens, width, device=device, dtype=dtype)
-    kinds = {
+    kinds: dict[str, Callable[..., Callable[[], None]]] = {
         "plain": partial(_rwp_step, frozen=False),
         "drawn": partial(_rwp_step, frozen=True),
         "copy": partial(_rwp_step, frozen="copy"),

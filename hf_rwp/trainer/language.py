@@ -37,7 +37,7 @@ def sentence(dice: random.Random) -> str:
 
 def addition(dice: random.Random) -> str:
     """A sum as the base knows it."""
-    one, other = dice.randrange(100), dice.randrange(100)
+    one, other = dice.randrange(50), dice.randrange(50)
     return f"{one}+{other}={one + other}"
 
 
@@ -48,8 +48,13 @@ def known_texts(count: int, seed: int) -> list[str]:
 
 
 def sums_in_words(count: int, held_out: int, seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Prompts and completions, `count` to train on and `held_out` others, none of whose sums is in both."""
-    pairs = random.Random(seed).sample([(one, other) for one in range(100) for other in range(100)], count + held_out)
+    """Prompts and completions, `count` to train on and `held_out` others, none of whose sums is in both.
+
+    Raises ValueError for more than there are.
+    """
+    if count + held_out > 2500:
+        raise ValueError(f"there are 2,500 sums in words, and {count} to train on and {held_out} held out are more")
+    pairs = random.Random(seed).sample([(one, other) for one in range(50) for other in range(50)], count + held_out)
     rows = [{"prompt": f"{one} plus {other} is ", "completion": str(one + other)} for one, other in pairs]
     return rows[:count], rows[count:]
 
@@ -72,18 +77,17 @@ def make_base(folder: Path, steps: int, seed: int) -> Path:
     generator = torch.random.get_rng_state()
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
-    sizes = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 352}
+    sizes: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    sizes |= {"vocab_size": len(tokenizer), "max_position_embeddings": 128}
+    sizes |= {"intermediate_size": 352, "vocab_size": len(tokenizer), "max_position_embeddings": 128}
     model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **sizes, **ids))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     dice = random.Random(seed)
     for step in tqdm(range(steps), desc="a small language model, made once", disable=None):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / steps)) / 2
-        texts = [(sentence, addition)[number % 4 > 0](dice) for number in range(64)]
-        loss = _loss(model, *_batch(tokenizer, texts)).mean()
-        loss.backward()
+        texts = [sentence(dice) for _ in range(16)], [addition(dice) for _ in range(48)]  # of different lengths
+        torch.cat([_loss(model, *_batch(tokenizer, some)) for some in texts]).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
