@@ -233,7 +233,7 @@ def _roles(
 
 def _on_training(found: Found) -> None:
     found.held_out = False
-    found.notes.append("evaluation is on one split with training: its figures are not those of held-out images")
+    found.notes.append("both splits are the same images: figures are of held-out ones only for weights trained on others")
 
 
 def _first(loaded: Mapping[str, Any], words: Any) -> str | None:

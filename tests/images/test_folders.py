@@ -102,7 +102,7 @@ def test_evaluating_on_what_trains_is_refused_or_named(tmp_path):
         load_images(str(tmp_path), validation_split="train")
     splits = load_images(str(tmp_path), train_split="val", validation_split="val")  # as --eval_only asks
     assert not splits.found.held_out
-    assert "not those of held-out images" in " ".join(splits.found.notes)
+    assert "both splits are the same images" in " ".join(splits.found.notes)
     everything = load_images(
         str(flat(tmp_path / "flat", {"a": 3, "b": 3})), train_split="train", validation_split="train"
     )
