@@ -233,7 +233,7 @@ def _roles(
 
 def _on_training(found: Found) -> None:
     found.held_out = False
-    found.notes.append("both splits are the same images: figures are of held-out ones only for weights trained on others")
+    found.note("both splits are the same images: they are held-out ones only for weights that were trained on others")
 
 
 def _first(loaded: Mapping[str, Any], words: Any) -> str | None:
