@@ -10,6 +10,7 @@ import importlib.util
 import sys
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -24,6 +25,7 @@ from distributed import Collectives, run, stop
 from sharded import assert_same
 from torch import nn
 from torch.nn.functional import mse_loss
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 from zero import Case, Run, accelerator_of, assert_mixed, batch, build, deepspeed_on_cpus, engine_of, record
 
@@ -251,7 +253,11 @@ def test_step_gradient_of_a_script_with_accelerate_is_the_mix(stage):
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("case", [Case(world=3, alpha=0.5), Case(alpha=1.0), Case(world=1, accumulation=2)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [Case(world=3, alpha=0.5), Case(alpha=1.0), Case(world=1, accumulation=2)],
+    ids=["three replicas", "all perturbed", "one replica, by turns"],
+)
 def test_roles_are_by_data_parallel_rank(case):
     assert_mixed(case, trained(case))
 
@@ -292,7 +298,7 @@ def test_clipping_is_of_the_mix_and_deepspeeds_default_too(stage, clipping):
         Case(2, dtype=torch.bfloat16, accumulation=2),
         Case(2, "accelerate", dtype=torch.bfloat16, accumulation=2),
     ],
-    ids=str,
+    ids=["ZeRO-0", "ZeRO-1", "ZeRO-1, summed in float32", "ZeRO-2", "accelerate"],
 )
 def test_bfloat16_weights_get_the_mix_up_to_their_rounding(case):
     assert_mixed(case, trained(case), tolerance=0.01)
@@ -403,6 +409,56 @@ def test_a_step_has_no_collective_more_than_without_rwp(stage):
         assert all(plain)
 
 
+def checkpointed(model: nn.Module, reentrant: bool) -> None:
+    for layer in model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=reentrant)
+
+
+def ended(stage: int, how: str) -> reference.Tensors:
+    """The weights after three steps."""
+    case = Case(stage)
+    model, optimizer = build(case)
+    if how in REENTRANT:
+        checkpointed(model, REENTRANT[how])
+    engine = engine_of(case, model, optimizer)
+    if how == "compiled":
+        engine.compile(backend="aot_eager")
+    for index in range(3):
+        x, y = batch(case, index)
+        engine.backward(mse_loss(engine(x), y))
+        engine.step()
+    assert optimizer.report()["slots"] == {"clean": 3, "perturbed": 3}
+    return reference.snapshot(model)
+
+
+REENTRANT = {"checkpointed": False, "checkpointed, reentrant": True}
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [0, 2])
+def test_activation_checkpointing_and_compiled_engines_end_with_the_same_bits(stage):
+    plain, *others = (
+        run(2, ended, stage, how, timeout=100, keep_group=True) for how in ("plain", *REENTRANT, "compiled")
+    )
+    for other in others:
+        assert_same(other, plain)
+
+
+@needs_deepspeed
+def test_damping_follows_the_gradients_where_zero_0_leaves_them_whole():
+    case = Case(0, options={"eta": 0.5})
+    ranks = trained(case)
+    assert_mixed(case, ranks)
+    free = trained(Case(0))
+    for name in ranks[1].windows[0].weights:
+        damped, plain = (
+            [(run.windows[number].seen[0][name] - run.windows[number].weights[name]).norm() for number in (0, 1)]
+            for run in (ranks[1], free[1])
+        )
+        assert damped[0] == plain[0]  # no gradient has been seen yet
+        assert damped[1] < plain[1]
+
+
 # What is refused once the engine is there
 
 
@@ -469,3 +525,21 @@ def test_sequence_parallelism_of_the_engine_is_refused():
     with pytest.raises(RuntimeError, match=r"DeepSpeed's sequence parallelism.*What works is context parallelism"):
         trained(Case(1, config=sizes))
     stop()  # DeepSpeed keeps the mesh
+
+
+def tensor_parallel() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    optimizer = RWP(torch.optim.SGD(model.parameters(), lr=0.1), model, accumulation_steps=2)
+    engine = engine_of(Case(1, config={"tensor_parallel": {"autotp_size": 2}}), model, optimizer)
+    ids = torch.arange(8).view(1, 8)
+    engine(input_ids=ids, labels=ids)
+
+
+@needs_deepspeed
+def test_tensor_parallelism_of_the_engine_is_refused():
+    with pytest.raises(RuntimeError, match=r"DeepSpeed's tensor parallelism.*What works is torch's parallelize_module"):
+        run(2, tensor_parallel, timeout=60, keep_group=True)
+    stop()  # DeepSpeed keeps the groups
