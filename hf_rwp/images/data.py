@@ -99,6 +99,8 @@ def load_images(
         loaded = load_saved(folder, streaming, found) if saved else load_tables(tree, asked, **options)
     else:
         loaded = load_hub(str(dataset), revision=dataset_revision, **options)
+    if (first := _first(loaded, (train_split,) if train_split else TRAIN)) is not None:
+        choose_columns("train", loaded[first], image_column, label_column)  # what holds no labels needs no more splits
     splits = _roles(loaded, asked, validation_fraction, found)
     columns = {role: choose_columns(role, split, image_column, label_column) for role, split in splits.items()}
     image, label = columns["train"]

@@ -126,6 +126,8 @@ def load_saved(folder: Path, streaming: bool, found: Found) -> dict[str, Any]:
             splits |= loaded
         else:
             splits[str(loaded.split or "train") if place is folder else place.name] = loaded
+    if len(splits) == 1 and not {*splits} & {*TRAIN, *VALIDATION}:
+        splits = {"train": next(iter(splits.values()))}
     if streaming:
         return {split: table.to_iterable_dataset(min(64, len(table) or 1)) for split, table in splits.items()}
     return splits
