@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_each
-from sharded import HIDDEN, PARALLEL, Case, Net, assert_same, batch, build, follow, shard, snapshot
+from sharded import HIDDEN, PARALLEL, Case, Net, assert_same, batch, build, follow, part, shard, snapshot
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 
@@ -119,3 +120,69 @@ def test_noise_on_frozen_weights_is_that_of_whole_ones(engine):
     apart = [(without[0][0][name] - with_noise[0][0][name]).abs().max() for name in ("head.weight", "norm.weight")]
     assert min(apart) > 1e-6  # the frozen weights' noise is in the others' gradients
     assert torch.equal(without[0][1]["pos"], with_noise[0][1]["pos"])
+
+
+OFFLOAD = {"offload_policy": CPUOffloadPolicy(pin_memory=False)}
+BOTH = Case("fsdp_tp", accumulation=2, windows=2)
+
+
+def test_shards_of_cut_weights_in_host_memory_change_no_bit():
+    plain, offloaded = run_each(4, follow, [(BOTH,), (dataclasses.replace(BOTH, sharding=OFFLOAD),)], keep_group=True)
+    assert_same(offloaded, plain)
+
+
+def scaled(case: Case) -> list[tuple[float, bool]]:
+    """After each step the scale, and whether the weights are as they were; the first overflows on all ranks."""
+    model, optimizer, base = build(case)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    seen = []
+    for step in range(3):
+        before = [part(parameter) for parameter in base.param_groups[0]["params"]]
+        for index in range(2):
+            x, y = batch(case, 2 * step + index)
+            scaler.scale(mse_loss(model(x), y) * (torch.inf if step == 0 else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        after = [part(parameter) for parameter in base.param_groups[0]["params"]]
+        seen.append((scaler.get_scale(), all(map(torch.equal, before, after))))
+    return seen
+
+
+def test_a_step_that_a_scaler_skips_leaves_cut_weights_clean():
+    case = dataclasses.replace(BOTH, dtype=torch.float32)
+    for seen in run_each(4, scaled, [(case,)], keep_group=True)[0]:
+        assert seen == [(512.0, True), (512.0, False), (512.0, False)]
+
+
+def test_peers_have_the_same_bits_of_weights_that_are_not_cut_in_bfloat16():
+    case = Case("tp", accumulation=2, windows=10, dtype=torch.bfloat16)
+    (ranks,) = run_each(4, follow, [(case,)], keep_group=True)
+    whole = [name for name in ranks[0][1][-1] if not {"up", "down"} & set(name.split("."))]
+    assert {"pos", "head.weight", "layers.0.norm.bias"} <= set(whole)
+    for _, weights in ranks:
+        for own, first in zip(weights, ranks[0][1], strict=True):
+            assert_same([own[name] for name in whole], [first[name] for name in whole])
+    assert not torch.equal(ranks[0][1][0]["pos"], ranks[0][1][-1]["pos"])
+
+
+def without_noise(case: Case) -> str:
+    """What training without any noise says of `case`."""
+    model, _, base = build(dataclasses.replace(case, gamma=0.0))
+    x, y = batch(case, 0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=case.scale)
+    scaler.scale(mse_loss(model(x), y)).backward()
+    try:
+        if case.clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), case.clip)
+        scaler.step(base)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_torch_itself_neither_clips_nor_scales_gradients_of_several_meshes():
+    """As `hf_rwp/README.md` says: what torch refuses there has nothing to do with noise."""
+    cases = [Case("tp", clip=0.1), Case("fsdp_tp", clip=0.1), Case("tp", dtype=torch.float32, scale=1024.0)]
+    for ranks in run_each(4, without_noise, [(case,) for case in cases], keep_group=True):
+        assert all("mixed torch.Tensor and DTensor" in said or "must have the same mesh" in said for said in ranks)
