@@ -88,6 +88,8 @@ def _reason(ending: str) -> str:
         return "files without an ending that are no images"
     if ending in _HEIC:
         return f"{ending} files (to read them: pip install pillow-heif)"
+    if ending == ".avif":
+        return f"{ending} files (to read them: pip install 'pillow>=11.3')"
     if ending in _ARCHIVES:
         return f"{ending} files (unpack them first)"
     return f"{ending} files" if ending in _TEXTS else f"{ending} files, which Pillow does not read"
