@@ -34,6 +34,18 @@ class Hook:
         return getattr(method, "__self__", None)
 
 
+class Same(torch.autograd.Function):
+    """A tensor itself, with hooks of its own. Not a view: in-place changes keep its hooks."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient
+
+
 def at_end_of_backward(callback: Callable[[], None]) -> None:
     """Call `callback` when the backward pass that is running now has ended; to be called from a tensor's hook.
 

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hf_rwp.core import registry
-from hf_rwp.core.hooks import Hook, at_end_of_backward, in_backward, tensors_in, with_tensors
+from hf_rwp.core.hooks import Hook, Same, at_end_of_backward, in_backward, tensors_in, with_tensors
 from hf_rwp.core.perturbation import Perturbation
 from hf_rwp.core.placement import Role
-from hf_rwp.core.sharding import gathered_weights, is_gathered
+from hf_rwp.core.sharding import gather, gathered_weights, gatherers, in_use, is_gathered
 from hf_rwp.core.window import Windows
 
 logger = logging.getLogger(__name__)
@@ -113,6 +113,12 @@ class Passes:
             hooks = module._forward_hooks
             hooks.move_to_end(self.handles[1].id, last=False)
         self._entries.append(_Entry.LOOKED)
+        used = in_use(gatherers(module))  # by a module around this one, or this one's first hook of FSDP2
+        self._begin(module)
+        gather(used)
+
+    def _begin(self, module: nn.Module) -> None:
+        """Begin a micro-step, join one or make the weights clean, by what kind of forward pass is to come."""
         if not self._trains(module):
             if self.suspend():
                 self._entries[-1] = _Entry.SUSPENDED
@@ -143,7 +149,7 @@ class Passes:
         self._weigh(micro_step, gathered_weights(self._windows.gatherers))
         if self._windows.gatherers:
             # An output may be that of a layer, too, for which FSDP2 then gathers weights ahead of our hook.
-            output = with_tensors(output, lambda t: t.view_as(t) if t.grad_fn is not None else t)
+            output = with_tensors(output, lambda t: Same.apply(t) if t.grad_fn is not None else t)
         outputs = [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
         for tensor in outputs:
             tensor.register_hook(functools.partial(self._before_backward, micro_step))
@@ -174,7 +180,9 @@ class Passes:
                 "a backward pass with create_graph=True: RWP cannot weight a gradient of a gradient, whose weights are "
                 "gone by then. Take such penalties between optimizer.eval() and optimizer.train(), or without RWP"
             )
+        used = in_use(self._windows.gatherers)  # if a module around this one was asked ahead of it
         self._perturbation.resume()
+        gather(used)
         micro_step.stage = Stage.BACKWARD
         at_end_of_backward(functools.partial(self._after_backward, micro_step))
 
