@@ -105,7 +105,7 @@ def weights_digest(module: nn.Module) -> str:
     """SHA-256 of all weights and buffers: equal for models that are equal to the bit. Collective for sharded ones."""
     sha = hashlib.sha256()
     for tensor in map(whole_of, module.state_dict().values()):
-        sha.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        sha.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
