@@ -165,37 +165,41 @@ def gatherers(model: nn.Module) -> list[Any]:
 
     Also those of a module around the model, such as torch.compile's, which hold its weights.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if not hasattr(fsdp, "FSDPModule"):
-        return []
-    modules = list(model.modules())
-    found: dict[Any, None] = {}
-    states = [module._get_fsdp_state() for module in modules if isinstance(module, fsdp.FSDPModule)]  # type: ignore[union-attr]
-    for state in [*_states_around(modules), *states]:
+    return [group for state in _states(model) for group in _groups(state)]
+
+
+def make_ready(model: nn.Module) -> list[Any]:
+    """`gatherers`, ready for shards that change ahead of a forward pass."""
+    for state in _states(model):
         if state._is_root is None:
             state._lazy_init()  # the first forward pass does, and may move the shards to memory of another size
         state._state_ctx.post_optim_event = None  # a gather waits for whatever is under way, our noise too
-        found.update(dict.fromkeys(_groups(state)))
-    return list(found)
+    return gatherers(model)
+
+
+def _states(model: nn.Module) -> list[Any]:
+    """FSDP2's states of the modules around a model that hold its parameters, and of its own modules, outermost first.
+
+    There is no public way to the former.
+    """
+    composable = sys.modules.get("torch.distributed._composable_state")
+    known = {} if composable is None else composable._module_state_mapping
+    states = {module: state() for module, state in known.items() if hasattr(state(), "_comm_ctx")}
+    if not states:
+        return []
+    modules = dict.fromkeys(model.modules())
+    around = [
+        state
+        for module, state in states.items()
+        if module not in modules
+        and any(held._module_info.module in modules for group in _groups(state) for held in group.fsdp_params)
+    ]
+    return list(dict.fromkeys([*around, *[states[module] for module in modules if module in states]]))
 
 
 def _groups(state: Any) -> list[Any]:
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
     return [group for group in groups if group is not None]
-
-
-def _states_around(modules: Sequence[nn.Module]) -> list[Any]:
-    """Those of FSDP2's states that are not of `modules`, and hold parameters of theirs. It has no public way there."""
-    from torch.distributed._composable_state import _module_state_mapping
-
-    inside = set(modules)
-    outside = [state() for module, state in _module_state_mapping.items() if module not in inside]
-    return [
-        state
-        for state in outside
-        if hasattr(state, "_fsdp_param_group")
-        and any(held._module_info.module in inside for group in _groups(state) for held in group.fsdp_params)
-    ]
 
 
 def is_gathered(module: nn.Module) -> bool:
@@ -210,24 +214,25 @@ def gathered_weights(groups: Iterable[Any]) -> list[nn.Parameter]:
     return [one._unsharded_param for one in held if hasattr(one, "_unsharded_param")]
 
 
-def reshard(groups: Iterable[Any]) -> list[Any]:
+def in_use(groups: Iterable[Any]) -> list[Any]:
+    """Those of FSDP2's `groups` that have gathered their weights for a pass that runs now; see `gather`."""
+    running = ("FORWARD", "PRE_BACKWARD")
+    return [group for group in groups if group.is_unsharded and group._training_state.name in running]
+
+
+def reshard(groups: Iterable[Any]) -> None:
     """Let FSDP2's `groups` hold their shards only, so that the next use gathers what is in these by then.
 
-    Returns those whose weights a forward pass that runs now had gathered, see `gather`. Private calls: the public
-    `reshard` does nothing while a forward pass runs.
+    Private calls: the public `reshard` does nothing while a forward pass runs.
     """
-    gathered = []
     for group in groups:
         if group._all_gather_result is not None:  # asked for ahead of time, and not waited for
             group.wait_for_unshard()
-        if group.is_unsharded and group._training_state.name == "FORWARD":
-            gathered.append(group)
         group._to_sharded()
-    return gathered
 
 
 def gather(groups: Iterable[Any]) -> None:
-    """Gather the weights of FSDP2's `groups`. Collective."""
+    """Gather the weights of FSDP2's `groups` where they are not. Collective."""
     for group in groups:
         group.unshard()
         group.wait_for_unshard()

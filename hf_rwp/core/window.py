@@ -29,7 +29,7 @@ from hf_rwp.core.placement import Role, antithetic, role
 from hf_rwp.core.refusals import refuse_data_parallel, refuse_lone_processes
 from hf_rwp.core.replicas import Replicas, replicas_of, synchronizes
 from hf_rwp.core.report import Report
-from hf_rwp.core.sharding import gather, gatherers, local_of, reshard
+from hf_rwp.core.sharding import local_of, make_ready, reshard
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class Windows:
         self.accumulation.advance()
         if self.stale:
             self.end()
-        window, alpha, gathered = self.current, self.options.alpha, []
+        window, alpha = self.current, self.options.alpha
         if window is None or not 0 < window.completed < window.length:
             if window is not None and window.completed and alpha < 1 and window.replicas.count == 1:
                 self._warn_once(
@@ -126,8 +126,8 @@ class Windows:
             if not self.active:
                 self.plain = True
                 return None
-            gathering = gatherers(self.model)
-            gathered += reshard(gathering)  # or the weights that FSDP2 has gathered would hide the optimizer's
+            gathering = make_ready(self.model)
+            reshard(gathering)  # or the weights that FSDP2 has gathered would hide the optimizer's
             window = self.current = self._open(module, gathering)
         replicas = window.replicas
         if alpha < 1:
@@ -137,13 +137,11 @@ class Windows:
                 "an epoch ends with a step of one gradient, an ordinary step: take a number of batches that "
                 "gradient_accumulation_steps divides to avoid it"
             )
-            gather(gathered)
             return Role(False, 1.0)
         this = role(replicas.index, window.completed, replicas.count, window.length, alpha, window.shares)
         if this.perturbed:
-            gathered += reshard(window.gatherers)
+            reshard(window.gatherers)
             self._perturb(window)
-        gather(gathered)
         return this
 
     def completed(self, this: Role) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_each
-from sharded import Case, assert_same, data_mesh_of, follow
+from sharded import Case, assert_same, data_mesh_of, follow, shard
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
@@ -215,6 +215,31 @@ OUTPUTS = {
     "list": {"change": Wrap(as_list), "loss": loss_of_first},
     "loss inside": {"change": Wrap(as_loss), "loss": loss_inside},
 }
+
+
+def evaluate(model, optimizer):
+    model.eval()
+    with torch.no_grad():
+        model(torch.zeros(1, 5, 6, dtype=torch.float64))
+    model.train()
+
+
+def shard_inside(case, model, mesh):
+    """The module that the loop calls is not FSDP2's."""
+    shard(case, model.net, mesh)
+
+
+def loss_of_two_passes(model, x, y):
+    """With an evaluation between two forward passes of a micro-step."""
+    loss = mse_loss(model(x), y)
+    evaluate(model, None)
+    return loss + mse_loss(model(2 * x), y)
+
+
+def loss_of_two_passes_in_a_row(model, x, y):
+    return mse_loss(model(x), y) + mse_loss(model(2 * x), y)
+
+
 # And pairs of the same mathematics.
 PAIRS = {
     "an output made from another": (
@@ -225,6 +250,16 @@ PAIRS = {
     "an auxiliary loss kept on a module": (
         {"change": keeping, "loss": loss_and_kept},
         {"change": kept_and_returned, "loss": loss_and_returned},
+    ),
+    "an evaluation of a compiled model": ({"change": compiled, "between": evaluate}, {}),
+    "an evaluation of a module around it": (
+        {"change": Wrap(as_list), "shard": shard_inside, "between": evaluate, "loss": loss_of_first},
+        {},
+    ),
+    "an evaluation between two forward passes": ({"loss": loss_of_two_passes}, {"loss": loss_of_two_passes_in_a_row}),
+    "an evaluation between two of a compiled model": (
+        {"change": compiled, "loss": loss_of_two_passes},
+        {"loss": loss_of_two_passes_in_a_row},
     ),
     "a compiled model in one group": ({"change": compiled, "shard": shard_root_only}, {"shard": shard_root_only}),
 }
