@@ -62,7 +62,7 @@ def _separator(file: Path) -> str:
 
 
 def _kind(column: Any) -> str:
-    if pd.api.types.is_bool_dtype(column) or pd.api.types.is_string_dtype(column):
+    if pd.api.types.is_bool_dtype(column) or pd.api.types.infer_dtype(column, skipna=True) == "string":
         return "text"
     return "integer" if pd.api.types.is_integer_dtype(column) else str(column.dtype)
 
