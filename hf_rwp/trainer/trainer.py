@@ -312,8 +312,9 @@ class RWPTrainerMixin(_AnyTrainer):
         if not self.args.rwp or strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             super()._push_from_checkpoint(checkpoint_folder)
         elif strategy != HubStrategy.END:
-            busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-            pushes = [self.is_world_process_zero() and (self.args.hub_always_push or not busy)]
+            job: Any = getattr(self, "push_in_progress", None)  # only the main process has one
+            idle = job is None or job.is_done()
+            pushes = [self.is_world_process_zero() and (self.args.hub_always_push or idle)]
             if is_sharded_model(self.model):  # all are needed
                 dist.broadcast_object_list(pushes)
             if pushes[0]:

@@ -2,20 +2,25 @@
 it loads it. Its step is the paper's over all tokens, its logs are the plain losses, its checkpoints resume bit for bit.
 """
 
+import json
+import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate.utils import ParallelismConfig
 from distributed import rank, run_each, stop
-from engines import gradients, llama, load_llama, on_cpus, seen_weights, sentences, snapshot
+from engines import PreciseLlamaForCausalLM, gradients, llama, load_llama, on_cpus, seen_weights, sentences, snapshot
 from reference import noises
 from torch.nn.functional import cross_entropy
 from trainer_runs import LOUD, logged, make, paper
-from transformers import TrainerCallback
+from transformers import HfArgumentParser, TrainerCallback
+
+from hf_rwp import RWPTrainer, RWPTrainingArguments
 
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 BATCH = 3
@@ -193,3 +198,84 @@ def test_training_is_the_papers_loop_over_all_tokens(runs, name):
     for _, _, report in ranks:
         assert sum(report["slots"].values()) == slots
         assert report["replicas"] == case.replicas
+
+
+# A script with the flags alone: checkpoints, evaluation, resumption, the best model, the Hub
+
+REPO = SimpleNamespace(repo_id="ada/net")
+FLAGS = "--use_cpu --report_to none --disable_tqdm True --optim adamw_torch --learning_rate 0.01 --logging_steps 1"
+FLAGS += f" --per_device_train_batch_size {BATCH} --num_train_epochs 2 --save_strategy steps --save_steps 3"
+FLAGS += " --rwp --rwp_gamma 0.2 --rwp_eta 2 --rwp_schedule cosine --rwp_growth 1 --max_grad_norm 0.5"
+WORST = " --eval_strategy steps --eval_steps 3 --load_best_model_at_end --greater_is_better True"  # the first one, 3
+PUSHED = f" --push_to_hub --hub_model_id {REPO.repo_id}"
+
+
+def script(argv: list[str], resume: str | None, loaded: str, parts: dict[str, int]) -> tuple[Any, list[int]]:
+    """As transformers' examples have it: arguments, a model, a Trainer. The Trainer, and the steps that were pushed."""
+    steps: list[int] = []
+
+    def note(folder: Path, *_: Any, **__: Any) -> None:
+        steps.append(json.loads((folder / "results.json").read_text())["final"]["step"])
+        shutil.copytree(folder, folder.with_name(f"pushed-{len(steps)}"))
+
+    with pytest.MonkeyPatch.context() as patch, on_cpus():
+        patch.setattr("hf_rwp.hub.push.push", note)
+        patch.setattr("transformers.trainer.hf_api", lambda: SimpleNamespace(create_repo=lambda *_, **__: REPO))
+        (args,) = HfArgumentParser(RWPTrainingArguments).parse_args_into_dataclasses(argv)
+        args.parallelism_config = ParallelismConfig(**HSDP["mesh"]) if "hsdp" in args.output_dir else None
+        model = load_llama(loaded, **parts) if parts else llama(tied=True)
+        processes = 4 // parts.get("tp_size", 1)
+        data = {"train_dataset": words(processes * BATCH * 5), "eval_dataset": words(10, seed=3)}
+        trainer = RWPTrainer(model, args, **data)
+        trainer.train(resume_from_checkpoint=resume)
+        if args.push_to_hub:
+            trainer.save_model()
+    return trainer, steps
+
+
+def whole_and_resumed(name: str, folder: str, more: str, state: str | None, parts: dict[str, int]) -> list[Any]:
+    found = []
+    for part, checkpoint in (("whole", None), ("again", f"{folder}/{name}-whole/checkpoint-3")):
+        torch.manual_seed(0)
+        output = f"{folder}/{name}-{part}"
+        fsdp = ["--fsdp", "--fsdp_config", json.dumps({**FSDP["fsdp_config"], "state_dict_type": state})]
+        flags = [*FLAGS.split(), *more.split(), *(fsdp if state else []), "--output_dir", output]
+        trainer, steps = script(flags, checkpoint, f"{folder}/model", parts)
+        logs = {of: logged(trainer, of) for of in ("loss", "loss_clean", "loss_perturbed", "eval_loss")}
+        own = [(group["rwp_seed"], group["rwp_windows"]) for group in trainer.rwp.param_groups]
+        found.append((snapshot(trainer.model), logs, own, steps, trainer.state.best_model_checkpoint))
+    return found
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scripts")
+    llama().save_pretrained(folder / "model")
+    cases = [
+        ("hsdp", str(folder), WORST + PUSHED, "FULL_STATE_DICT", {}),
+        ("fsdp", str(folder), "", "SHARDED_STATE_DICT", {}),
+    ]
+    stop()
+    found = run_each(4, whole_and_resumed, cases, timeout=120)
+    return folder, {case[0]: ranks for case, ranks in zip(cases, found, strict=True)}
+
+
+@pytest.mark.parametrize("name", ["hsdp", "fsdp"])
+def test_resume_of_a_script_with_the_flags_alone_is_bit_exact(scripts, name):
+    for whole, again in scripts[1][name]:
+        assert all(torch.equal(again[0][of], weight) for of, weight in whole[0].items())
+        assert len(whole[1]["loss"]) == 10
+        assert again[1] == whole[1]
+        assert set(again[2]) == set(whole[2]) == {(0, 10)}
+
+
+def test_the_best_weights_are_loaded_and_all_that_is_pushed_is_whole_and_clean(scripts):
+    folder, (*_, (first, second)) = scripts[0], scripts[1]["hsdp"][::-1]
+    assert [run[3] for run in (first, second)] == [[3, 6, 9, 10, 3], [6, 9, 10, 3]]
+    for steps in (first, second):
+        assert steps[4].endswith("hsdp-whole/checkpoint-3")
+    for pushed in ("pushed-1", "pushed-5"):
+        config = json.loads((folder / "hsdp-whole" / pushed / "config.json").read_text())
+        assert config["architectures"] == ["PreciseLlamaForCausalLM"]
+        model = PreciseLlamaForCausalLM.from_pretrained(folder / "hsdp-whole" / pushed)
+        assert all(torch.equal(first[0][name], weight) for name, weight in model.named_parameters())
