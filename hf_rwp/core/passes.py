@@ -26,7 +26,7 @@ from hf_rwp.core import registry
 from hf_rwp.core.hooks import Hook, Same, at_end_of_backward, in_backward, tensors_in, with_tensors
 from hf_rwp.core.perturbation import Perturbation
 from hf_rwp.core.placement import Role
-from hf_rwp.core.sharding import gather, gathered_weights, gatherers, in_use, is_gathered
+from hf_rwp.core.sharding import gather, gathered_weights, gatherers, in_use
 from hf_rwp.core.window import Windows
 
 logger = logging.getLogger(__name__)
@@ -109,9 +109,6 @@ class Passes:
     def _before_forward(self, module: nn.Module, *_: Any) -> None:
         hooks: Any = module._forward_pre_hooks
         hooks.move_to_end(self.handles[0].id, last=False)  # FSDP2's may have come since
-        if is_gathered(module):  # our hook of an output comes ahead of its, which gathers the weights for the way back
-            hooks = module._forward_hooks
-            hooks.move_to_end(self.handles[1].id, last=False)
         self._entries.append(_Entry.LOOKED)
         used = in_use(gatherers(module))  # by a module around this one, or this one's first hook of FSDP2
         self._begin(module)

@@ -202,12 +202,6 @@ def _groups(state: Any) -> list[Any]:
     return [group for group in groups if group is not None]
 
 
-def is_gathered(module: nn.Module) -> bool:
-    """Whether FSDP2 gathers weights for a module's forward pass, ahead of its first one too."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return hasattr(fsdp, "FSDPModule") and isinstance(module, fsdp.FSDPModule)  # type: ignore[union-attr]
-
-
 def gathered_weights(groups: Iterable[Any]) -> list[nn.Parameter]:
     """The whole weights that modules compute with, once FSDP2's `groups` gathered them: the same objects each time."""
     held = [held for group in groups for held in group.fsdp_params]

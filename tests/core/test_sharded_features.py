@@ -224,6 +224,13 @@ def evaluate(model, optimizer):
     model.train()
 
 
+def look(model, optimizer):
+    """After which the noise is out of the weights until the backward pass."""
+    model.state_dict()
+    optimizer.eval()
+    optimizer.train()
+
+
 def shard_inside(case, model, mesh):
     """The module that the loop calls is not FSDP2's."""
     shard(case, model.net, mesh)
@@ -240,6 +247,18 @@ def loss_of_two_passes_in_a_row(model, x, y):
     return mse_loss(model(x), y) + mse_loss(model(2 * x), y)
 
 
+# With the noise taken out between the passes, and put in again while FSDP2 is in the middle of something.
+LOOKED = {
+    f"a look, {name}": {**changes, "between": look}
+    for name, changes in {
+        "compiled model": {"change": compiled},
+        "a module around it": {"change": Wrap(as_list), "shard": shard_inside, "loss": loss_of_first},
+        "reentrant checkpointing": {"change": reentrant},
+        "non-reentrant checkpointing": {"change": non_reentrant},
+        "compiled layers": {"change": compiled_layers},
+        "grouped modules": {"shard": shard_grouped},
+    }.items()
+}
 # And pairs of the same mathematics.
 PAIRS = {
     "an output made from another": (
@@ -280,7 +299,7 @@ def plain_names(answers):
 
 @pytest.mark.parametrize("base", BASES, ids=lambda case: case.engine)
 def test_none_of_it_changes_a_bit_of_the_gradient(base):
-    pairs = {**{name: (changes, {}) for name, changes in {**PLAIN, **OUTPUTS}.items()}, **PAIRS}
+    pairs = {**{name: (changes, {}) for name, changes in {**PLAIN, **OUTPUTS, **LOOKED}.items()}, **PAIRS}
     distinct = [(dataclasses.replace(base, **changes),) for pair in pairs.values() for changes in pair if changes]
     answers = iter(run_each(4, follow, [(base,), *distinct], keep_group=True, timeout=120))
     plain = next(answers)
