@@ -5,6 +5,7 @@ import logging
 import pickle
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -43,6 +44,8 @@ def create_model(
     source = find_weights(str(args.pretrained), "pretrained") if named else None
     if source is not None and source.is_file:
         model: Any = _from_file(args.model, source.path, len(label_names), new_head, options)
+    elif source is not None and source.path and source.config.get("model_type") == "timm_wrapper":
+        model = _from_wrapper(source.path, source.config, label_names, new_head, options)
     else:
         if source is not None and source.library == "transformers":
             raise ValueError(
@@ -131,7 +134,7 @@ def _created(name: str, pretrained: str | None, options: dict[str, Any]) -> Any:
         return timm.create_model(name, pretrained=pretrained is not None, **options)
     except TypeError as error:
         found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if found is None:
+        if found is None or found[1] not in options:
             raise
         raise ValueError(f"model_kwargs has {found[1]!r}, which {name} does not take: leave it out") from error
     except KeyError as error:
@@ -149,29 +152,48 @@ def _created(name: str, pretrained: str | None, options: dict[str, Any]) -> Any:
         ) from error
 
 
-def _from_file(name: str, file: Any, classes: int, new_head: bool, options: dict[str, Any]) -> Any:
-    """A timm model with the weights in a file, which says neither its model nor its classes."""
+def _from_wrapper(
+    folder: Path, config: dict[str, Any], label_names: Sequence[str], new_head: bool, options: dict[str, Any]
+) -> Any:
+    """A timm model that transformers' wrapper saved, whose configuration timm does not read."""
+    arguments = {name: value for name, value in (config.get("model_args") or {}).items() if name != "num_classes"}
+    names = config.get("label_names")
+    model = _from_file(
+        config["architecture"],
+        folder / "model.safetensors",
+        len(label_names),
+        new_head and names != list(label_names),
+        arguments | options,
+        named=True,
+    )
+    model.pretrained_cfg |= {**(config.get("pretrained_cfg") or {}), "num_classes": len(label_names)}
+    model.pretrained_cfg["label_names"] = list(label_names) if new_head else names
+    return model
+
+
+def _from_file(name: str, file: Any, classes: int, new_head: bool, options: dict[str, Any], named: bool = False) -> Any:
+    """A timm model with the weights in a file, which says neither its model nor its classes. named: but for these."""
+    head = _created(name, None, options).pretrained_cfg["classifier"]
     try:
-        weights = load_state_dict(str(file))
-        made: Any = timm.create_model(name, **options)
-        head = made.pretrained_cfg["classifier"]
+        # transformers' wrapper of a timm model says so in each name
+        weights = {key.removeprefix("timm_model."): value for key, value in load_state_dict(str(file)).items()}
         size = weights[f"{head if isinstance(head, str) else head[0]}.weight"].shape[0]
     except KeyError:
         size = 0  # without a head
-    except (OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, ValueError, AttributeError, SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(f"pretrained={str(file)!r} holds no weights that can be read: {error}") from error
     if not new_head and size != classes:
         raise ValueError(
             f"{file} has {size} classes, but the data has {classes}. An evaluation needs the classes that the weights "
             "were trained for, in the same order"
         )
-    if not new_head:
+    if not new_head and not named:
         logger.warning("%s does not name its classes: taken to be those of the data, in the same order", file)
     try:
         model: Any = timm.create_model(
             name,
             pretrained=True,
-            pretrained_cfg_overlay={"file": str(file), "num_classes": size},
+            pretrained_cfg_overlay={"state_dict": weights, "num_classes": size},
             **{**options, "num_classes": size},
         )
     except (RuntimeError, ValueError) as error:
@@ -181,7 +203,7 @@ def _from_file(name: str, file: Any, classes: int, new_head: bool, options: dict
         ) from error
     if new_head:
         model.reset_classifier(classes)
-    known = {name: value for name, value in model.pretrained_cfg.items() if name != "file"}
+    known = {name: value for name, value in model.pretrained_cfg.items() if name != "state_dict"}
     model.pretrained_cfg = {**known, "num_classes": classes}
     return model
 

@@ -8,7 +8,7 @@ import timm
 import torch
 from imagenet import load_recipe
 from safetensors.torch import save_file
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, ViTConfig, ViTForImageClassification
 from vit import TINY, load_vit_recipe
 
 from hf_rwp.hub.export import save_model
@@ -118,6 +118,23 @@ def test_a_model_of_transformers_goes_to_the_other_recipe(vit):
             ValueError, match=r"a model of transformers \(ViTForImageClassification\).*vit_rwp\.py takes it"
         ):
             timm_model(f"--pretrained={named}")
+
+
+@pytest.mark.parametrize("arguments", [None, {"num_classes": 3}])
+def test_what_transformers_wrapper_of_timm_saved_is_a_model_of_timms(trained, tmp_path, arguments):
+    names = dict(enumerate(CLASSES))
+    config = TimmWrapperConfig(architecture="test_resnet", id2label=names, label2id={n: i for i, n in names.items()})
+    wrapper = TimmWrapperForImageClassification(config)
+    wrapper.timm_model.load_state_dict(trained.state_dict())
+    wrapper.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_args": arguments}))
+    for new_head in (True, False):
+        assert_same(timm_model(f"--pretrained={tmp_path}", new_head=new_head), trained)
+    args = parse_arguments(load_recipe().Arguments, [f"--pretrained={tmp_path}"])
+    assert_same(create_model(args, ["owl", "dog", "cat"])[0], trained, head=False)
+    with pytest.raises(ValueError, match="class 0 is 'cat' there and 'owl' here"):
+        create_model(args, ["owl", "dog", "cat"], new_head=False)
 
 
 # For transformers
