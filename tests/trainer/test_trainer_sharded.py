@@ -247,17 +247,43 @@ def whole_and_resumed(name: str, folder: str, more: str, state: str | None, part
     return found
 
 
+def push_loaded(name: str, folder: str, parts: dict[str, int]) -> tuple[Any, list[int]]:
+    """Of a model that transformers sharded, for which Trainer keeps no optimizer."""
+    flags = f"{FLAGS}{PUSHED} --save_only_model --num_train_epochs 1 --output_dir {folder}/{name}"
+    trainer, steps = script(flags.split(), None, f"{folder}/model", parts)
+    return snapshot(trainer.model), steps
+
+
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scripts")
     llama().save_pretrained(folder / "model")
-    cases = [
-        ("hsdp", str(folder), WORST + PUSHED, "FULL_STATE_DICT", {}),
-        ("fsdp", str(folder), "", "SHARDED_STATE_DICT", {}),
-    ]
+    cases = [("hsdp", str(folder), WORST + PUSHED, "FULL_STATE_DICT", {})]
+    cases += [("fsdp", str(folder), "", "SHARDED_STATE_DICT", {})]
     stop()
     found = run_each(4, whole_and_resumed, cases, timeout=120)
     return folder, {case[0]: ranks for case, ranks in zip(cases, found, strict=True)}
+
+
+LOADED = {"loaded-hs": LOADED_HSDP["parts"], "loaded-tp": FSDP_TP["parts"]}
+
+
+@pytest.fixture(scope="module")
+def loaded_scripts(scripts):
+    folder, _ = scripts
+    found = run_each(4, push_loaded, [(name, str(folder), parts) for name, parts in LOADED.items()], timeout=120)
+    return folder, dict(zip(LOADED, found, strict=True))
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_what_transformers_loaded_in_parts_is_pushed_whole(loaded_scripts, name):
+    folder, found = loaded_scripts
+    (weights, steps), *others = found[name]
+    assert steps == [3, 5, 5]
+    assert not any(pushed for _, pushed in others)
+    model = PreciseLlamaForCausalLM.from_pretrained(folder / name / "pushed-3")
+    assert getattr(model.config, "distributed_config", None) is None
+    assert all(torch.equal(weights[of], weight) for of, weight in model.named_parameters())
 
 
 @pytest.mark.parametrize("name", ["hsdp", "fsdp"])
