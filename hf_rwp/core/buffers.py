@@ -13,7 +13,8 @@ def guarded_buffers(model: nn.Module, replicas: Replicas, alpha: float) -> tuple
     """The buffers that a perturbed pass of this replica must leave as they are, and the floating ones it may update.
 
     Only clean slots update buffers. With none at all (alpha = 1) replica 0's perturbed ones do; so do those of a
-    replica that has none, where nothing broadcasts the buffers of replica 0.
+    replica that has none, where nothing broadcasts the buffers of replica 0. What is not persistent, a cache such as
+    rotary frequencies, is none of them.
     """
     buffers = [
         (module, name, buffer)
@@ -26,7 +27,7 @@ def guarded_buffers(model: nn.Module, replicas: Replicas, alpha: float) -> tuple
         return ([], floating) if alpha == 1 else (buffers, [])
     if replicas.broadcasts_buffers and not (alpha == 1 and replicas.index == 0):
         return floating, []  # counters advance on all replicas alike
-    return [], floating
+    return [], [entry for entry in floating if entry[1] not in entry[0]._non_persistent_buffers_set]
 
 
 def replaced(guarded: Iterable[Guarded]) -> list[tuple[Guarded, Tensor | None]]:

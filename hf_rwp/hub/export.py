@@ -48,7 +48,7 @@ def save_model(
             model.pretrained_cfg = of_ours
             timm_hub.save_config_for_hf(
                 model,
-                str(config_file),
+                config_file,  # type: ignore[arg-type]  # timm 1.0.15 takes no str
                 model_config={"label_names": list(label_names)},
                 model_args={**(model_args or {})},
             )
@@ -81,8 +81,7 @@ def save_any(
     names = [*getattr(getattr(model, "config", None), "id2label", {}).values()]
     trained = getattr(getattr(model, "config", None), "pretrained_cfg", None) or {}
     arguments = getattr(getattr(model, "config", None), "model_args", None)
-    sharded = is_sharded_model(model)
-    writes = not sharded or is_first_process()
+    sharded, writes = is_sharded_model(model), writes_here(model)
     if not hasattr(model, "get_base_model"):  # PEFT's models pass on every attribute
         model = getattr(model, "timm_model", model)
     weights = whole_weights(model, writes) if sharded else None
@@ -115,11 +114,13 @@ def save_any(
     return {"library": library, "architecture": _architecture(model.get_base_model() if adapted else model)}
 
 
-def is_first_process() -> bool:
-    """Whether this process writes what all of them have."""
+def writes_here(model: Any) -> bool:
+    """Whether this process is to write the model: where a mesh of processes holds the weights, the first one."""
     import torch.distributed as dist
 
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    from hf_rwp.runs.sharded import is_sharded_model
+
+    return not is_sharded_model(_unwrapped(model)) or dist.get_rank() == 0
 
 
 def _save_pretrained(model: Any, folder: Path, weights: Mapping[str, Any] | None) -> None:

@@ -33,7 +33,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from hf_rwp.hub.card import add_card
-from hf_rwp.hub.export import save_any
+from hf_rwp.hub.export import save_any, writes_here
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -150,6 +150,8 @@ def push_to_hub(
     """
     Save a trained model with its card, and push both to the Hub.
 
+    Where a mesh of processes holds the weights (FSDP2, tensor parallelism), all of them call it, and the first pushes.
+
     Args:
         model (`torch.nn.Module`):
             A model of timm, transformers or PEFT, or any other.
@@ -186,7 +188,7 @@ def push_to_hub(
             What else the card says: `license`, `dataset`, `base_model`, `note`, `tags`, `data`, `split`.
 
     Returns:
-        `str`: the commit's address.
+        `str`: the commit's address; empty in a process that did not push.
 
     Raises PushError if the push failed; the folder is complete by then.
     """
@@ -205,6 +207,8 @@ def push_to_hub(
         arguments |= {"method": "rwp"}
         known["final"] |= {"rwp": rwp.report() | {"gamma": rwp.defaults["rwp_gamma"]}}
     known["arguments"] = arguments
+    if not writes_here(model):
+        return ""
     add_card(target, known, pictures=pictures, repo_id=repo_id, **{**of_model, **facts})
     return push(target, repo_id, revision=revision, tag=tag, private=private, token=token, message=message)
 

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from hf_rwp.core.sharding import is_sharded, whole_of
+from hf_rwp.core.sharding import gatherers, is_sharded, whole_of
 
 Batch = TypeVar("Batch")
 
@@ -119,7 +119,8 @@ def whole_weights(module: nn.Module, kept: bool = True) -> dict[str, torch.Tenso
 
 
 def is_sharded_model(module: nn.Module) -> bool:
-    return any(is_sharded(parameter) for parameter in module.parameters())
+    # After an evaluation FSDP2 may hold all of a small model's weights whole.
+    return bool(gatherers(module)) or any(is_sharded(parameter) for parameter in module.parameters())
 
 
 def load_whole(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:

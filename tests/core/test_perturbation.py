@@ -563,6 +563,12 @@ def test_clean_slots_alone_update_buffers_where_some_replica_has_them(replicas, 
     )
 
 
+def test_a_cache_is_not_taken_for_statistics():
+    net = nn.Linear(4, 4)
+    net.register_buffer("frequencies", torch.ones(2), persistent=False)
+    assert guarded_buffers(net, Replicas(1, 2), 0.5) == ([], [])
+
+
 class Lazy(nn.Module):
     """Lays out its statistics in the first pass: by another tensor, in the same one, in the same one's storage."""
 
