@@ -16,7 +16,8 @@ accelerate launch recipes/lora_rwp.py --model_name_or_path path/to/model --data_
 # Seven billion weights on one GPU, quantized (pip install bitsandbytes); or on eight that hold them together
 ```bash
 accelerate launch recipes/lora_rwp.py --config recipes/configs/lora/qlora_7b.yaml --data_file sums.jsonl
-accelerate launch --config_file recipes/accelerate/fsdp2_8.yaml recipes/lora_rwp.py \
+accelerate launch --config_file recipes/accelerate/fsdp2_8.yaml --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP \
+    --fsdp_transformer_layer_cls_to_wrap LlamaDecoderLayer recipes/lora_rwp.py \
     --config recipes/configs/lora/fsdp2_7b.yaml --data_file sums.jsonl
 ```
 
@@ -35,6 +36,10 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from hf_rwp.cli import refuse_missing
+
+refuse_missing("lora", __name__)  # ahead of the imports that would fail
 
 import torch
 from datasets import Dataset, load_dataset
@@ -189,10 +194,18 @@ class Measured:
 
 
 class History(TrainerCallback):
-    """A row of figures for every evaluation."""
+    """A row of figures for every evaluation; before: of the base, without adapters."""
 
     def __init__(self, measure: Measured, tokenizer: Any) -> None:
         self.measure, self.tokenizer, self.rows = measure, tokenizer, list[dict[str, Any]]()
+        self.before: dict[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
+        if args.use_peft:
+            with seen["model"].disable_adapter():
+                self.before = self.measure(seen["model"], self.tokenizer)
+        elif not state.global_step:
+            self.before = self.measure(seen["model"], self.tokenizer)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
         logs = [entry for entry in state.log_history if "loss" in entry]
@@ -222,7 +235,6 @@ def main(args: Arguments) -> None:
     if is_main:
         remove_later_checkpoints(output_dir, checkpoint)
         write(output_dir / "arguments.json", json.dumps(flags, indent=2, default=str))
-    before = measure(trainer.model, tokenizer)
     begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     seconds, memory = time.perf_counter() - begin, peak_memory()
@@ -231,13 +243,15 @@ def main(args: Arguments) -> None:
     final = dict(history.rows[-1])
     if trainer.rwp is not None:
         final["rwp"] = {**trainer.rwp.report(), "gamma": trainer.rwp.defaults["rwp_gamma"]}
-    if "known_loss" in final:
-        final |= {"known_loss_before": before["known_loss"], "forgetting": final["known_loss"] - before["known_loss"]}
-    final |= {"accuracy_before": before["accuracy"]} if "accuracy" in before else {}
+    final |= {f"{name}_before": value for name, value in history.before.items()}
+    if "known_loss_before" in final:
+        final["forgetting"] = final["known_loss"] - final["known_loss_before"]
     adapter = output_dir / ("adapter" if args.use_peft else "model")
-    trainer.save_model(str(adapter))  # collective under FSDP2
+    state = trainer.accelerator.get_state_dict(trainer.model)  # collective under FSDP2
     if not is_main:
         return
+    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(adapter, state_dict=state)
+    tokenizer.save_pretrained(adapter)
     results = {
         "final": final | {"peak_memory_bytes": memory},
         "seconds": seconds,
@@ -334,7 +348,6 @@ def peak_memory() -> int:
 def finish(args: Arguments, results: dict[str, Any], adapter: Path) -> None:
     """Write the results, the picture and the card, and print what came out."""
     output_dir, final = adapter.parent, results["final"]
-    (adapter / "training_args.bin").unlink(missing_ok=True)  # a pickle, with this machine's paths
     config = adapter / "adapter_config.json"
     if config.is_file() and Path(args.model_name_or_path or "/").is_absolute():
         write(config, json.dumps(scrub_paths(json.loads(config.read_text())), indent=2))
@@ -367,7 +380,7 @@ def finish(args: Arguments, results: dict[str, Any], adapter: Path) -> None:
     )
     texts = {"held-out loss": f"{final['eval_loss']:.4f}"}
     if "accuracy" in final:
-        texts["exact match"] = f"{final['accuracy']:.2%}, {final['accuracy_before']:.2%} before"
+        texts["exact match"] = f"{final['accuracy']:.2%}"
     if "forgetting" in final:
         texts["known text"] = f"loss {final['known_loss']:.4f}, {final['known_loss_before']:.4f} before"
     print(aligned(texts | {"peak memory": memory, "seconds": f"{results['seconds']:.1f}"}))

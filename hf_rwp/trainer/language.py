@@ -79,7 +79,7 @@ def make_base(folder: Path, steps: int, seed: int) -> Path:
     tokenizer = make_tokenizer()
     sizes: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    sizes |= {"intermediate_size": 352, "vocab_size": len(tokenizer), "max_position_embeddings": 128}
+    sizes |= {"intermediate_size": 384, "vocab_size": len(tokenizer), "max_position_embeddings": 128}
     model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **sizes, **ids))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     dice = random.Random(seed)

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from distributed import run as run_on_ranks
+from distributed import stop
 from huggingface_hub import ModelCard
 from imagenet import RECIPES, load_recipe, results
+from launched import under
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,6 +22,7 @@ from hf_rwp.runs.parsing import parse_arguments
 from hf_rwp.trainer import language
 
 CONFIGS = sorted((RECIPES / "configs" / "lora").glob("*.yaml"))
+BLOCKS = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer"}
 QUICK = ["--quick", "--train_samples=24", "--per_device_train_batch_size=8", "--use_cpu"]
 
 
@@ -34,9 +38,13 @@ def base(tmp_path_factory):
 
 
 def train(recipe, folder, base, *flags):
+    run_main(recipe, folder, base, *flags)
+    return results(folder)
+
+
+def run_main(recipe, folder, base, *flags):
     flags = [*QUICK, f"--base_dir={str(base).removesuffix('_3')}", "--base_steps=3", *flags]
     recipe.main(parse_arguments(recipe.Arguments, [*flags, f"--output_dir={folder}"]))
-    return results(folder)
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +198,7 @@ def test_a_configuration_starts(recipe, base, config, tmp_path):
         assert name == "bf16" or getattr(args, name) == value, name
     found = train(recipe, tmp_path, base, f"--config={config}", *small)
     assert found["final"]["rwp"]["slots"]["perturbed"] > 0
+    assert "lora_" not in found["final"]["rwp"]["relative_noise"]["largest"]["name"]
 
 
 def test_the_base_is_made_once_and_leaves_the_random_state_alone(base, tmp_path):
@@ -216,3 +225,30 @@ def test_sums_are_right_and_none_of_the_held_out_is_trained_on():
         if "=" in text:
             one, other, total = map(int, re.split(r"[+=]", text))
             assert total == one + other
+
+
+def train_on_rank(folder, base, *flags):
+    with under("fsdp2_8", {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", **BLOCKS}):
+        recipe = load_recipe(RECIPES / "lora_rwp.py")
+        try:
+            run_main(recipe, folder, base, *flags)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+
+def test_two_processes_that_hold_the_weights_together_train_as_one_does(recipe, base, tmp_path):
+    flags = [f"--config={RECIPES / 'configs' / 'lora' / 'fsdp2_7b.yaml'}", f"--model_name_or_path={base}"]
+    flags += ["--bf16=false", "--dtype=float32", "--num_train_epochs=1", "--gradient_checkpointing=false"]
+    flags += ["--per_device_train_batch_size=4"]
+    stop()  # DTensor caches plans with the names of groups
+    assert run_on_ranks(2, train_on_rank, tmp_path / "two", base, *flags, timeout=180) == ["", ""]
+    two = results(tmp_path / "two")
+    assert two["final"]["rwp"]["placement"] == "sequential"
+    assert "base_layer" in two["final"]["rwp"]["relative_noise"]["largest"]["name"]
+    adapter = load_file(tmp_path / "two/adapter/adapter_model.safetensors")
+    assert any(value.any() for name, value in adapter.items() if "lora_B" in name)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "two/adapter")
+    _, held_out = language.sums_in_words(24, 16, seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    assert two["final"]["accuracy"] == language.exact_match(model, tokenizer, held_out)
