@@ -119,6 +119,25 @@ def test_lora_perturbs_the_adapters_and_on_demand_the_base_which_is_bit_equal_af
         assert torch.equal(weight, steps[1].clean[name.replace(".weight", ".default.weight")])
 
 
+def test_frozen_weights_are_copied_where_graphs_are_compiled():
+    @dataclass
+    class Compiled(RWPArguments):
+        torch_compile: bool = False
+
+    assert [Compiled(rwp_frozen=True, torch_compile=on).rwp_options["frozen"] for on in (False, True)] == [True, "copy"]
+    assert Compiled(torch_compile=True).rwp_options["frozen"] is False
+
+
+def test_lora_keeps_no_copy_of_the_base(tmp_path):
+    config = LoraConfig(target_modules="all-linear", r=2)
+    trainer, _ = fine_tune(tmp_path, peft_config=config, rwp_frozen=True, gradient_checkpointing=True)
+    perturbation = trainer.rwp._windows.perturbation
+    base = sum(p.numel() for name, p in trainer.model.named_parameters() if not is_adapter(name) and p.ndim > 1)
+    copied = sum(clean.numel() for clean in perturbation._clean)
+    adapters = sum(p.numel() for name, p in trainer.model.named_parameters() if is_adapter(name) or p.ndim < 2)
+    assert copied == adapters + sum(buffer.numel() for buffer in trainer.model.buffers()) < base
+
+
 def on_ranks(folder):
     trainer, steps = fine_tune(folder, world=2)
     return steps, tensors(trainer.model)
