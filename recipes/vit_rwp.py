@@ -213,8 +213,8 @@ def main(args: Arguments) -> None:
     check_writable(output_dir)
 
     set_seed(args.seed)
-    evaluated = args.weights if args.eval_only and not checkpoint else None
-    splits = in_order_of(load_images(**args.data_options), evaluated, config_of)
+    numbered_as = args.weights if args.eval_only and not checkpoint else None
+    splits = in_order_of(load_images(**args.data_options), numbered_as, config_of)
     label_names = splits["train"].features["label"].names
     model, model_args = create_model(args, label_names)
     data_config = preprocessing(args, model)
