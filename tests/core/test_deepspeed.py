@@ -32,9 +32,8 @@ from zero import Case, Run, accelerator_of, assert_mixed, batch, build, deepspee
 from hf_rwp import RWP
 from hf_rwp.core.replicas import replicas_of
 
-needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed; see the module's docstring"
-)
+INSTALLED = importlib.util.find_spec("deepspeed") is not None
+needs_deepspeed = pytest.mark.skipif(not INSTALLED, reason="deepspeed is not installed; see the module's docstring")
 
 
 def network() -> nn.Module:
@@ -228,7 +227,8 @@ def test_parallelism_inside_of_a_replica_is_refused(monkeypatch, sizes, message)
 def own_processes():
     """Those that have had DeepSpeed in them serve nobody else."""
     yield
-    stop()
+    if INSTALLED:
+        stop()
 
 
 def trained(case: Case, **options) -> list[Run]:
