@@ -97,7 +97,7 @@ def test_steps_cost_about_what_the_page_says():
     for record in report.read_benchmarks(report.RESULTS):
         for row in report.step_rows(record):
             if not row["what"].startswith("SAM"):
-                assert row["median"] <= 1.1
+                assert row["median"] <= (row["limit"] or 1.1)  # 1.2 for the small one at 32 pixels
 
 
 def test_the_changelog_has_this_version():
