@@ -26,7 +26,7 @@ from hf_rwp.core import registry
 from hf_rwp.core.hooks import Hook, Same, at_end_of_backward, in_backward, tensors_in, with_tensors
 from hf_rwp.core.perturbation import Perturbation
 from hf_rwp.core.placement import Role
-from hf_rwp.core.sharding import gather, gathered_weights, gatherers, in_use
+from hf_rwp.core.sharding import gather, gathered_weights, gatherers, in_use, times
 from hf_rwp.core.window import Windows
 
 logger = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ class Passes:
 
     def _weigh(self, micro_step: MicroStep, parameters: Iterable[Tensor]) -> None:
         """Multiply the gradients of `parameters` by the micro-step's weight, once each."""
-        scale = functools.partial(torch.mul, other=micro_step.role.weight)
+        scale = functools.partial(times, factor=micro_step.role.weight)
         for parameter in parameters if micro_step.role.weight != 1 else ():
             if parameter.requires_grad and id(parameter) not in self._weight_hooks:
                 self._weight_hooks[id(parameter)] = parameter.register_hook(scale)

@@ -145,6 +145,16 @@ def sharded_dims(weight: Any) -> list[tuple[int, int]]:
     return [(mesh_dim, dim % weight.ndim) for mesh_dim, dim in dims if dim is not None]
 
 
+@torch.no_grad()
+def times(tensor: Any, factor: float) -> Tensor:
+    """A tensor times a number. Of a DTensor each process's part: its own product adds parts up first in torch 2.8."""
+    if not is_sharded(tensor):
+        return torch.mul(tensor, factor)
+    layout = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
+    part: Tensor = type(tensor).from_local(tensor.to_local() * factor, tensor.device_mesh, tensor.placements, **layout)
+    return part
+
+
 def add_up(parts: Sequence[Tensor], groups: Sequence[Sequence[dist.ProcessGroup]]) -> list[Tensor]:
     """The sums of tensors over the processes of each one's groups. Collective: one for all that share a group.
 

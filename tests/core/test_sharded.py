@@ -1,6 +1,7 @@
 """The guarantees where a mesh of processes holds the weights: FSDP2, HSDP, tensor parallelism, on real gloo ranks."""
 
 import dataclasses
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -25,7 +26,6 @@ from sharded import (
     snapshot,
     whole,
 )
-from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.nn.functional import mse_loss
@@ -37,9 +37,9 @@ ENGINES = ["hsdp", "replicate", "fsdp", "tp", "fsdp_tp", "hsdp_tp"]
 
 
 def cases_of(engine: str, **options) -> list[Case]:
-    counts = (1, 2, 3) if engine in PARALLEL else (2, 3)
+    counts = (1, 3) if engine in PARALLEL else (2, 3)
     cases = [Case(engine, 0.3, accumulation=count, windows=2, **options) for count in counts]
-    return [*cases, Case(engine, 1.0, accumulation=2, **options), Case(engine, 1.0, windows=2, **options)]
+    return [*cases, Case(engine, 1.0, accumulation=2 if engine in PARALLEL else 1, windows=2, **options)]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -55,6 +55,8 @@ def shard_half(case, model, mesh) -> None:
 
 
 def replicate_all(case, model, mesh) -> None:
+    from torch.distributed._composable.replicate_with_fsdp import replicate
+
     for layer in model.layers:
         replicate(layer, mesh=mesh)
     replicate(model, mesh=mesh)
@@ -75,8 +77,9 @@ def cases_of_replicated(**options) -> list[Case]:
 
 
 def test_step_gradient_is_the_mix_where_dtensors_are_replicated():
-    cases = cases_of_replicated(shard=replicate_all)
-    cases += cases_of_replicated(shard=distribute_all, loss=loss_of_dtensors)
+    cases = cases_of_replicated(shard=distribute_all, loss=loss_of_dtensors)
+    if find_spec("torch.distributed._composable.replicate_with_fsdp"):  # later than torch 2.8
+        cases += cases_of_replicated(shard=replicate_all)
     for case, ranks in zip(cases, run_each(4, record, [(case,) for case in cases], keep_group=True), strict=True):
         assert_mixed(case, ranks)
 
@@ -115,11 +118,29 @@ def test_step_gradient_is_the_mix_where_it_is_reduced_once():
         assert_mixed(case, ranks)
 
 
+def evaluate(model) -> None:
+    model.eval()
+    with torch.no_grad():
+        model(torch.zeros(1, TOKENS, WIDTH, dtype=torch.float64))
+    model.train()
+
+
+def loss_in_float32(model, x, y):
+    return mse_loss(model(x).float(), y)
+
+
 LONG = {
     "momentum": Case("hsdp", windows=30),
     "clipping": Case("hsdp", windows=30, clip=0.05),
+    "an evaluation each": Case("hsdp", windows=30, ahead=evaluate),
     "K=3": Case("hsdp", windows=10, accumulation=3, clip=0.05),
-    "bf16": Case("hsdp", windows=30, dtype=torch.float32, sharding={"mp_policy": MixedPrecisionPolicy(torch.bfloat16)}),
+    "bf16": Case(
+        "hsdp",
+        windows=30,
+        dtype=torch.float32,
+        loss=loss_in_float32,
+        sharding={"mp_policy": MixedPrecisionPolicy(torch.bfloat16)},
+    ),
 }
 
 
@@ -138,13 +159,6 @@ def test_replicas_are_bit_equal_after_30_steps():
 def clean_parts(base) -> list[torch.Tensor]:
     """What this process has of the weights, gathered or not."""
     return [part(parameter) for group in base.param_groups for parameter in group["params"]]
-
-
-def evaluate(model) -> None:
-    model.eval()
-    with torch.no_grad():
-        model(torch.zeros(1, TOKENS, WIDTH, dtype=torch.float64))
-    model.train()
 
 
 def rearm(model, optimizer) -> None:
@@ -250,7 +264,8 @@ def fail_first(case: Case, where: str) -> tuple[Any, bool]:
             mse_loss(output, y).backward()
     optimizer.zero_grad()
     clean_at_once = all(map(torch.equal, clean_parts(base), clean))
-    model.reset_iter_state()
+    if hasattr(model, "reset_iter_state"):  # later than torch 2.8, which goes on without where it can
+        model.reset_iter_state()
     return follow_built(case, model, optimizer, base), clean_at_once
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from hf_rwp.core.draws import Draws, Target
 from hf_rwp.core.noise import MODES, Source, add_noise_, std_factor
 from hf_rwp.core.sharding import block_of, local_of
 
+OLD = torch.__version__ < (2, 9)  # gloo sends no complex numbers there
 SHAPES = [
     (50, 300),
     (3, 100_000),  # tiles are parts of rows
@@ -74,6 +76,8 @@ def noisy(weight, factor):
 def fits(layout, shape):
     """Whether a layout can hold a shape, and is of those that RWP works with."""
     dims = [0, int(layout[-2])] if isinstance(layout, str) else [p.dim for p in layout if isinstance(p, Shard)]
+    if OLD and layout == "fully_shard of Shard(0)" and math.prod(shape[:1]) % 4:
+        return False  # which torch 2.8 does not put together again
     if layout == "fully_shard of Shard(1)" and shape[1:2] == (1,):
         return False  # of which torch itself loses some
     first = next((dim for dim, size in enumerate(shape) if size != 1), len(shape))
@@ -127,11 +131,11 @@ def within_an_ulp(actual, expected):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.float32, *([] if OLD else [torch.complex64])])
 def test_noise_and_norms_are_those_of_the_plain_run(dtype):
     ranks = run(4, differences, dtype, keep_group=True)
     assert [found for _, found in ranks] == [[], [], [], []]
-    assert {cases for cases, _ in ranks} == {119}
+    assert {cases for cases, _ in ranks} == {111 if OLD else 119}
 
 
 def refusals(shape, dim):
