@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from distributed import run, stop
 from imagenet import few_digits, results
 from launched import train_vit
+from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
-from vit import SCRATCH, cut_back, load_vit_recipe
+from vit import SCRATCH, cut_back, load_vit_recipe, trained_vit
 
 from hf_rwp.runs.parsing import parse_arguments
 
@@ -51,3 +53,24 @@ def test_a_run_its_checkpoints_and_its_model(file, changed, tmp_path):
     recipe.main(parse_arguments(recipe.Arguments, [*flags, f"--model_name_or_path={folder}"]))
     found = json.loads(Path(tmp_path, "eval", "eval.json").read_text())
     assert found["eval_loss"] == pytest.approx(final["eval_loss"], rel=1e-5)
+
+
+def test_lora_with_noise_on_a_sharded_base_writes_a_whole_adapter_and_a_whole_model(tmp_path):
+    pytest.importorskip("peft")
+    trained = trained_vit(tmp_path / "trained")
+    flags = ["--per_device_train_batch_size=8", "--num_train_epochs=1", "--report_to=none", "--save_strategy=no"]
+    flags += [f"--model_name_or_path={trained}", "--lora_r=2", "--rwp_frozen"]
+    assert run(4, train_vit, "hsdp_2x8", None, str(tmp_path / "out"), *flags, timeout=180) == [""] * 4
+    run_of = results(tmp_path / "out")
+    assert "base_model.model.vit.embeddings" in run_of["final"]["rwp"]["relative_noise"]["largest"]["name"]
+    assert len(run_of["replicas_sha256"]) == 1
+    before = load_file(trained / "model.safetensors")
+    adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert {tuple(weight.shape) for name, weight in adapter.items() if "lora_A" in name} == {(2, 16), (2, 32)}
+    merged = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    assert {name: weight.shape for name, weight in merged.items() if "classifier" not in name} == {
+        name: weight.shape for name, weight in before.items() if "classifier" not in name
+    }
+    norms = [name for name in before if "layernorm" in name]
+    assert norms
+    assert all(torch.equal(merged[name], before[name]) for name in norms)  # the base is clean, and was not trained
