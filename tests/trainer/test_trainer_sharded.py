@@ -10,12 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 from accelerate.utils import ParallelismConfig
 from distributed import rank, run_each, stop
 from engines import PreciseLlamaForCausalLM, gradients, llama, load_llama, on_cpus, seen_weights, sentences, snapshot
 from reference import noises
+from torch import nn
 from torch.nn.functional import cross_entropy
 from trainer_runs import LOUD, logged, make, paper
 from transformers import HfArgumentParser, TrainerCallback
@@ -39,12 +41,22 @@ class Case:
     tokens: bool = True  # whether Trainer counts
     mesh: dict[str, int] = field(default_factory=dict)  # of ParallelismConfig
     parts: dict[str, int] = field(default_factory=dict)
-    more: dict[str, Any] = field(default_factory=dict)
+    lora: bool = False
 
     @property
     def flags(self) -> dict[str, Any]:
         flags = {} if self.parts else FSDP
-        return {**flags, **({"parallelism_config": ParallelismConfig(**self.mesh)} if self.mesh else {}), **self.more}
+        return {**flags, **({"parallelism_config": ParallelismConfig(**self.mesh)} if self.mesh else {})}
+
+    def model(self, loaded: str | None = None) -> nn.Module:
+        """loaded: where a saved one is; None: whole, for the oracle."""
+        model = load_llama(loaded, **self.parts) if loaded and self.parts else llama()
+        if not self.lora:
+            return model
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            return peft.get_peft_model(model, config).double()
 
 
 def words(count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
@@ -89,8 +101,9 @@ class Watch(TrainerCallback):
 def train(case: Case, folder: str, loaded: str) -> tuple[list[Step], dict[str, list[float]], dict[str, Any]]:
     watch = Watch()
     with on_cpus():
-        model = load_llama(loaded, **case.parts) if case.parts else llama()
-        model.accepts_loss_kwargs = case.tokens
+        model = case.model(loaded)
+        unwrapped = model.get_base_model() if case.lora else model
+        unwrapped.accepts_loss_kwargs = case.tokens
         trainer = make(
             model,
             Path(folder) / str(rank()),
@@ -124,6 +137,9 @@ CASES = {
     "fsdp, halves, not across": Case(4, across=False),
     "fsdp, halves, no tokens": Case(4, tokens=False),
     "fsdp, alpha 1": Case(4, alpha=1.0),
+    "hsdp, lora": Case(4, **HSDP, accumulation=2, lora=True),
+    "fsdp, lora, halves": Case(4, lora=True),
+    "loaded fsdp, lora": Case(4, parts={"fsdp_size": 4}, accumulation=2, lora=True),
     "fsdp and tp, halves": Case(4, **FSDP_TP),
     "fsdp and tp, accumulation": Case(4, **FSDP_TP, accumulation=2),
     "loaded hsdp, accumulation": Case(4, **LOADED_HSDP, accumulation=2),
@@ -158,9 +174,11 @@ def own_means(case: Case, steps: Any) -> dict[str, torch.Tensor]:
     """The losses that a log should show where each process counts for itself: slots by their parts of its step."""
     weighted: dict[bool, list[tuple[float, torch.Tensor]]] = {False: [], True: []}
     for step in steps:
-        sizes = [of_words(llama(), inputs)[1] if case.tokens else len(inputs["labels"]) for _, inputs in step.slots]
+        sizes = [
+            of_words(case.model(), inputs)[1] if case.tokens else len(inputs["labels"]) for _, inputs in step.slots
+        ]
         for slot, size in zip(step.slots, sizes, strict=True):
-            mean = paper(llama(), step.clean, [slot], 1.0, True, of_words)["loss"]
+            mean = paper(case.model(), step.clean, [slot], 1.0, True, of_words)["loss"]
             weighted[slot[0] is not None].append((size / sum(sizes), mean))
     roles = {"loss": weighted[False] + weighted[True], "loss_clean": weighted[False], "loss_perturbed": weighted[True]}
     return {
@@ -182,7 +200,7 @@ def test_training_is_the_papers_loop_over_all_tokens(runs, name):
                 assert all(torch.equal(tensors[name], reference[name]) for name in reference)
         lengths.append(len(steps[0].slots))
         slots = [slot for step in steps[:: case.peers] for slot in step.slots]
-        expected = paper(llama(), steps[0].clean, slots, case.alpha, case.tokens and case.across, of_words)
+        expected = paper(case.model(), steps[0].clean, slots, case.alpha, case.tokens and case.across, of_words)
         for weight, gradient in steps[0].gradient.items():
             torch.testing.assert_close(gradient, expected["gradient"][weight], rtol=1e-10, atol=1e-13)
         if not (case.tokens and case.across):
