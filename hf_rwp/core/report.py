@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_rwp.core.draws import Target
 from hf_rwp.core.perturbation import Perturbation
 from hf_rwp.core.replicas import Replicas, gathered
+from hf_rwp.core.sharding import gathered_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +27,11 @@ class Report:
     warned: bool = False
     before: int = 0  # windows that earlier wrappers of the model had
 
-    def measure(self, targets: Sequence[Target], perturbation: Perturbation) -> None:
-        """Measure the noise in the weights, of the largest, the median and the smallest; warn of a strange size."""
+    def measure(self, targets: Sequence[Target], perturbation: Perturbation, gatherers: Sequence[Any] = ()) -> None:
+        """Measure the noise in the weights, of the largest, the median and the smallest; warn of a strange size.
+
+        gatherers: see `sharding.gatherers`.
+        """
         if not (self.measures and targets):
             return
         by_size = sorted(targets, key=lambda target: -target.weight.numel())
@@ -38,7 +42,8 @@ class Report:
         logger.info("noise and weights (name, elements, ||noise||, ||weight||): %s", self.norms)
         if not self.warned:
             self.warned = True
-            _warn(chosen[0], relative_size([self.norms[0][2:]]))
+            dtype = gathered_dtype(gatherers) or chosen[0].weight.dtype
+            _warn(chosen[0].name, relative_size([self.norms[0][2:]]), dtype)
 
     def gathered(self, replicas: Replicas) -> tuple[dict[str, int], dict[str, Any]]:
         """The slots of all replicas, and the sizes of the first that has any. Collective."""
@@ -58,21 +63,22 @@ class Report:
         return {kind: sum(own[kind] for own in slots.values()) for kind in self.slots}, sizes
 
 
-def _warn(target: Target, size: float) -> None:
+def _warn(name: str, size: float, dtype: torch.dtype) -> None:
+    """dtype: of the weights that a pass computes with."""
     if size > 1:
         logger.warning(
             "the noise in %s is %.3g times as large as its weights: nothing is learned from such a gradient. Usual are "
             "0.05 to 0.7; a smaller gamma makes it so (0.01 is the paper's in mode filter, 0.2 in filter_normalized)",
-            target.name,
+            name,
             size,
         )
-    elif target.weight.dtype in (torch.bfloat16, torch.float16) and 0 < size < 0.005:
+    elif dtype in (torch.bfloat16, torch.float16) and 0 < size < 0.005:
         logger.warning(
             "the noise in %s is %.2g of its weights, which are %s: below 0.005 it is mostly the rounding of the sum, "
             "and no longer gamma's. Take a larger gamma, or keep the weights in float32",
-            target.name,
+            name,
             size,
-            str(target.weight.dtype).removeprefix("torch."),
+            str(dtype).removeprefix("torch."),
         )
 
 

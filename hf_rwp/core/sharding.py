@@ -218,6 +218,11 @@ def gathered_weights(groups: Iterable[Any]) -> list[nn.Parameter]:
     return [one._unsharded_param for one in held if hasattr(one, "_unsharded_param")]
 
 
+def gathered_dtype(groups: Iterable[Any]) -> torch.dtype | None:
+    """What FSDP2's `groups` gather weights in, if that is another dtype than the weights': a MixedPrecisionPolicy's."""
+    return next((group.mp_policy.param_dtype for group in groups if group.mp_policy.param_dtype is not None), None)
+
+
 def in_use(groups: Iterable[Any]) -> list[Any]:
     """Those of FSDP2's `groups` that have gathered their weights for a pass that runs now; see `gather`."""
     running = ("FORWARD", "PRE_BACKWARD")

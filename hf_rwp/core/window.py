@@ -251,7 +251,7 @@ class Windows:
             )
         dampings = self.damping.factors(window.targets)
         self.perturbation.add(window.targets, factors, seeds, dampings, guarded, window.gatherers)
-        self.report.measure(window.targets, self.perturbation)
+        self.report.measure(window.targets, self.perturbation, window.gatherers)
 
     def _check_length(self, window: Window) -> None:
         """Warn, or raise where it cannot be an accident, if a step comes when not all its gradients are there."""

@@ -1,6 +1,7 @@
 """Scalers, precision policies, buffers, unsynchronised steps and the traffic of a step where weights are sharded."""
 
 import dataclasses
+import logging
 from collections import Counter
 from typing import Any
 
@@ -88,6 +89,30 @@ def test_the_shards_are_perturbed_in_full_precision_and_gathered_in_low():
         for own, expected, _ in ranks:
             assert_same(own, expected)
         assert [size > 0 for *_, size in ranks] == [False, False, True, True]
+
+
+def warnings_of(gamma: float, policy: dict[str, Any]) -> list[str]:
+    """What the measure of a noise's size says of it."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("hf_rwp.core.report")
+    logger.addHandler(handler)
+    case = Case("fsdp", 1.0, gamma=gamma, windows=1, dtype=torch.float32, loss=loss_in_float32, **policy)
+    follow(case)
+    logger.removeHandler(handler)
+    return said
+
+
+def loss_in_float32(model, x, y):
+    return mse_loss(model(x).float(), y)
+
+
+def test_noise_that_rounding_drowns_where_weights_are_gathered_is_told():
+    cases = [(gamma, policy) for gamma in (0.2, 1e-4) for policy in ({}, POLICIES["bf16"])]
+    *fine, small = run_each(4, warnings_of, cases, keep_group=True)
+    assert not any("rounding of the sum" in said for ranks in fine for own in ranks for said in own)
+    assert any("which are bfloat16: below 0.005" in said for own in small for said in own)
 
 
 class Normed(Net):
