@@ -251,14 +251,14 @@ def script(argv: list[str], resume: str | None, loaded: str, parts: dict[str, in
     return trainer, steps
 
 
-def whole_and_resumed(name: str, folder: str, more: str, state: str | None, parts: dict[str, int]) -> list[Any]:
+def whole_and_resumed(name: str, folder: str, more: str, state: str) -> list[Any]:
     found = []
     for part, checkpoint in (("whole", None), ("again", f"{folder}/{name}-whole/checkpoint-3")):
         torch.manual_seed(0)
         output = f"{folder}/{name}-{part}"
         fsdp = ["--fsdp", "--fsdp_config", json.dumps({**FSDP["fsdp_config"], "state_dict_type": state})]
-        flags = [*FLAGS.split(), *more.split(), *(fsdp if state else []), "--output_dir", output]
-        trainer, steps = script(flags, checkpoint, f"{folder}/model", parts)
+        flags = [*FLAGS.split(), *more.split(), *fsdp, "--output_dir", output]
+        trainer, steps = script(flags, checkpoint, f"{folder}/model", {})
         logs = {of: logged(trainer, of) for of in ("loss", "loss_clean", "loss_perturbed", "eval_loss")}
         own = [(group["rwp_seed"], group["rwp_windows"]) for group in trainer.rwp.param_groups]
         found.append((snapshot(trainer.model), logs, own, steps, trainer.state.best_model_checkpoint))
@@ -276,8 +276,8 @@ def push_loaded(name: str, folder: str, parts: dict[str, int]) -> tuple[Any, lis
 def scripts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scripts")
     llama().save_pretrained(folder / "model")
-    cases = [("hsdp", str(folder), WORST + PUSHED, "FULL_STATE_DICT", {})]
-    cases += [("fsdp", str(folder), "", "SHARDED_STATE_DICT", {})]
+    cases = [("hsdp", str(folder), WORST + PUSHED, "FULL_STATE_DICT")]
+    cases += [("fsdp", str(folder), "", "SHARDED_STATE_DICT")]
     stop()
     found = run_each(4, whole_and_resumed, cases, timeout=120)
     return folder, {case[0]: ranks for case, ranks in zip(cases, found, strict=True)}
