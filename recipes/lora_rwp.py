@@ -102,9 +102,11 @@ class Arguments(ModelConfig, RWPArguments, SFTConfig):
     )
     rwp_gamma: float | None = field(default=0.05, metadata={"help": "Size of the noise, relative to the weights."})
     learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate; 2e-4, and for the embedded base 2e-3, if not set."}
+        default=None, metadata={"help": "Peak learning rate; 2e-4, and for the embedded base 1e-3, if not set."}
     )
-    num_train_epochs: float = field(default=5.0, metadata={"help": "Passes over the training samples."})
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Passes over the training samples; 3, and of the sums 10, if not set."}
+    )
     per_device_train_batch_size: int = field(
         default=16, metadata={"help": "Samples per replica and micro-step; a single replica halves them for RWP."}
     )
@@ -142,7 +144,9 @@ class Arguments(ModelConfig, RWPArguments, SFTConfig):
             self.base_steps, self.held_out, self.num_train_epochs = min(self.base_steps, 20), 16, 1.0
             self.train_samples = self.train_samples or 64
         if self.learning_rate is None:
-            self.learning_rate = 2e-4 if self.model_name_or_path else 2e-3
+            self.learning_rate = 2e-4 if self.model_name_or_path else 1e-3
+        if self.num_train_epochs is None:
+            self.num_train_epochs = 10.0 if self.embedded else 3.0
         if self.output_dir is None:
             self.output_dir = f"outputs/{self.data_name}_lora_{self.method}_seed{self.seed}"
         if self.disable_tqdm is None:
