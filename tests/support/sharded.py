@@ -324,7 +324,7 @@ def replica_index(case: Case, rank: int) -> int:
 
 
 def assert_mixed(case: Case, ranks: list[list[Window]], tolerance: float = 1e-14) -> None:
-    """Every step used the paper's mix, at clean weights, and replicas' peers shared role and noise."""
+    """Every step used the paper's mix, at clean weights, noise in all of them, and peers shared role and noise."""
     net = Net(HIDDEN if "tp" in case.engine else 7).double()
     parallel = case.engine in PARALLEL
     assert {len(windows) for windows in ranks} == {case.windows}
@@ -338,6 +338,8 @@ def assert_mixed(case: Case, ranks: list[list[Window]], tolerance: float = 1e-14
             index = replica_index(case, rank)
             perturbed = [case.alpha == 1 or (index if parallel else step) % 2 == 1 for step in range(case.accumulation)]
             assert [noise is not None for noise in own] == perturbed
+            for noise in own:  # in every weight that has a norm
+                assert all(eps.any() or not clean[name].any() for name, eps in (noise or {}).items())
             peer = next(other for other in range(case.world) if replica_index(case, other) == index)
             assert_same(own, noises[peer])
         expected = reference.mixed_gradient(
