@@ -9,9 +9,8 @@ from datasets import ClassLabel, Dataset, Image, IterableDataset, Value
 from timm.utils.misc import natural_key  # type: ignore[attr-defined]
 
 from hf_rwp.images.columns import choose_image, choose_label, kind_of
-from hf_rwp.images.folders import listed
-from hf_rwp.images.found import Found
-from hf_rwp.images.tables import with_column
+from hf_rwp.images.found import Found, listed
+from hf_rwp.images.numbering import labels_of, renumbered, with_column
 
 _ENCODED = Image(decode=False)
 _SHARDS = ". A shard has a file with the label beside each image, 0001.jpg and 0001.cls; unpack one of class folders"
@@ -72,7 +71,7 @@ def with_classes(
         return _classes_of_texts(splits, columns)
     if kinds["train"] == "class":
         names = features["train"].names
-        splits = dict(splits) | _renumbered(splits, features, columns, found)
+        splits = dict(splits) | _in_order_of_train(splits, features, columns, found)
     else:
         names = None
     if num_classes is not None and names is not None and num_classes != len(names):
@@ -159,7 +158,7 @@ def _classes_of_texts(splits: Mapping[str, Any], columns: Mapping[str, str]) -> 
     }
 
 
-def _renumbered(
+def _in_order_of_train(
     splits: Mapping[str, Any], features: Mapping[str, Any], columns: Mapping[str, str], found: Found
 ) -> dict[str, Any]:
     """The split for evaluation in the order of the classes of the training split, where it has another one."""
@@ -174,13 +173,11 @@ def _renumbered(
     split = splits["validation"]
     if not isinstance(split, Dataset):
         raise ValueError(f"the label names differ: {told}: bring both into one order, or leave out streaming")
-    labels = np.asarray(split.with_format("numpy")["label"][:], dtype=np.int64)
+    labels = labels_of(split)
     used = [theirs[label] for label in np.unique(labels) if 0 <= label < len(theirs)]
     refuse_unlearned(ours, {"train": set(ours), "validation": set(used)})
-    table = np.array([*(ours.index(name) if name in ours else -1 for name in theirs), -1])
     found.notes.append(f"the label names differ: {told}. They were brought into one order by name")
-    numbers = table[np.where((labels >= 0) & (labels < len(theirs)), labels, -1)]
-    return {"validation": with_column(split, "label", numbers, ClassLabel(names=ours))}
+    return {"validation": with_column(split, "label", renumbered(labels, theirs, ours), ClassLabel(names=ours))}
 
 
 def _with_feature(split: Any, feature: ClassLabel) -> Any:

@@ -19,7 +19,7 @@ LABEL_NAMES: tuple[str, ...] = (
 )
 LABEL_NAMES += ("class_label", "class_name", "label_name", "class_id", "label_id", "category_id", "category_name")
 _IMAGE_NAMES = ("image", "images", "img", "picture", "photo", "jpg", "jpeg", "png", "webp")
-# What an integer stands for that is no label: an index, an id, a size.
+# What an integer stands for that is not a label: an index, an id, a size.
 _NO_LABEL = re.compile(r"__index_level_\d+__|unnamed.*|.*index|.*idx|(.*_)?id|width|height|size|.*_size|row|line")
 
 

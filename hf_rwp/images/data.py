@@ -27,8 +27,9 @@ from timm.utils.misc import natural_key  # type: ignore[attr-defined]
 
 from hf_rwp.images.classes import choose_columns, refuse_unlearned, two_columns, with_classes
 from hf_rwp.images.files import Tree, scan
-from hf_rwp.images.folders import HOLD_OUT, ROLES, TRAIN, VALIDATION, Labelled, listed, read_images
-from hf_rwp.images.found import Found, ImageSplits, ImageStreams
+from hf_rwp.images.folders import HOLD_OUT, ROLES, TRAIN, VALIDATION, Labelled, read_images, refuse_same_split
+from hf_rwp.images.found import Found, ImageSplits, ImageStreams, listed
+from hf_rwp.images.numbering import labels_of
 from hf_rwp.images.tables import is_saved, load_hub, load_saved, load_tables
 
 _ENCODED = Image(decode=False)
@@ -204,7 +205,7 @@ def _split_name(name: str) -> str:
 def _roles(
     loaded: Mapping[str, Any], asked: Mapping[str, str | None], fraction: float | None, found: Found
 ) -> dict[str, Any]:
-    """The splits for training and evaluation; only the first where a part of it is to be held out."""
+    """The splits for training and evaluation; only the first where a part of it will be held out."""
     train, validation = (
         _first(loaded, (asked[role],) if asked[role] else usual)
         for role, usual in zip(ROLES, (TRAIN, VALIDATION), strict=True)
@@ -224,10 +225,7 @@ def _roles(
         )
     if train == validation:
         if asked["train"] != asked["validation"]:
-            raise ValueError(
-                f"train_split and validation_split would both be {train}, and evaluation on what trains says nothing: "
-                f"set {HOLD_OUT}"
-            )
+            refuse_same_split(train)
         _on_training(found)
     found.splits = {"train": train, "validation": validation}
     return {"train": loaded[train], "validation": loaded[validation]}
@@ -250,7 +248,7 @@ def _refuse_stream(split: Any) -> Any:
 
 def _held_out(split: Dataset, fraction: float, found: Found) -> dict[str, Dataset]:
     """`split` in two: of each class a fraction, at least one image where it has two, for validation."""
-    labels, chance = np.asarray(split.with_format("numpy")["label"][:]), np.random.default_rng(0)
+    labels, chance = labels_of(split), np.random.default_rng(0)
     held: list[int] = []
     alone = 0
     for label in np.unique(labels):

@@ -1,4 +1,4 @@
-"""What a folder holds: images, tables and other files. Links are followed, hidden files are left alone."""
+"""What a folder holds: images, tables and other files. Links are followed, hidden files are left out."""
 
 import os
 from collections.abc import Iterator
@@ -85,7 +85,7 @@ def scan(folder: Path, around: frozenset[str] = frozenset()) -> Tree:
 
 def _reason(ending: str) -> str:
     if not ending:
-        return "files without an ending that are no images"
+        return "files without an ending that are not images"
     if ending in _HEIC:
         return f"{ending} files (to read them: pip install pillow-heif)"
     if ending == ".avif":

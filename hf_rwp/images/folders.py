@@ -9,10 +9,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hf_rwp.images.files import Tree
-from hf_rwp.images.found import Found
+from hf_rwp.images.found import Found, listed
 from hf_rwp.images.labels import (
     Labels,
     ilsvrc_labels,
@@ -45,9 +44,9 @@ class Labelled:
 def read_images(
     root: Tree, asked: Mapping[str, str | None], label_column: str | None, fraction: float | None, found: Found
 ) -> dict[str, Labelled]:
-    """The splits "train" and "validation", or only "train" where a part of it is to be held out.
+    """The splits "train" and "validation", or only "train" where a part of it will be held out.
 
-    asked: the names of the folders to take for them, None where they are to be found. fraction: to be held out of the
+    asked: the names of the folders to take for them, None where they must be found. fraction: to be held out of the
     training images, None if not said. Raises ValueError for what is ambiguous or missing.
     """
     found.source = "class folders"
@@ -90,11 +89,16 @@ def _find_splits(tree: Tree, asked: Mapping[str, str | None]) -> dict[str, Tree]
         if name in tree.folders:
             splits[role] = tree.folders[name]
     if len(splits) == 2 and splits["train"] is splits["validation"] and asked["train"] != asked["validation"]:
-        raise ValueError(
-            f"train_split and validation_split would both be {splits['train'].path.name}, and evaluation on what "
-            f"trains says nothing: set {HOLD_OUT} in place of them"
-        )
+        refuse_same_split(splits["train"].path.name)
     return splits
+
+
+def refuse_same_split(name: str) -> None:
+    """Raise ValueError for one split that would both train and evaluate."""
+    raise ValueError(
+        f"train_split and validation_split would both be {name}, and evaluation on what trains says nothing: set "
+        f"{HOLD_OUT} in place of them"
+    )
 
 
 def _is_split(tree: Tree) -> bool:
@@ -102,7 +106,7 @@ def _is_split(tree: Tree) -> bool:
 
 
 def _has_splits(tree: Tree) -> bool:
-    """Whether folders are called like splits and hold all images, so that they are no classes."""
+    """Whether folders are called like splits and hold all images, so that they are not classes."""
     holding = [name for name, folder in tree.folders.items() if folder.total]
     return bool(holding) and all(name.lower() in TRAIN + VALIDATION for name in holding)
 
@@ -234,7 +238,9 @@ def _nested(root: Tree, tree: Tree, nested: Mapping[str, Tree], found: Found, de
         return {leaf.path.name: [leaf] for leaf in leaves}
     holds = "; ".join(f"{name} holds {listed(part.path.name for part in inner[name])}" for name in list(nested)[:5])
     head = f"{_where(root, tree)} holds no class folders, but folders of folders: {holds}"
-    named = {role: next((name for name in nested if words & set(_words(name))), None) for role, words in _WORDS.items()}
+    named = {
+        role: next((name for name in nested if words & set(words_of(name))), None) for role, words in _WORDS.items()
+    }
     if not deep and all(named.values()):
         raise ValueError(f"{head}. Set train_split={named['train']!r} and validation_split={named['validation']!r}")
     raise ValueError(
@@ -243,7 +249,8 @@ def _nested(root: Tree, tree: Tree, nested: Mapping[str, Tree], found: Found, de
     )
 
 
-def _words(name: str) -> list[str]:
+def words_of(name: str) -> list[str]:
+    """The words in a name, in lower case."""
     return re.split(r"[^a-z]+", name.lower())
 
 
@@ -281,7 +288,7 @@ def _refuse_empty(root: Tree, tree: Tree, role: str, found: Found) -> None:
 
 def _by_labels(root: Tree, tree: Tree, labels: Labels, found: Found) -> Labelled:
     """The images that `labels` names, by their paths relative to `tree`."""
-    there = {path.relative_to(tree.path).as_posix(): path for path in images_of(tree)}
+    there = {path.relative_to(tree.path).as_posix(): path for path in _images_of(tree)}
     gone = [file for file in labels if file not in there]
     if gone:
         raise ValueError(
@@ -311,7 +318,7 @@ def _refuse_contradiction(file: Path, column: str, labels: Labels) -> None:
 # What is left out.
 
 
-def images_of(tree: Tree) -> Iterable[Path]:
+def _images_of(tree: Tree) -> Iterable[Path]:
     return (folder.path / image for folder in tree.walk() for image in folder.images)
 
 
@@ -335,8 +342,3 @@ def _where(root: Tree, tree: Tree) -> str:
 
 def _shown(root: Tree, path: Path | None) -> str:
     return "" if path is None else path.relative_to(root.path).as_posix() or root.path.name
-
-
-def listed(names: Iterable[Any], most: int = 6) -> str:
-    listed = [str(name) for name in names]
-    return ", ".join(listed[:most]) + (", ..." if len(listed) > most else "") or "nothing"

@@ -1,12 +1,14 @@
 """What was found where the images come from: said before training, and kept in a run's results and on its card."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, IterableDatasetDict
+
+from hf_rwp.images.numbering import labels_of
 
 
 @dataclass
@@ -88,12 +90,17 @@ def found_in(splits: Mapping[str, Any]) -> Found:
     return found
 
 
+def listed(names: Iterable[Any], most: int = 6) -> str:
+    """The first names in words, for a message."""
+    listed = [str(name) for name in names]
+    return ", ".join(listed[:most]) + (", ..." if len(listed) > most else "") or "nothing"
+
+
 def _class_counts(split: Any) -> dict[str, int]:
     if not isinstance(split, Dataset):
         return {}
     names = split.features["label"].names
-    labels = np.asarray(split.with_format("numpy")["label"][:], dtype=np.int64)
-    return dict(zip(names, np.bincount(labels, minlength=len(names)).tolist(), strict=True))
+    return dict(zip(names, np.bincount(labels_of(split), minlength=len(names)).tolist(), strict=True))
 
 
 _MANY = 20

@@ -29,7 +29,7 @@ def metadata_file(tree: Tree) -> Path | None:
 def read_metadata(file: Path, label_column: str | None) -> tuple[Labels, str]:
     """What metadata.csv (or .jsonl, .parquet) says of the images, and the column that says it.
 
-    Raises ValueError where it is no table with a column file_name, or has no clear column of labels.
+    Raises ValueError where it is not a table with a column file_name, or has no clear column of labels.
     """
     readers: dict[str, Callable[[Path], Any]] = {
         ".csv": lambda path: pd.read_csv(path, sep=_separator(path), keep_default_na=False, na_values=[""]),

@@ -145,7 +145,7 @@ def _created(name: str, pretrained: str | None, options: dict[str, Any]) -> Any:
     except (OSError, RuntimeError, ValueError) as error:
         if pretrained is None:
             raise
-        here = "" if "local-dir:" in name or pretrained == "timm" else "it is no folder here, and on the Hub: "
+        here = "" if "local-dir:" in name or pretrained == "timm" else "it is not a folder here, and on the Hub: "
         raise ValueError(
             f"pretrained={pretrained!r} could not be loaded as {name}: {here}{error}. Set a folder that holds a model, "
             "or an id on the Hub, and check the connection and your access (`hf auth login`)"

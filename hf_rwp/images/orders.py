@@ -7,12 +7,10 @@ and torchvision in plain order (0, 1, 10, 2). Weights that name their classes le
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from datasets import ClassLabel, Dataset
 
-from hf_rwp.images.folders import listed
-from hf_rwp.images.found import Found, ImageSplits, found_in
-from hf_rwp.images.tables import with_column
+from hf_rwp.images.found import Found, ImageSplits, found_in, listed
+from hf_rwp.images.numbering import labels_of, renumbered, with_column
 
 
 def class_names(config: Mapping[str, Any]) -> list[str] | None:
@@ -63,21 +61,19 @@ def in_order_of(splits: Any, weights: str | None, config_of: Callable[[str], Map
             f"{weights} has no class {listed(unknown)}, of the {len(names)} in the data: it has {listed(theirs)}. An "
             "evaluation needs classes that the weights were trained for"
         )
-    return _renumbered(splits, names, theirs, found)
+    return _in_order(splits, names, theirs, found)
 
 
-def _renumbered(splits: Any, names: Sequence[str], theirs: Sequence[str], found: Found) -> Any:
+def _in_order(splits: Any, names: Sequence[str], theirs: Sequence[str], found: Found) -> Any:
     if not all(isinstance(split, Dataset) for split in splits.values()):
         raise ValueError(
             f"the weights number the classes as {listed(theirs)}, the data as {listed(names)}, and a stream cannot be "
             "numbered anew: leave out streaming"
         )
-    table = np.array([theirs.index(name) for name in names])
     feature = ClassLabel(names=list(theirs))
     made = ImageSplits()
     for role, split in splits.items():
-        labels = table[np.asarray(split.with_format("numpy")["label"][:])]
-        made[role] = with_column(split, "label", labels, feature)
+        made[role] = with_column(split, "label", renumbered(labels_of(split), names, theirs), feature)
     found.notes.append(f"the classes are numbered as the weights name them: {listed(theirs)}")
     found.count(made)
     made.found = found

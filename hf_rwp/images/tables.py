@@ -15,7 +15,6 @@ from typing import Any
 import datasets
 import datasets.config
 import fsspec
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 from datasets import (
@@ -32,8 +31,9 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from hf_rwp.images.files import Tree
-from hf_rwp.images.folders import ROLES, TRAIN, VALIDATION, listed
-from hf_rwp.images.found import Found
+from hf_rwp.images.folders import ROLES, TRAIN, VALIDATION, words_of
+from hf_rwp.images.found import Found, listed
+from hf_rwp.images.numbering import labels_of, renumbered, with_column
 
 _HUB_HINT = "Check the id, your access (`hf auth login`) and the connection, or set data_dir to a folder with a copy"
 _KINDS = {".parquet": "parquet files", ".tar": "tar shards", ".arrow": "Arrow files"}
@@ -61,7 +61,7 @@ class TolerantWebDataset(WebDataset):
                     raise BrokenFileError(f"{tar_path} after {example['__key__']}: {error}") from error
                 if example is None:
                     raise BrokenFileError(
-                        f"{tar_path} is no tar file, or its first sample is none: {error}. Fetch it again"
+                        f"{tar_path} is not a tar file, or its first sample cannot be read: {error}. Fetch it again"
                     ) from error
                 images = (key for key in example if key.rsplit(".", 1)[-1].lower() in cls.IMAGE_EXTENSIONS)
                 cut = f"{Path(tar_path).name} is cut off after {example['__key__']}"
@@ -145,9 +145,9 @@ def load_hub(path: str, *, name: str | None, revision: str | None, streaming: bo
     try:
         builder = load_dataset_builder(path, name=name, revision=revision)
         files = dict(builder.config.data_files or {}) if isinstance(builder, Parquet) else {}
-        own = {split: (class_names(some[0]), class_names(some[-1])) for split, some in files.items() if split in loaded}
+        own = {split: (names_in(some[0]), names_in(some[-1])) for split, some in files.items() if split in loaded}
     except Exception as error:  # of the connection, in whatever form; the data are here
-        found.note(f"the files of {path} could not be asked for their classes: {type(error).__name__}")
+        found.note(f"the files of {path} could not be read for their classes: {type(error).__name__}")
         return loaded
     return _with_classes_of_splits(loaded, own, found)
 
@@ -202,11 +202,10 @@ def _chosen(
 
 
 def _word(name: str, words: set[str]) -> str | None:
-    """The split in a name like train-00000-of-00001.parquet; in lower case unless it was asked for as it is."""
+    """The split in a name like train-00000-of-00001.parquet; in lower case unless it was named as it is."""
     if name in words or name.split(".")[0] in words:
         return name.split(".")[0]
-    pieces = re.split(r"[^A-Za-z]+", name)
-    return next((piece.lower() for piece in pieces if piece.lower() in words), None)
+    return next((word for word in words_of(name) if word in words), None)
 
 
 # What a file says by itself.
@@ -223,8 +222,8 @@ def _refuse_broken(files: Sequence[Path], alike: bool) -> None:
         except (pa.ArrowInvalid, OSError) as error:
             size = file.stat().st_size
             raise BrokenFileError(
-                f"{file} is no whole parquet file: {error} ({size:,} bytes). It is cut off, or something else: fetch "
-                "it again, or move it away"
+                f"{file} is not a whole parquet file: {error} ({size:,} bytes). It is cut off, or something else: "
+                "fetch it again, or move it away"
             ) from error
         columns = {field.name: str(field.type).replace("large_", "") for field in schema}
         first = first or (file, columns)
@@ -236,7 +235,7 @@ def _refuse_broken(files: Sequence[Path], alike: bool) -> None:
             )
 
 
-def class_names(file: Path | str) -> dict[str, list[str]]:
+def names_in(file: Path | str) -> dict[str, list[str]]:
     """The names that a parquet file, here or on the Hub, has for the classes of each of its ClassLabel columns."""
     with fsspec.open(str(file), "rb") as source:
         features = Features.from_arrow_schema(parquet.read_schema(source))
@@ -246,7 +245,7 @@ def class_names(file: Path | str) -> dict[str, list[str]]:
 def _with_own_classes(loaded: dict[str, Any], parts: Mapping[str, Sequence[Path]], found: Found) -> dict[str, Any]:
     """Labels as each file's own names say: `datasets` takes those of the first file for all of them."""
     words = sorted(parts, key=lambda word: word.lower() not in TRAIN)
-    named = {file: class_names(file) for word in words for file in parts[word]}
+    named = {file: names_in(file) for word in words for file in parts[word]}
     first = next(iter(named.values()))
     columns = [c for c in first if any(names.get(c, first[c]) != first[c] for names in named.values())]
     for column in columns:
@@ -260,15 +259,12 @@ def _with_own_classes(loaded: dict[str, Any], parts: Mapping[str, Sequence[Path]
             )
         together = list(dict.fromkeys(name for names in files.values() for name in names))
         for split, some in parts.items():
-            labels = np.asarray(loaded[split].with_format("numpy")[column][:], dtype=np.int64)
+            labels = labels_of(loaded[split], column)
             start = 0
             for file in some:
                 rows = parquet.read_metadata(file).num_rows
-                own = files.get(file, first[column])
-                table = np.array([*(together.index(name) for name in own), -1])
                 part = labels[start : start + rows]
-                inside = (part >= 0) & (part < len(own))
-                labels[start : start + rows] = np.where(inside, table[np.where(inside, part, -1)], -1)
+                part[:] = renumbered(part, files.get(file, first[column]), together)
                 start += rows
             loaded[split] = with_column(loaded[split], column, labels, ClassLabel(names=together))
         found.notes.append(f"{told}: the labels were brought into one order by their names")
@@ -300,17 +296,8 @@ def _with_classes_of_splits(
     return loaded
 
 
-def with_column(split: Dataset, column: str, values: Any, feature: Any) -> Dataset:
-    """`split` with other values in a column, set beside the others: they are not written anew."""
-    order = split.column_names
-    new = Dataset.from_dict({column: values}, features=Features({column: feature}))
-    others = split.remove_columns(column)
-    joined = datasets.concatenate_datasets([others, new], axis=1, split=split.split)
-    return joined.select_columns(order)
-
-
 def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f", ... ({len(names)})" if len(names) > 5 else "")
+    return listed(names, 5) + (f" ({len(names)})" if len(names) > 5 else "")
 
 
 # Reading and errors.

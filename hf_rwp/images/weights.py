@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_rwp.images.found import listed
+
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
@@ -50,8 +52,8 @@ def find_weights(named: str, flag: str) -> Source:
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise ValueError(
-                f"{flag}={named!r} is no file of weights ({', '.join(SUFFIXES)}): name a folder with a config.json, or "
-                "such a file"
+                f"{flag}={named!r} is not a file of weights ({', '.join(SUFFIXES)}): name a folder with a config.json, "
+                "or such a file"
             )
         if (path.parent / "config.json").is_file():
             return Source(*_model_folder(path.parent, str(path.parent), flag))
@@ -79,10 +81,7 @@ def _model_folder(path: Path, named: str, flag: str) -> tuple[Path, None, dict[s
             "file of weights in one of its checkpoints"
         )
     files = sorted(file.name for file in path.iterdir())
-    raise ValueError(
-        f"{flag}={named!r} holds no model, which has a config.json: it holds {', '.join(files[:5]) or 'nothing'}"
-        + (", ..." if len(files) > 5 else "")
-    )
+    raise ValueError(f"{flag}={named!r} holds no model, which has a config.json: it holds {listed(files, 5)}")
 
 
 def _read(file: Path) -> dict[str, Any]:

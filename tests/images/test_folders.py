@@ -197,7 +197,7 @@ def test_images_without_an_ending_are_read(tmp_path, name):
     (tmp_path / "cat/LICENSE").write_text("MIT")
     splits = load_images(str(tmp_path))
     assert sum(splits.found.images.values()) == 6
-    assert splits.found.ignored == {"files without an ending that are no images": 1}
+    assert splits.found.ignored == {"files without an ending that are not images": 1}
 
 
 @pytest.mark.parametrize(

@@ -304,7 +304,7 @@ def test_a_file_that_is_no_tar_is_named(tmp_path, data, streaming):
     (tmp_path / "data").mkdir()
     write_shard(tmp_path / "data/val-0.tar", range(2))
     (tmp_path / "data/train-0.tar").write_bytes(data)
-    with pytest.raises(ValueError, match=r"train-0.tar is no tar file, or its first sample is none"):
+    with pytest.raises(ValueError, match=r"train-0.tar is not a tar file, or its first sample cannot be read"):
         load_images(str(tmp_path / "data"), streaming=streaming, num_classes=2)
 
 
@@ -314,7 +314,7 @@ def test_a_parquet_file_that_is_cut_off_is_named(tmp_path, streaming):
     write(tmp_path / "data", "test", [0, 1], classes("cat", "dog"))
     data = (tmp_path / "data/train-0.parquet").read_bytes()
     (tmp_path / "data/train-1.parquet").write_bytes(data[:-100])
-    with pytest.raises(ValueError, match=r"train-1.parquet is no whole parquet file: .*bytes\).*fetch it again"):
+    with pytest.raises(ValueError, match=r"train-1.parquet is not a whole parquet file: .*bytes\).*fetch it again"):
         load_images(str(tmp_path / "data"), streaming=streaming)
 
 
@@ -412,10 +412,10 @@ def test_a_hub_dataset_whose_files_cannot_be_asked_is_taken_as_it_is(hub, monkey
     def fails(file):
         raise ConnectionError(file)
 
-    monkeypatch.setattr("hf_rwp.images.tables.class_names", fails)
+    monkeypatch.setattr("hf_rwp.images.tables.names_in", fails)
     splits = hub(["cat", "dog"], ["cat", "dog"])
     assert levels(splits["validation"]) == [(0, "cat"), (1, "dog")]
-    assert splits.found.notes == ["the files of user/name could not be asked for their classes: ConnectionError"]
+    assert splits.found.notes == ["the files of user/name could not be read for their classes: ConnectionError"]
 
 
 def test_a_stream_of_a_hub_dataset_with_other_classes_is_refused(hub):

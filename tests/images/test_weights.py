@@ -174,7 +174,7 @@ def test_a_file_goes_to_the_other_recipe(run):
         ("./photos_rpw", r"does not exist: .* holds no 'photos_rpw' \(there are: photos_rwp"),
         ("photos_rwp/modle", r"does not exist: photos_rwp holds no 'modle' \(there are: model"),
         ("weights.pth", "does not exist"),
-        ("photos_rwp/results.json", "is no file of weights"),
+        ("photos_rwp/results.json", "is not a file of weights"),
         ("empty", "holds no model, .*: it holds nothing"),
         ("adapter", "is a LoRA adapter"),
         ("unfinished", "a run that has not finished: go on with --resume_from_checkpoint unfinished"),
