@@ -86,7 +86,7 @@ def both(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
 def test_a_run_is_that_of_whole_weights(engine):
     """Weights, their average, report, losses: of another order of sums, so not the same bits."""
     accumulation = 2 if len(SHARES[engine]) == 1 else 1
-    cases = [Case(engine, **{"windows": 3, "accumulation": accumulation, **options}) for options in OPTIONS.values()]
+    cases = [Case(engine, **{"windows": 2, "accumulation": accumulation, **options}) for options in OPTIONS.values()]
     answers = run_each(4, both, [(case,) for case in cases], keep_group=True)
     for name, ranks in zip(OPTIONS, answers, strict=True):
         for own, expected in ranks:
