@@ -36,6 +36,7 @@ for _ in range(3):
 optimizer.eval()
 seen = {"machine": int(sys.argv[2]), "perturbed": perturbed, "weights": weights_digest(net)}
 Path(sys.argv[1], f"rank_{accelerator.process_index}.json").write_text(json.dumps(seen))
+accelerator.wait_for_everyone()  # whoever ends first takes connections with it
 accelerator.end_training()
 """
 
@@ -66,7 +67,8 @@ def launch(*arguments, machines=2, processes=4):
                 agent.kill()
         if not any(f"port `{port}`" in text or "EADDRINUSE" in text for text in said):
             break
-    assert [agent.returncode for agent in agents] == [0] * machines, "\n".join(said)
+    errors = [line for text in said for line in text.splitlines() if "Error" in line]
+    assert [agent.returncode for agent in agents] == [0] * machines, "\n".join([*errors, *said])
     return "\n".join(said)
 
 
