@@ -160,8 +160,8 @@ def details(
         "Rendered from the records in this folder by `python recipes/report.py`; do not edit. A record is one run: its "
         "command, settings, seed, versions, hardware, commit, date and figures. Accuracy is that of the last epoch on "
         "images that chose nothing; ± is the standard deviation over seeds. `against plain` is the mean of the "
-        "differences seed by seed. Settings are learning rate, weight decay, and rho or gamma. Intervals cover seeds "
-        "alone: not which settings the search happened to choose, and not that many differences are looked at.",
+        "differences seed by seed. Settings are learning rate, weight decay, and rho or gamma. Intervals cover only "
+        "seeds: not which settings the search happened to choose, and not that many differences are looked at.",
     ]
     if comparisons or benchmarks:
         parts += ["## In short", summary(comparisons, benchmarks).strip()]

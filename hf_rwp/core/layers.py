@@ -4,7 +4,7 @@
 2. A torch function that is given one runs with the weight plus its noise, drawn for this call and dropped after it.
 3. What autograd would keep of that for the backward pass is kept as the stand-in, and drawn again: the same bits.
 
-The weight itself is never written to, so that nothing has to be restored, whatever raises. One weight is noisy at a
+The weight itself is never written to, so that there is nothing to restore, whatever raises. One weight is noisy at a
 time. The noise is the one that `Perturbation` would have added to the weight, bit for bit.
 """
 

@@ -1,7 +1,6 @@
 """What RWP does not work with, refused by name ahead of any work; and the module inside of wrappers."""
 
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,6 +10,8 @@ from accelerate.state import AcceleratorState, PartialState, is_initialized
 from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from hf_rwp.core.replicas import deepspeed_groups
 
 
 def innermost(model: nn.Module) -> nn.Module:
@@ -94,7 +95,7 @@ _ZERO3 = "DeepSpeed ZeRO-3, which cuts weights anywhere", _UP_TO_2
 _SEQUENCES = "DeepSpeed's sequence parallelism", "context parallelism under FSDP2, or longer gradient accumulation"
 _TENSORS = (
     "DeepSpeed's tensor parallelism, which does not say how it cuts weights",
-    "torch's parallelize_module, or transformers' tp_plan, alone and with FSDP2",
+    "torch's parallelize_module, or transformers' tp_plan, by itself or with FSDP2",
 )
 _BUILT_BY_DEEPSPEED = (
     'an "optimizer" in DeepSpeed\'s configuration, which DeepSpeed builds: RWP would have nothing to wrap',
@@ -133,8 +134,8 @@ def _refused_by_configuration(config: Mapping[str, Any]) -> tuple[str, str] | No
 
 def _refused_by_deepspeed() -> tuple[str, str] | None:
     """What RWP does not work with in the groups of processes that DeepSpeed has made, and what works."""
-    groups: Any = sys.modules.get("deepspeed.utils.groups")
-    if getattr(groups, "mpu", None) is None and getattr(groups, "mesh_device", None) is None:
+    groups = deepspeed_groups()
+    if groups is None:
         return None
     if groups._get_sequence_parallel_world_size() > 1:
         return _SEQUENCES

@@ -46,7 +46,8 @@ def replicas_of(process_group: dist.ProcessGroup | None = None, parameters: Iter
 
     Those of `process_group`; where it is None of the DDP whose forward pass is running, else of the mesh that holds the
     parameters together, else of DeepSpeed's data parallelism, else of the world, else one. Raises NotImplementedError
-    where more than one dimension of the mesh replicates all of them.
+    where more than one dimension of the mesh replicates all of them; ValueError where processes of `process_group` hold
+    a weight together.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return Replicas()
@@ -54,16 +55,34 @@ def replicas_of(process_group: dist.ProcessGroup | None = None, parameters: Iter
     if process_group is None and ddp is not None:
         process_group = ddp.process_group
     meshes = {(weight.device_mesh, weight.placements): weight for weight in parameters if is_sharded(weight)}  # type: ignore[attr-defined]
+    cutting, copying = _mesh_groups(list(meshes.values()))
+    peers = tuple(group for ranks, group in cutting.items() if not any(set(ranks) < set(other) for other in cutting))
     if meshes and process_group is None:
-        return _mesh_replicas(list(meshes.values()))
-    group = process_group if process_group is not None else _deepspeed_group()
-    return Replicas(dist.get_rank(group), dist.get_world_size(group), group, ddp is not None and ddp.broadcast_buffers)
+        return _mesh_replicas(cutting, copying, peers, list(meshes))
+    deepspeed = deepspeed_groups() if process_group is None else None
+    group = process_group if deepspeed is None else deepspeed._get_data_parallel_group()
+    if meshes and _overlaps(ranks := tuple(dist.get_process_group_ranks(group)), cutting):
+        raise ValueError(
+            f"the processes {ranks} of process_group hold weights together, and would add noise to no more than their "
+            "own parts of them: leave process_group out, and RWP finds the replicas, or give it the group along the "
+            "dimension of the mesh that copies all weights"
+        )
+    broadcasts = ddp is not None and ddp.broadcast_buffers
+    return Replicas(dist.get_rank(group), dist.get_world_size(group), group, broadcasts, peers)
 
 
-def _mesh_replicas(weights: Sequence[Any]) -> Replicas:
-    """weights: DTensors, one of every mesh and placements."""
-    cutting: dict[tuple[int, ...], dist.ProcessGroup] = {}  # by their ranks: meshes may be parts of one another
-    copying: dict[tuple[int, ...], dist.ProcessGroup] = {}
+_Groups = dict[tuple[int, ...], dist.ProcessGroup]  # by their ranks: meshes may be parts of one another
+
+
+def _overlaps(ranks: Iterable[int], cutting: Iterable[Iterable[int]]) -> bool:
+    """Whether two or more of `ranks` hold a weight together."""
+    return any(len(set(ranks) & set(cut)) > 1 for cut in cutting)
+
+
+def _mesh_groups(weights: Sequence[Any]) -> tuple[_Groups, _Groups]:
+    """This process's groups that cut some weight, and those that copy some. weights: DTensors."""
+    cutting: _Groups = {}
+    copying: _Groups = {}
     for weight in weights:
         cut = [mesh_dim for mesh_dim, _ in sharded_dims(weight)]
         for mesh_dim in range(weight.device_mesh.ndim):
@@ -71,10 +90,17 @@ def _mesh_replicas(weights: Sequence[Any]) -> Replicas:
             ranks = tuple(dist.get_process_group_ranks(group))
             if len(ranks) > 1:
                 (cutting if mesh_dim in cut else copying)[ranks] = group
-    copies = [group for ranks, group in copying.items() if ranks not in cutting]
-    peers = tuple(cutting.values())
+    return cutting, copying
+
+
+def _mesh_replicas(
+    cutting: _Groups, copying: _Groups, peers: tuple[dist.ProcessGroup, ...], meshes: Iterable[Any]
+) -> Replicas:
+    """Along the dimension that copies all weights: one that copies some, and whose processes hold others together (the
+    root of a model over all processes, say, and its layers under HSDP), is none."""
+    copies = [group for ranks, group in copying.items() if not _overlaps(ranks, cutting)]
     if len(copies) > 1:
-        names = sorted({name for weight in weights for name in weight.device_mesh.mesh_dim_names or ()})
+        names = sorted({name for mesh, _ in meshes for name in mesh.mesh_dim_names or ()})
         raise NotImplementedError(
             f"{len(copies)} dimensions of the mesh ({', '.join(names) or 'without names'}) replicate all weights, and "
             "RWP needs one, along which clean and perturbed replicas alternate: flatten them into one dimension"
@@ -84,12 +110,14 @@ def _mesh_replicas(weights: Sequence[Any]) -> Replicas:
     return Replicas(dist.get_rank(copies[0]), dist.get_world_size(copies[0]), copies[0], peers=peers)
 
 
-def _deepspeed_group() -> dist.ProcessGroup | None:
-    """DeepSpeed's data-parallel group, where that is not the world's. It may be imported and not in use."""
+def deepspeed_groups() -> Any:
+    """DeepSpeed's module of process groups, where it has others than the world; None elsewhere.
+
+    It may be imported and not in use.
+    """
     groups = sys.modules.get("deepspeed.utils.groups")
-    if getattr(groups, "mpu", None) is None and getattr(groups, "mesh_device", None) is None:
-        return None
-    return groups._get_data_parallel_group()  # type: ignore[union-attr, no-any-return]
+    divided = any(getattr(groups, name, None) is not None for name in ("mpu", "mesh_device"))
+    return groups if divided else None
 
 
 def broadcast(tensors: Iterable[Tensor], replicas: Replicas) -> None:

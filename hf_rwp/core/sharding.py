@@ -70,8 +70,7 @@ def block_of(weight: Tensor) -> Block:
     """
     memory, shape = local_of(weight).detach(), list(weight.shape)
     own, offset = list(memory.shape), [0] * len(shape)
-    first = next((dim for dim, size in enumerate(shape) if size != 1), len(shape))  # the filters, or the only one
-    begin = first + 1 if len(shape) - first > 1 else first  # of the dimensions within a filter
+    first, begin = _dims_of_filters(shape)
     groups: tuple[dist.ProcessGroup, ...] = ()
     if is_sharded(weight):
         offset, groups = _offset_and_groups(weight, begin)
@@ -96,8 +95,7 @@ def block_of(weight: Tensor) -> Block:
 def filters_like(weight: Any, values: Tensor) -> Tensor:
     """A number for each filter in this process's memory, (rows,), as a tensor of the weight's dimensions that number
     filters, at least one; cut as the weight is."""
-    first = next((dim for dim, size in enumerate(weight.shape) if size != 1), weight.ndim)
-    begin = first + 1 if weight.ndim - first > 1 else first
+    _, begin = _dims_of_filters(weight.shape)
     shape = weight.shape[:begin] or torch.Size([1])
     if not is_sharded(weight):
         return values.view(shape)
@@ -109,6 +107,12 @@ def filters_like(weight: Any, values: Tensor) -> Tensor:
         values.view(own), weight.device_mesh, placements, run_check=False, shape=shape, stride=stride
     )
     return made
+
+
+def _dims_of_filters(shape: Sequence[int]) -> tuple[int, int]:
+    """The dimension that numbers filters, or the only one, and the first of those within a filter."""
+    first = next((dim for dim, size in enumerate(shape) if size != 1), len(shape))
+    return first, first + 1 if len(shape) - first > 1 else first
 
 
 def block_like(block: Block, tensor: Tensor) -> Block:
@@ -212,10 +216,24 @@ def _groups(state: Any) -> list[Any]:
     return [group for group in groups if group is not None]
 
 
-def gathered_weights(groups: Iterable[Any]) -> list[nn.Parameter]:
-    """The whole weights that modules compute with, once FSDP2's `groups` gathered them: the same objects each time."""
-    held = [held for group in groups for held in group.fsdp_params]
-    return [one._unsharded_param for one in held if hasattr(one, "_unsharded_param")]
+def gathered_weights(groups: Iterable[Any], model: nn.Module) -> list[nn.Parameter]:
+    """The whole weights that a model computes with, once FSDP2's `groups` gathered them: the same objects each time.
+
+    Not those of modules around it, which one group may gather together with its own.
+    """
+    modules = set(model.modules())
+    held = [held for group in groups for held in group.fsdp_params if hasattr(held, "_unsharded_param")]
+    return [one._unsharded_param for one in held if not modules.isdisjoint(_holders(one))]
+
+
+def cut_weights(groups: Iterable[Any]) -> list[nn.Parameter]:
+    """The weights of FSDP2's `groups` as an optimizer knows them, gathered or not."""
+    return [held.sharded_param for group in groups for held in group.fsdp_params]
+
+
+def _holders(held: Any) -> list[nn.Module]:
+    """The modules that have one of FSDP2's parameters: several where it is tied."""
+    return [held._module_info.module, *held._module_info.shared_modules]
 
 
 def gathered_dtype(groups: Iterable[Any]) -> torch.dtype | None:

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 def config_of(weights: str) -> dict[str, Any]:
     """What the config.json of weights says, in a folder (a run's too) or on the Hub; empty where there is none.
 
-    A bare word that is no folder names no repository: it is timm's own weights of a model.
+    A bare word that is not a folder does not name a repository: it is timm's own weights of a model.
     """
     folder = Path(weights).expanduser()
     if folder.exists():

@@ -68,7 +68,7 @@ def save_any(
     data_config: Mapping[str, Any] | None = None,
     model_args: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
-    """`save_model` for timm's models, transformers' `TimmWrapper` too; else `save_pretrained`, or the weights alone.
+    """`save_model` for timm's models, transformers' `TimmWrapper` too; else `save_pretrained`, or only the weights.
 
     Where a mesh of processes holds the weights together (FSDP2, tensor parallelism), all processes call it: the weights
     are gathered, and the first process writes them.

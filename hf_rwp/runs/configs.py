@@ -66,7 +66,7 @@ def read_config(path: str, names: Collection[str], ignore: bool = False) -> dict
 
 
 def from_timm(settings: dict[str, Any], names: Collection[str], replicas: int = 1) -> dict[str, Any]:
-    """Settings under the names and with the values that they have here; what is no setting of timm's stays as it is.
+    """Settings under the names and with the values that they have here; what is not a setting of timm's stays as it is.
 
     names: of the flags that there are. replicas: that the run will have, for a learning rate that depends on them.
     """

@@ -1,4 +1,4 @@
-"""A run whose losses are no longer numbers ends there, with what to try; it is no result."""
+"""A run whose losses are no longer numbers ends there, with what to try; it is not a result."""
 
 import math
 from collections.abc import Mapping

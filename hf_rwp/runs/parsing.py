@@ -30,7 +30,7 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None, de
     parser = HfArgumentParser(kind, description=description, allow_abbrev=False)  # type: ignore[arg-type]
     parser.add_argument("--config", metavar="FILE.yaml", help="A file of flags, `name: value`; flags given here win.")
     parser.add_argument(
-        "--config_ignore_unknown", action="store_true", help="Whether to pass over names in it that are no flags."
+        "--config_ignore_unknown", action="store_true", help="Whether to pass over names in it that are not flags."
     )
     argv = list(sys.argv[1:] if argv is None else argv)
     names = [flag.name for flag in fields(kind) if flag.init]  # type: ignore[arg-type]

@@ -51,16 +51,16 @@ def refuse_sharded(accelerator: Accelerator, flags: Mapping[str, bool] | None = 
     """
     mesh = accelerator.parallelism_config
     cut = [name for name in ("tp", "cp", "sp") if mesh is not None and getattr(mesh, f"{name}_size", 1) > 1]
-    works = "FSDP2 (fsdp_version: 2), with parallelism_config_dp_replicate_size for several replicas, or plain DDP"
+    works = "FSDP2 (fsdp_version: 2), with parallelism_config_dp_replicate_size for more than one replica, or plain DDP"
     if cut:
         raise ValueError(
-            f"parallelism_config asks for {cut[0]}_size > 1, which images and these models do not have: take {works}"
+            f"parallelism_config sets {cut[0]}_size > 1, which images and these models do not have: take {works}"
         )
     if not is_mesh(accelerator):
         asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         if asked and accelerator.num_processes > 1:
             raise ValueError(
-                f"FSDP was asked for, and Accelerate leaves it aside on {accelerator.distributed_type.value}: each "
+                f"FSDP is set, and Accelerate leaves it aside on {accelerator.distributed_type.value}: each "
                 "process would have all weights. Without GPUs take recipes/accelerate/cpu_2.yaml"
             )
         return
@@ -75,7 +75,7 @@ def refuse_sharded(accelerator: Accelerator, flags: Mapping[str, bool] | None = 
 
 
 def shard_blocks(accelerator: Accelerator, model: nn.Module) -> None:
-    """Have a model with lists of modules sharded by what they list, where SIZE_BASED_WRAP was asked for.
+    """Have a model with lists of modules sharded by what they list, where SIZE_BASED_WRAP is set.
 
     Before it is prepared: Accelerate would shard the list itself, which FSDP2 refuses, since nothing calls a list.
     """
@@ -89,7 +89,7 @@ def shard_blocks(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def whole_copy(accelerator: Accelerator, module: nn.Module) -> nn.Module | None:
-    """A copy in the main process's memory of a model that is to be sharded; None on others, and if it is not to be."""
+    """A copy in the main process's memory of a model that will be sharded; None on others, and if it will not be."""
     if not (is_mesh(accelerator) and accelerator.is_main_process):
         return None
     return copy.deepcopy(module).cpu()
