@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hf_rwp.core.checks import check
 from hf_rwp.core.draws import Target
 from hf_rwp.core.refusals import refuse_unsupported
-from hf_rwp.core.sharding import block_of, local_of
+from hf_rwp.core.sharding import block_of, gathered_weights, gatherers, local_of, reshard
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,16 @@ class Groups:
 
     def take(self, group: dict[str, Any]) -> None:
         """Take up a group. ValueError: its parameters are not the model's, or its gamma is out of range."""
+        gathering = gatherers(self._model)
+        reshard(gathering)  # an evaluation leaves some gathered, in the place of those that optimizers have
         names = {id(parameter): name for name, parameter in self._model.named_parameters()}
         foreign = [tuple(parameter.shape) for parameter in group["params"] if id(parameter) not in names]
+        gathered = {id(parameter) for parameter in gathered_weights(gathering, self._model)}
+        if any(id(parameter) in gathered for parameter in group["params"]):
+            raise ValueError(
+                "the optimizer was given weights that FSDP2 had gathered for a pass, as an evaluation leaves them, and "
+                "would not train them: build it ahead of the first pass, or after model.reshard()"
+            )
         if foreign:
             raise ValueError(
                 f"{len(foreign)} of the optimizer's parameters are not the model's (shapes {foreign[:3]}): RWP could "
@@ -157,6 +165,14 @@ class Groups:
                 if number is not None and gammas[number] > 0 and (noise_1d or weight.ndim > 1):
                     self._targets.append(Target(position, _plain(name), weight, local_of(weight), block_of(weight)))
                     self._numbers.append(number)
+            lost = [name for name, p in named if p.requires_grad and self._is_lost(name, p, numbers)]
+            if lost and self._targets:
+                logger.warning(
+                    "%s (of %d in all) took the place of a weight that the optimizer was given, and gets neither noise "
+                    "nor a step: build the optimizer and RWP after parameters are replaced, and load without assign",
+                    lost[0],
+                    len(lost),
+                )
         return self._targets, [gammas[number] for number in self._numbers]
 
     def named(self) -> list[tuple[str | None, Tensor]]:
@@ -173,6 +189,10 @@ class Groups:
         """The number of a weight's group: by what the groups hold now, else by its name."""
         home = self._homes.get(_plain(name))
         return numbers.get(id(weight), home[1] if home and home[0]() is weight else None)
+
+    def _is_lost(self, name: str, weight: Tensor, numbers: dict[int, int]) -> bool:
+        """Whether a weight stands where one of the optimizer's was, and is not the optimizer's."""
+        return _plain(name) in self._homes and self._number(name, weight, numbers) is None
 
     def why_no_target(self) -> str:
         """Why `targets` finds none: what was seen, and what to do."""

@@ -1657,6 +1657,17 @@ def test_accumulation_by_hand_in_an_accelerate_loop():
     watch.check(0.8, [3, 3])
 
 
+def test_a_weight_that_took_the_place_of_the_optimizers_is_told_once(caplog):
+    model = network()
+    optimizer = wrap(model)
+    run_windows(model, optimizer, inputs(4))
+    assert not caplog.records
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    run_windows(model, optimizer, inputs(4))
+    (record,) = caplog.records
+    assert "0.weight (of 1 in all)" in record.getMessage()
+
+
 def test_a_loop_that_searches_its_batch_size_gets_a_fresh_wrapper_each_time():
     """accelerate's examples/by_feature/automatic_gradient_accumulation.py."""
     model, tried, watches = network(), [], []
