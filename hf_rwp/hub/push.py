@@ -294,7 +294,7 @@ def _push_once(
 def _create(api: HfApi, repo_id: str, private: bool | None) -> None:
     api.create_repo(repo_id, private=private, exist_ok=True)
     if private and api.model_info(repo_id).private is False:
-        raise PushError(f"{repo_id} exists and is public, and was to be private: make it private, or choose another")
+        raise PushError(f"{repo_id} exists and is public, and a private one is set: make it private, or choose another")
 
 
 def _tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:

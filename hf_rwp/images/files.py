@@ -35,14 +35,17 @@ class Tree:
         return len(self.images) + sum(folder.total for folder in self.folders.values())
 
     def walk(self) -> Iterator["Tree"]:
+        """The folder and all below it."""
         yield self
         for folder in self.folders.values():
             yield from folder.walk()
 
     def first_image(self) -> Path | None:
+        """The path of an image in it or below."""
         return next((tree.path / tree.images[0] for tree in self.walk() if tree.images), None)
 
     def leave_out(self, reason: str, name: str) -> None:
+        """Count another file. reason: what it is, as in "3 .txt files"."""
         count, first = self.others.get(reason, (0, name))
         self.others[reason] = count + 1, first
 

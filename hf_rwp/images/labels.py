@@ -23,6 +23,7 @@ _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
 def metadata_file(tree: Tree) -> Path | None:
+    """The folder's metadata.csv, or what stands for it."""
     return next((tree.path / name for name in METADATA if name in tree.labels), None)
 
 
@@ -89,6 +90,7 @@ def ilsvrc_labels(tree: Tree) -> Labels | None:
 
 
 def is_ilsvrc(tree: Tree) -> bool:
+    """Whether the folder holds ILSVRC 2012's validation images, by the name of the first."""
     return bool(tree.images) and bool(_ILSVRC.fullmatch(tree.images[0]))
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 
 def is_finite(losses: Mapping[str, float]) -> bool:
+    """Whether all losses are finite numbers."""
     return all(map(math.isfinite, losses.values()))
 
 

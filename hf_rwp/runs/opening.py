@@ -66,6 +66,7 @@ def opening(
 
 
 def say(accelerator: Accelerator, lines: Sequence[str]) -> None:
+    """Print the lines in the main process."""
     accelerator.print("\n".join(lines), flush=True)
 
 

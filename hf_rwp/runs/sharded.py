@@ -119,7 +119,7 @@ def whole_weights(module: nn.Module, kept: bool = True) -> dict[str, torch.Tenso
 
 
 def is_sharded_model(module: nn.Module) -> bool:
-    # After an evaluation FSDP2 may hold all of a small model's weights whole.
+    """Whether a mesh of processes holds the weights, though FSDP2 may have them whole after an evaluation."""
     return bool(gatherers(module)) or any(is_sharded(parameter) for parameter in module.parameters())
 
 

@@ -76,15 +76,13 @@ class Record(TrainerCallback):
         count = self.agree(self.trainer.eval_dataset)[1]
         if count:
             state.log_history[-1]["eval_unreadable_images"] = count
-        advice = "learning_rate or rwp_gamma" if args.rwp else "learning_rate"
-        refuse_meaningless(seen["metrics"], None if args.eval_only else state.global_step, advice)
+        refuse_meaningless(seen["metrics"], None if args.eval_only else state.global_step, _advice(args))
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **seen: Any) -> None:
         logs = seen["logs"]
         losses = {name: value for name, value in logs.items() if name in ("loss", "loss_clean", "loss_perturbed")}
         if not args.logging_nan_inf_filter:
-            advice = "learning_rate or rwp_gamma" if args.rwp else "learning_rate"
-            refuse_divergence(losses, state.global_step, advice)
+            refuse_divergence(losses, state.global_step, _advice(args))
 
     def note(self, state: TrainerState, whole: bool) -> None:
         """Add an entry to Trainer's log. whole: whether it is of a whole epoch. Collective."""
@@ -103,6 +101,10 @@ class Record(TrainerCallback):
     def agree(self, images: Any, stop: bool = False) -> tuple[bool, int]:
         """Whether any replica must stop, and how many images of an `ImageDataset` none could read. Collective."""
         return agree(self.trainer.accelerator, images.unreadable.slots, self.trainer.args.max_bad_images, stop)
+
+
+def _advice(args: Any) -> str:
+    return "learning_rate or rwp_gamma" if args.rwp else "learning_rate"
 
 
 def rows_by_epoch(log_history: Sequence[Mapping[str, Any]], images: int) -> list[Row]:

@@ -303,7 +303,7 @@ def test_a_public_repository_gets_nothing_private(hub, clients, folder):
     hub.make("ada/model")
     outcome = clients.run("push", folder, "ada/model", {"private": True}, token=WRITE)
     assert outcome.status == 1
-    assert "exists and is public, and was to be private" in outcome.output
+    assert "exists and is public, and a private one is set" in outcome.output
     assert not hub.files("ada/model")
 
 
