@@ -41,6 +41,7 @@ from hf_rwp.core.refusals import (
 )
 from hf_rwp.core.replicas import Replicas, replicas_of
 from hf_rwp.core.report import Report
+from hf_rwp.core.sharding import cut_weights, gatherers
 from hf_rwp.core.window import Options, Windows
 from hf_rwp.core.wrapper import OptimizerWrapper
 
@@ -274,7 +275,10 @@ class RWP(OptimizerWrapper):
     @property
     def replicas(self) -> Replicas:
         """This process among the replicas, as of the latest window; before the first one as far as is known."""
-        return self._windows.replicas or replicas_of(self._options.process_group, self.model.parameters())
+        if self._windows.replicas is not None:
+            return self._windows.replicas
+        held = cut_weights(gatherers(self.model))  # a pass may have left some gathered
+        return replicas_of(self._options.process_group, [*self.model.parameters(), *held])
 
     def scale_gamma(self, factor: float) -> None:
         """Set every group's `rwp_gamma` to `factor` (>= 0) times what it began with; see `noise.gamma_factor`."""

@@ -143,7 +143,7 @@ class Passes:
             if not self._entries:
                 self._perturbation.guard_copies()
             return None
-        self._weigh(micro_step, gathered_weights(self._windows.gatherers))
+        self._weigh(micro_step, gathered_weights(self._windows.gatherers, module))
         if self._windows.gatherers:
             # An output may be that of a layer, too, for which FSDP2 then gathers weights ahead of our hook.
             output = with_tensors(output, lambda t: Same.apply(t) if t.grad_fn is not None else t)
