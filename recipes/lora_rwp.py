@@ -112,7 +112,9 @@ class Arguments(ModelConfig, RWPArguments, SFTConfig):
     )
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Samples per replica in evaluation."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Whether to save memory by computing anew."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Whether to save memory by recomputing activations."}
+    )
     bf16: bool | None = field(
         default=torch.cuda.is_available(), metadata={"help": "Whether to compute in bfloat16, on a GPU by default."}
     )
@@ -309,7 +311,7 @@ def made_once(args: Arguments) -> Path:
 
 
 def load_samples(args: Arguments) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """What to train on, and what is held out. Raises ValueError for columns that are none of those known."""
+    """What to train on, and what is held out. Raises ValueError for other columns."""
     if args.embedded:
         return sums_in_words(args.train_samples or 1000, args.held_out, args.seed)
     if args.data_file:

@@ -240,7 +240,7 @@ class Layers:
                 self._handles.append(layer.beside(partial(self._eps, layer, factor, seed)))
 
     def hide(self) -> None:
-        """Put the weights back in their places. A backward pass needs no stand-ins, but for what it computes anew."""
+        """Put the weights back in their places. A backward pass needs no stand-ins, except for what it recomputes."""
         for module, name, weight, noisy in self._places:
             held: Any = module._parameters.get(name)
             if held is noisy:

@@ -25,7 +25,7 @@ def innermost(model: nn.Module) -> nn.Module:
         _refuse("DeepSpeed's pipelines, whose forward passes overlap", _UP_TO_2)
     if _is_of(model, "deepspeed.runtime.engine"):
         raise TypeError(
-            "RWP was given DeepSpeed's engine, whose optimizer is made by now: wrap the base optimizer and the module "
+            "RWP was given DeepSpeed's engine, whose optimizer is already made: wrap the base optimizer and the module "
             "first, RWP(base, model), then call deepspeed.initialize(model=model, optimizer=...) with what that gave"
         )
     if isinstance(model, DistributedDataParallel):

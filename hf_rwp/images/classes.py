@@ -59,7 +59,7 @@ def with_classes(
     """`splits` with a ClassLabel of the same names as "label" in all of them.
 
     features, columns: of the labels in their source. The names are those of the ClassLabels, of the texts, in natural
-    order, or "0", "1", ... of plain integers. Raises ValueError for a label that is none of them.
+    order, or "0", "1", ... of plain integers. Raises ValueError for a label that is not one of them.
     """
     kinds = {role: kind_of(feature) for role, feature in features.items()}
     if len(set(kinds.values())) > 1:

@@ -189,7 +189,7 @@ class ImageStream(torch.utils.data.IterableDataset[Batch]):
             encoded, label = row["image"], row["label"]
             try:
                 if label is None or not 0 <= label < self.classes:
-                    raise ValueError(f"label {label} is none of the {self.classes} classes, 0 to {self.classes - 1}")
+                    raise ValueError(f"label {label} is not one of the {self.classes} classes, 0 to {self.classes - 1}")
                 image = decoded(encoded)
             except Exception as error:  # Pillow's decoders raise nearly anything
                 path, content = (encoded["path"], encoded["bytes"]) if encoded else (None, None)

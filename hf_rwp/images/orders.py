@@ -29,7 +29,7 @@ def in_order_of(splits: Any, weights: str | None, config_of: Callable[[str], Map
 
     weights: what they are called; None changes nothing. config_of: what their config.json says, empty if that is not
     known. Where they name their classes, the data may have a part of them. Where they do not, the order is that in
-    which their library sorts folders, and what was found says so. Raises ValueError for classes that are others, and
+    which their library sorts folders, and what was found says so. Raises ValueError for other classes, and
     for a stream that would need another order.
     """
     if weights is None:
@@ -68,7 +68,7 @@ def _in_order(splits: Any, names: Sequence[str], theirs: Sequence[str], found: F
     if not all(isinstance(split, Dataset) for split in splits.values()):
         raise ValueError(
             f"the weights number the classes as {listed(theirs)}, the data as {listed(names)}, and a stream cannot be "
-            "numbered anew: leave out streaming"
+            "renumbered: leave out streaming"
         )
     feature = ClassLabel(names=list(theirs))
     made = ImageSplits()

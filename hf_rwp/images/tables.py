@@ -289,7 +289,7 @@ def _with_classes_of_splits(
             if own == assumed:
                 continue
             if not isinstance(loaded[split], Dataset):
-                raise ValueError(f"{told}: a stream cannot be numbered anew, leave out streaming")
+                raise ValueError(f"{told}: a stream cannot be renumbered: leave out streaming")
             values = loaded[split].with_format("numpy")[column][:]
             loaded[split] = with_column(loaded[split], column, values, ClassLabel(names=own))
             found.note(f"{told}: the files were believed")

@@ -46,8 +46,8 @@ WITHOUT_MEANING = {
 def read_config(path: str, names: Collection[str], ignore: bool = False) -> dict[str, list[str]]:
     """The flags in a YAML file as words of a command line, by name; timm's names and values are translated.
 
-    Nulls and empty strings are not set. names: of the flags that there are. ignore: whether names that are none of them
-    are told in the log and passed over. Raises ValueError for a file of something else, and for such names.
+    Nulls and empty strings are not set. names: of the flags that there are. ignore: whether names that are not among
+    them are logged and passed over. Raises ValueError for a file of something else, and for such names.
     """
     settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     if not isinstance(settings, dict):

@@ -47,7 +47,7 @@ def as_json(value: Any) -> str:
 
 
 def without_nan(value: Any) -> Any:
-    """`value` with None for the numbers that JSON has not."""
+    """`value` with None for the numbers that JSON does not have."""
     if isinstance(value, Mapping):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -164,8 +164,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
     """Add a line to a .jsonl file, made if missing, and have it on disk; what a kill cut short there is cut off.
 
-    Other processes may append too. Raises ValueError for a number that JSON has not, see `without_nan`, and for a file
-    of something else.
+    Other processes may append too. Raises ValueError for a number that JSON does not have, see `without_nan`, and for
+    a file of something else.
     """
     line = json.dumps(record, allow_nan=False).encode() + b"\n"  # before the file is touched
     path.parent.mkdir(parents=True, exist_ok=True)

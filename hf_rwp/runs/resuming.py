@@ -22,8 +22,8 @@ def checkpoint_to_resume(
 ) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint` names; None without the flag.
 
-    wanted: the flag's value, but for a run's folder. checkpoints: the folder that this run's checkpoints lie in, last:
-    the newest of them. finished: whether output_dir holds a run's results. overwrite: whether a run that is there may
+    wanted: the flag's value, not a run's folder. checkpoints: the folder that this run's checkpoints lie in, last: the
+    newest of them. finished: whether output_dir holds a run's results. overwrite: whether a run that is there may
     be lost. Raises FileNotFoundError where there is no last one, FileExistsError where a run would be lost.
     """
     if wanted == "latest":
@@ -89,7 +89,7 @@ def refuse_other_flags(flags: Mapping[str, Any], saved: Mapping[str, Any], kept:
     if changed:
         raise ValueError(
             f"the checkpoint was written with {', '.join(f'{name}={saved[name]!r}' for name in changed)}, and keeps "
-            f"that: resume with the same, or start anew from the weights ({weights})"
+            f"that: resume with the same, or start again from the weights ({weights})"
         )
 
 

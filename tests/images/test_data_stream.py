@@ -384,7 +384,7 @@ def test_bad_rows_are_named_with_the_reason(tmp_path, caplog):
     messages = [record.getMessage() for record in caplog.records if record.name == "hf_rwp.images.loaders"]
     assert [message.split(": ")[0] for message in messages] == [f"unreadable image, {n:03d}.png" for n in (2, 4, 7)]
     assert "UnidentifiedImageError" in messages[0]
-    assert "label 3 is none of the 3 classes, 0 to 2" in messages[1]
+    assert "label 3 is not one of the 3 classes, 0 to 2" in messages[1]
 
 
 def test_rows_without_a_path_count_once_however_shuffled(tmp_path, caplog):

@@ -74,7 +74,7 @@ def test_the_same_order_changes_nothing(tmp_path, data):
 
 
 def test_a_stream_in_another_order_is_refused(tmp_path, data):
-    with pytest.raises(ValueError, match=r"a stream cannot be numbered anew"):
+    with pytest.raises(ValueError, match=r"a stream cannot be renumbered"):
         ordered(load_images(data, streaming=True), weights(tmp_path / "w", label_names=["10", "2", "1", "0"]))
 
 
