@@ -96,9 +96,7 @@ def with_classes(
             )
     unlearned = sorted(seen.get("validation", set()) - seen.get("train", set()))
     if unlearned and "train" in seen:
-        found.notes.append(
-            f"validation has images of class {listed(names[label] for label in unlearned)}, and train has none"
-        )
+        found.note(f"validation has images of class {listed(names[label] for label in unlearned)}, and train has none")
     feature = ClassLabel(names=names)
     return {role: _with_feature(split, feature) for role, split in splits.items()}
 
@@ -176,7 +174,7 @@ def _in_order_of_train(
     labels = labels_of(split)
     used = [theirs[label] for label in np.unique(labels) if 0 <= label < len(theirs)]
     refuse_unlearned(ours, {"train": set(ours), "validation": set(used)})
-    found.notes.append(f"the label names differ: {told}. They were brought into one order by name")
+    found.note(f"the label names differ: {told}. They were brought into one order by name")
     return {"validation": with_column(split, "label", renumbered(labels, theirs, ours), ClassLabel(names=ours))}
 
 

@@ -216,7 +216,7 @@ def _roles(
         raise ValueError(f"no train split among {there}, of {words}: set train_split to one there is")
     if fraction is not None:
         if validation is not None:
-            found.notes.append(f"validation_fraction is set: the split {validation} was not used")
+            found.note(f"validation_fraction is set: the split {validation} was not used")
         return {"train": _refuse_stream(loaded[train])}
     if validation is None:
         words = asked["validation"] or listed(VALIDATION, 9)
@@ -260,7 +260,7 @@ def _held_out(split: Dataset, fraction: float, found: Found) -> dict[str, Datase
         raise ValueError("no class has two images, so that none can be held out: set validation_split to other images")
     kept = np.setdiff1d(np.arange(len(labels)), held)
     lone = f"; {alone:,} class{'es' * (alone > 1)} of one image only to train on" if alone else ""
-    found.notes.append(
+    found.note(
         f"{len(held):,} of {len(labels):,} images, {fraction:.0%} of each class or one of it, were held out for "
         f"evaluation, always the same ones{lone}"
     )

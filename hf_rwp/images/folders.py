@@ -54,7 +54,7 @@ def read_images(
     splits = _find_splits(tree, asked)
     if fraction is not None and "validation" in splits:
         del splits["validation"]
-        found.notes.append("validation_fraction is set: the split for evaluation was not used")
+        found.note("validation_fraction is set: the split for evaluation was not used")
     labels = _metadata(tree, list(splits.values()) or [tree], label_column, found)
     if labels is not None:
         read = _divided(_by_labels(root, tree, labels, found), splits)
@@ -120,7 +120,7 @@ def _unwrapped(tree: Tree, asked: Mapping[str, str | None], found: Found) -> Tre
             break
         tree = holding[0]
     if tree is not root:
-        found.notes.append(f"all images are in {_shown(root, tree.path)}, which was taken for the folder")
+        found.note(f"all images are in {_shown(root, tree.path)}, which was taken for the folder")
     return tree
 
 
@@ -283,7 +283,7 @@ def _refuse_empty(root: Tree, tree: Tree, role: str, found: Found) -> None:
             raise ValueError(
                 f"the class folder {name} holds no image that can be read ({holds}): fill it, or remove it"
             )
-        found.notes.append(f"the class folder {name} is empty")
+        found.note(f"the class folder {name} is empty")
 
 
 def _by_labels(root: Tree, tree: Tree, labels: Labels, found: Found) -> Labelled:

@@ -43,12 +43,12 @@ def in_order_of(splits: Any, weights: str | None, config_of: Callable[[str], Map
         transformers = bool(config) and "architecture" not in config
         theirs = sorted(names) if transformers else names
         how = "plain order, as transformers' scripts sort" if transformers else "natural order, as timm sorts"
-        found.notes.append(
+        found.note(
             f"{weights} does not name the classes of its weights: those of the data are taken in {how} "
             f"folders ({listed(theirs)})"
         )
     elif not set(theirs) & set(names) and len(theirs) == len(names):
-        found.notes.append(
+        found.note(
             f"the classes of {weights} have other names ({listed(theirs, 3)}) than those of the data "
             f"({listed(names, 3)}): they are matched by their place"
         )
@@ -74,7 +74,7 @@ def _in_order(splits: Any, names: Sequence[str], theirs: Sequence[str], found: F
     made = ImageSplits()
     for role, split in splits.items():
         made[role] = with_column(split, "label", renumbered(labels_of(split), names, theirs), feature)
-    found.notes.append(f"the classes are numbered as the weights name them: {listed(theirs)}")
+    found.note(f"the classes are numbered as the weights name them: {listed(theirs)}")
     found.count(made)
     made.found = found
     return made

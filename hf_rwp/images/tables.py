@@ -267,7 +267,7 @@ def _with_own_classes(loaded: dict[str, Any], parts: Mapping[str, Sequence[Path]
                 part[:] = renumbered(part, files.get(file, first[column]), together)
                 start += rows
             loaded[split] = with_column(loaded[split], column, labels, ClassLabel(names=together))
-        found.notes.append(f"{told}: the labels were brought into one order by their names")
+        found.note(f"{told}: the labels were brought into one order by their names")
     return loaded
 
 
