@@ -31,6 +31,7 @@ from transformers import (
 from hf_rwp.core.checks import check_all
 from hf_rwp.hub.export import save_model
 from hf_rwp.images.arguments import ImageArguments
+from hf_rwp.images.found import listed
 from hf_rwp.images.models import check_model_kwargs, check_tag
 from hf_rwp.images.weights import SUFFIXES, find_weights
 from hf_rwp.runs.files import replacing_folder
@@ -201,7 +202,7 @@ def load_weights(args: ModelArguments, classes: Mapping[str, Any], kwargs: Mappi
     if lost:
         raise ValueError(
             f"{args.weights} does not fit the model, which would have random weights beside a new head: "
-            f"{', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}. Leave out model_kwargs, or take other weights"
+            f"{listed(lost, 5)}. Leave out model_kwargs, or take other weights"
         )
     if args.eval_only and new and not args.of_checkpoint:
         raise ValueError(
@@ -229,7 +230,7 @@ def check_known(config: PretrainedConfig, kwargs: Mapping[str, Any]) -> None:
     known = config.to_dict().keys()
     for name in kwargs:
         if name not in known:
-            similar = ", ".join(difflib.get_close_matches(name, known, n=3)) or ", ".join(sorted(known)[:3]) + ", ..."
+            similar = ", ".join(difflib.get_close_matches(name, known, n=3)) or listed(sorted(known), 3)
             raise ValueError(
                 f"model_kwargs has {name!r}, which {type(config).__name__} does not have: it has {similar}"
             )
