@@ -8,6 +8,7 @@ if TYPE_CHECKING:  # at run time a name is imported when it is asked for
     from hf_rwp.core.optimizer import RWP
     from hf_rwp.hub.push import push_to_hub
     from hf_rwp.trainer.arguments import RWPArguments, RWPTrainingArguments
+    from hf_rwp.trainer.factory import RWPFactory
     from hf_rwp.trainer.trainer import RWPTrainer, RWPTrainerMixin
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ _HOME = {
     "LossTracker": "core.losses",
     "RWPArguments": "trainer.arguments",
     "RWPTrainingArguments": "trainer.arguments",
+    "RWPFactory": "trainer.factory",
     "RWPTrainer": "trainer.trainer",
     "RWPTrainerMixin": "trainer.trainer",
     "push_to_hub": "hub.push",
@@ -36,6 +38,7 @@ __all__ = [
     "RWP",
     "LossTracker",
     "RWPArguments",
+    "RWPFactory",
     "RWPTrainer",
     "RWPTrainerMixin",
     "RWPTrainingArguments",

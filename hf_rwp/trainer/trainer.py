@@ -393,7 +393,8 @@ class RWPTrainer(RWPTrainerMixin, Trainer):
     """
 
 
-def _check_supported(args: Any, model: nn.Module) -> None:
+def check_parallel(args: Any) -> None:
+    """Refuse by name how Trainer would spread a run, where RWP does not work with it."""
     if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
         refuse_data_parallel()
     if args.parallel_mode not in (ParallelMode.NOT_PARALLEL, ParallelMode.DISTRIBUTED):
@@ -401,16 +402,20 @@ def _check_supported(args: Any, model: nn.Module) -> None:
             f"RWP does not work with {args.parallel_mode.value}. What works is one process, DistributedDataParallel "
             "(accelerate launch --multi_gpu), FSDP2 (fsdp=True), tensor parallelism and DeepSpeed ZeRO up to stage 2"
         )
+    if args.auto_find_batch_size and args.world_size > 1:
+        raise ValueError(
+            f"auto_find_batch_size on {args.world_size} processes: a perturbed replica needs more memory than "
+            "a clean one, so it can run out by itself, and the others would wait for it forever. Set "
+            "per_device_train_batch_size, and gradient_accumulation_steps to keep the images per step"
+        )
+
+
+def _check_supported(args: Any, model: nn.Module) -> None:
+    check_parallel(args)
     refuse_unsupported(model.parameters())
     slots = args.world_size * args.gradient_accumulation_steps
     if slots * args.per_device_train_batch_size == 1 and mixes(args.rwp_alpha, args.rwp_gamma):
         logger.warning(
             "one process and one sample to a step: both gradients are taken on it, at twice the cost of plain "
             "training. With gradient_accumulation_steps=2 they take turns, and cost nothing extra"
-        )
-    if args.auto_find_batch_size and args.world_size > 1:
-        raise ValueError(
-            f"auto_find_batch_size on {args.world_size} processes: a perturbed replica needs more memory than "
-            "a clean one, so it can run out by itself, and the others would wait for it forever. Set "
-            "per_device_train_batch_size, and gradient_accumulation_steps to keep the images per step"
         )

@@ -82,7 +82,7 @@ def make(
 ) -> Trainer:
     """A quiet Trainer on a CPU. options: for the Trainer where it knows them, else for its arguments."""
     names = {"train_dataset", "eval_dataset", "data_collator", "callbacks", "optimizers", "compute_loss_func"}
-    names |= {"model_init", "compute_metrics", "processing_class", "peft_config"}
+    names |= {"model_init", "compute_metrics", "processing_class", "peft_config", "optimizer_cls_and_kwargs"}
     own = {name: options.pop(name) for name in names & options.keys()}
     quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
     quiet |= {"max_grad_norm": 0.0, "learning_rate": 0.1, "optim": "sgd", "lr_scheduler_type": "constant"}

@@ -13,7 +13,7 @@ from trainer_runs import LOUD, Watch, assert_gradient, logged, make, paper, same
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
-from hf_rwp import RWPArguments, RWPTrainerMixin
+from hf_rwp import RWPArguments, RWPFactory, RWPTrainerMixin
 
 
 class RWPSFTTrainer(RWPTrainerMixin, SFTTrainer): ...
@@ -85,6 +85,30 @@ def test_without_the_flag_it_is_sft_trainer(tmp_path):
 
 def is_adapter(name):
     return "lora_" in name
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_an_unmodified_sft_trainer_takes_the_factory_which_weighs_batches_by_their_tokens(tmp_path, lora):
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights="gaussian") if lora else None
+    watch = Watch()
+    factory = (RWPFactory, {"optim": "adamw_torch", "gamma": 0.2})
+    options = {"train_dataset": texts(20), "processing_class": tokenizer(), "bf16": False, "peft_config": config}
+    options |= {"gradient_accumulation_steps": 2, "learning_rate": 0.01, "optimizer_cls_and_kwargs": factory}
+    trainer = make(llama(), tmp_path, SFTTrainer, SFTConfig, **options, callbacks=[watch])
+    trainer.train()
+    assert len(watch.steps) == len(logged(trainer, "mean_token_accuracy")) == 2
+    assert type(trainer.optimizer.optimizer.base) is torch.optim.AdamW
+    assert trainer.optimizer.optimizer.report()["slots"] == {"clean": 2, "perturbed": 2}
+    for step in watch.steps:
+        assert step.roles == [False, True]
+        tokens = sum(int((inputs["labels"][:, 1:] != -100).sum()) for _, inputs in step.slots)
+
+        def share(call, inputs, half=tokens / 2):
+            return own_loss(call, inputs)[0], half
+
+        model = get_peft_model(llama(), config) if lora else llama()
+        expected = paper(model, step.clean, step.slots, 0.5, tokens=False, loss=share)
+        assert_gradient(step, expected, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
