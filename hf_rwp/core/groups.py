@@ -201,10 +201,10 @@ class Groups:
         if replaced:
             return (
                 f"nothing to perturb: {len(replaced)} of the model's parameters ({', '.join(replaced[:3])}) are others "
-                "than the optimizer's by now. load_state_dict(assign=True), an assignment to a parameter or a layer, "
-                "and torch.func.functional_call put others in their place, and the optimizer would not train them: "
-                "load without assign, build the optimizer and RWP after the parameters are replaced, and call the "
-                "model itself"
+                "than the optimizer's by now. fully_shard, load_state_dict(assign=True), an assignment to a parameter "
+                "or a layer, and torch.func.functional_call put others in their place, and the optimizer would not "
+                "train them: shard first, load without assign, build the optimizer and RWP after the parameters are "
+                "replaced, and call the model itself"
             )
         return (
             "nothing to perturb: no trainable parameter has an rwp_gamma above 0. Set one in a param group, unfreeze a "

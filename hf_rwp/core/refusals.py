@@ -67,6 +67,8 @@ def refuse_unsupported(parameters: Iterable[Tensor]) -> None:
             found = _FSDP1
         elif hasattr(parameter, "ds_id"):
             found = _ZERO3
+        elif hasattr(parameter, "_st_info"):
+            found = _DDP_OVER_PARTS
         elif getattr(parameter, "allreduce", True) is False and hasattr(parameter, "group_name"):
             found = "DeepSpeed's mixture of experts, whose experts have replicas of their own", "a dense model"
         elif parameter.device.type == "xla":
@@ -89,6 +91,10 @@ _FSDP1 = (
     "FSDP of version 1, which cuts weights anywhere; it is Accelerate's default",
     "FSDP2: `fsdp_version: 2` in Accelerate's configuration, FullyShardedDataParallelPlugin(fsdp_version=2), "
     '"fsdp_config": {"version": 2} of TrainingArguments, or torch\'s fully_shard',
+)
+_DDP_OVER_PARTS = (
+    "DistributedDataParallel over tensor parallelism, which makes parts of weights plain ones",
+    "fully_shard along a mesh of (replicas, 1) processes, over the same parallelize_module",
 )
 _UP_TO_2 = "DeepSpeed ZeRO up to stage 2, or FSDP2 (fsdp_version: 2), which shards the weights as well"
 _ZERO3 = "DeepSpeed ZeRO-3, which cuts weights anywhere", _UP_TO_2

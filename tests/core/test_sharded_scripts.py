@@ -6,11 +6,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from distributed import run, run_each
-from sharded import TARGETS, Case, Net, assert_mixed, batch, build, mesh_of, record, shard, whole
+from sharded import HIDDEN, TARGETS, Case, Net, assert_mixed, batch, build, mesh_of, record, shard, whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import mse_loss
+from torch.nn.parallel import DistributedDataParallel
 
 from hf_rwp import RWP
 
@@ -126,3 +128,28 @@ def test_weights_around_the_model_get_an_ordinary_gradient():
     expected = torch.stack([own for _, own, _ in ranks]).mean(0)
     for gradient, *_ in ranks:
         torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
+
+
+def with_ddp(wrapped_first: bool) -> str:
+    """What RWP says where torch's DistributedDataParallel averages the parts that tensor parallelism cuts."""
+    mesh = mesh_of(Case("fsdp_tp"))
+    model = Net(HIDDEN).double()
+    plan = {"layers.*.up": ColwiseParallel(), "layers.*.down": RowwiseParallel()}
+    parallelize_module(model, mesh["tp"], plan)
+    try:
+        if wrapped_first:
+            optimizer = RWP(torch.optim.SGD(model.parameters(), lr=0.1), model)
+            averaged = DistributedDataParallel(model, device_mesh=mesh["shard"])
+        else:
+            averaged = DistributedDataParallel(model, device_mesh=mesh["shard"])
+            optimizer = RWP(torch.optim.SGD(averaged.parameters(), lr=0.1), averaged)
+        averaged(batch(Case("fsdp_tp"), 0)[0])
+    except NotImplementedError as error:
+        return str(error)
+    return str(optimizer.role)
+
+
+def test_ddp_over_tensor_parallelism_is_refused_by_name():
+    """It makes the parts plain weights: their noise would be that of whole ones, and the same on all peers."""
+    for ranks in run_each(4, with_ddp, [(True,), (False,)], keep_group=True):
+        assert all("DistributedDataParallel over tensor parallelism" in said for said in ranks)
