@@ -58,8 +58,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from timm.data import Mixup, resolve_data_config
 from timm.loss import BinaryCrossEntropy
-from timm.models import model_parameters
-from timm.utils import ModelEmaV3, dispatch_clip_grad
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -80,6 +79,7 @@ from hf_rwp.images.found import found_in
 from hf_rwp.images.loaders import ImageLoader, build_loader
 from hf_rwp.images.metrics import Accuracy
 from hf_rwp.images.models import (
+    clip_gradients,
     create_mixup,
     create_model,
     create_optimizer,
@@ -92,6 +92,7 @@ from hf_rwp.images.orders import in_order_of
 from hf_rwp.images.transforms import BatchTransform, erasings, image_transforms
 from hf_rwp.runs.arguments import HARMLESS, RunArguments
 from hf_rwp.runs.checkpoints import newest
+from hf_rwp.runs.deepspeed import is_engine, prepare, set_up_engine
 from hf_rwp.runs.determinism import derive_seed, use_fast_kernels
 from hf_rwp.runs.divergence import is_finite, refuse_divergence
 from hf_rwp.runs.evaluation import evaluate_only
@@ -165,6 +166,7 @@ def main(args: Arguments) -> None:
     micro_steps = max(args.gradient_accumulation_steps, fewest_micro_steps(replicas, alpha, args.rwp_antithetic))
     flags, background = scrub_paths(asdict(args)), None
     if not args.eval_only:
+        set_up_engine(accelerator, args, micro_steps)
         args.check_batch(replicas, micro_steps, mixes(alpha))
     checkpoint, state = find_checkpoint(args)
     if not args.eval_only:
@@ -207,7 +209,7 @@ def main(args: Arguments) -> None:
     base = create_optimizer(args, module)
     rwp = RWP(base, module, accumulation_steps=micro_steps, **args.rwp_options) if args.rwp else None
     sam = wrap_sam(base, args.sam_rho) if args.method == "sam" else None
-    model, optimizer = accelerator.prepare(module, rwp or sam or base)
+    model, optimizer = prepare(accelerator, module, rwp or sam or base)
     shard_alike(accelerator, ema)
     loader = create_loader(args, splits, data_config, accelerator, training=True)
     augment = BatchTransform(data_config, device, erasings(args, data_config, device), memory_format)
@@ -346,18 +348,11 @@ def take_step(training: Training, images: Tensor, labels: Tensor) -> None:
         return criterion(model(images).float(), targets)  # FSDP2 gives them in the precision that it computes in
 
     add_gradients = partial(accumulate, model, parts, loss_of, accelerator=run.accelerator, tracker=run.tracker)
-    clip = partial(clip_gradients, run.args, run.accelerator, run.module)
+    clip = partial(clip_gradients, run.args, run.accelerator.unscale_gradients, run.module)
     if training.sam:
         sam_step(training.sam, model, add_gradients, clip)
     else:
-        plain_step(training.optimizer, add_gradients, clip)
-
-
-def clip_gradients(args: Arguments, accelerator: Accelerator, module: nn.Module) -> None:
-    if args.clip_grad:
-        accelerator.unscale_gradients()
-        clipped = model_parameters(module, exclude_head=args.clip_mode == "agc")
-        dispatch_clip_grad(clipped, args.clip_grad, args.clip_mode)
+        plain_step(training.optimizer, add_gradients, None if is_engine(run.accelerator) else clip)
 
 
 def create_criterion(args: Arguments, mixed: bool) -> Callable[[Tensor, Tensor], Tensor]:

@@ -1,10 +1,10 @@
-"""timm's model, optimizer, schedule and Mixup from the flags of `TimmArguments`."""
+"""timm's model, optimizer, schedule, clipping and Mixup from the flags of `TimmArguments`."""
 
 import copy
 import logging
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ import yaml
 from safetensors import SafetensorError
 from timm.data.mixup import Mixup
 from timm.layers import convert_sync_batchnorm  # type: ignore[attr-defined]
-from timm.models import load_state_dict
+from timm.models import load_state_dict, model_parameters
 from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
 from timm.scheduler import create_scheduler_v2  # type: ignore[attr-defined]
+from timm.utils import dispatch_clip_grad  # type: ignore[attr-defined]
 from torch import nn
 
 from hf_rwp.core.placement import mixes, role
@@ -248,6 +249,14 @@ def create_scheduler(args: TimmArguments, optimizer: Any, updates: int) -> tuple
         **milestones,
     )
     return scheduler, epochs
+
+
+def clip_gradients(args: TimmArguments, unscale: Callable[[], object], module: nn.Module) -> None:
+    """Clip as the flags say, ahead of a step. unscale: undoes what a GradScaler did, if there is one."""
+    if args.clip_grad:
+        unscale()
+        clipped = model_parameters(module, exclude_head=args.clip_mode == "agc")
+        dispatch_clip_grad(clipped, args.clip_grad, args.clip_mode)
 
 
 def create_mixup(args: TimmArguments, num_classes: int) -> Mixup | None:

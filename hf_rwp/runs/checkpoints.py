@@ -21,6 +21,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from hf_rwp.runs.deepspeed import FOLDER, is_engine, refuse_engine_code, refuse_other_partitions
 from hf_rwp.runs.distributed_checkpoints import METADATA, refuse_code
 from hf_rwp.runs.sharded import is_mesh, is_sharded_model, load_whole, whole_weights
 
@@ -160,19 +161,23 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def _refuse_other_layout(accelerator: Accelerator, folder: Path) -> None:
     """Raise ValueError for weights that were saved whole and are sharded now, or the other way round, or hold code."""
-    sharded, whole = (list(folder.glob(pattern)) for pattern in ("pytorch_model_fsdp*", "model.safetensors"))
-    if whole if is_mesh(accelerator) else sharded:
-        was, now = ("whole", "sharded by FSDP2") if whole else ("sharded by FSDP2", "whole")
+    layouts = {"whole": "model.safetensors", "sharded by FSDP2": "pytorch_model_fsdp*", "in DeepSpeed's engine": FOLDER}
+    now = "sharded by FSDP2" if is_mesh(accelerator) else "in DeepSpeed's engine" if is_engine(accelerator) else "whole"
+    was = next((layout for layout, pattern in layouts.items() if list(folder.glob(pattern))), now)
+    if was != now:
         raise ValueError(
             f"{folder} cannot be resumed from: its weights were {was}, and are {now} here. Start as it was started, or "
             "begin anew from the weights that a finished run wrote"
         )
-    for metadata in sorted(folder.glob(f"*/{METADATA}")):
+    if is_engine(accelerator):
+        refuse_other_partitions(accelerator, folder)
+    parts = [(refuse_code, file.parent, file.parent.name) for file in sorted(folder.glob(f"*/{METADATA}"))]
+    for refuse, place, name in [*parts, (refuse_engine_code, folder, FOLDER)]:
         try:
-            refuse_code(metadata.parent)
+            refuse(place)
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
             raise ValueError(
-                f"{folder} cannot be resumed from: {metadata.parent.name} holds more than tensors and plain data, or "
+                f"{folder} cannot be resumed from: {name} holds more than tensors and plain data, or "
                 f"is cut short ({error})"
             ) from error
 

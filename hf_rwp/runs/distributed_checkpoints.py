@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from hf_rwp.runs.deepspeed import engine_weights, is_engine_checkpoint
+
 METADATA = ".metadata"
 _SHARDS = "pytorch_model_fsdp_0"  # accelerate's folder
 _CLASSES = {
@@ -82,9 +84,11 @@ def checkpoint_weights(folder: Path) -> dict[str, Tensor]:
     if (file := folder / "pytorch_model_fsdp.bin").exists():
         weights: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
         return weights
+    if is_engine_checkpoint(folder):
+        return engine_weights(folder)
     sharded = folder / _SHARDS
     if not is_sharded_checkpoint(folder):
-        raise FileNotFoundError(f"{folder} holds no weights: neither model.safetensors nor what FSDP2 writes")
+        raise FileNotFoundError(f"{folder} holds no weights: no model.safetensors, nothing of FSDP2 or DeepSpeed")
     refuse_code(sharded)
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load

@@ -24,14 +24,10 @@ def check_comparison(accelerator: Accelerator) -> None:
 def check_launch(accelerator: Accelerator, method: str, flags: Mapping[str, bool]) -> None:
     """Raise RuntimeError for processes that train each by itself, ValueError for what the method cannot work with.
 
-    flags: those that sharded weights do not take, as a user writes them, and whether each was given.
+    What DeepSpeed's engine does not take, `set_up_engine` refuses. flags: those that sharded weights do not take, as a
+    user writes them, and whether each was given.
     """
     refuse_lone_processes()
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError(
-            "this loop clips and steps by itself, and DeepSpeed does both inside of backward(): take vit_rwp.py or "
-            "another script on RWPTrainer, or FSDP2 (recipes/accelerate/fsdp2_8.yaml)"
-        )
     if accelerator.gradient_accumulation_steps > 1:
         raise ValueError("accelerate's gradient_accumulation_steps would count twice: set the recipe's own flag")
     refuse_sharded(accelerator, {"--method sam": method == "sam", **flags})

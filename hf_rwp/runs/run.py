@@ -36,6 +36,7 @@ from hf_rwp.runs.checkpoints import (
     remove_checkpoints,
     save_checkpoint,
 )
+from hf_rwp.runs.deepspeed import is_engine
 from hf_rwp.runs.distributed_checkpoints import load_weights
 from hf_rwp.runs.divergence import refuse_meaningless
 from hf_rwp.runs.files import as_json, write
@@ -295,7 +296,10 @@ class Run:
         if self.whole is not None:
             load_weights(self.whole, checkpoint, "model" if self.trained is self.module else next(iter(self.averages)))
         else:
-            for name, of in {"model": self.module, **self.averages}.items():  # accelerate saves what it has wrapped
+            parts = {"model": self.module, **self.averages}
+            if is_engine(self.accelerator):
+                load_weights(parts.pop("model"), checkpoint)
+            for name, of in parts.items():  # accelerate saves what it has wrapped
                 load_model(of, checkpoint / f"{name}.safetensors")
         results = self.results()
         results["final"], results["chosen"] = best, "best"
