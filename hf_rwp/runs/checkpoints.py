@@ -104,7 +104,10 @@ def read_state(folder: Path, needed: Collection[str] = ()) -> dict[str, Any]:
         )
     missing = [name for name in needed if name not in state]
     if missing:
-        raise ValueError(f"{folder} was written by another recipe or version: it lacks {', '.join(missing)}")
+        raise ValueError(
+            f"{folder} was written by another recipe or version: it lacks {', '.join(missing)}. Resume it with "
+            "that one, or start without --resume_from_checkpoint"
+        )
     return state
 
 

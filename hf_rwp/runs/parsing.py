@@ -22,8 +22,8 @@ _REFUSALS = (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, Impo
 def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None, description: str = "") -> Arguments:
     """An instance of the dataclass `kind` from the command line, and from the file that `--config FILE.yaml` names.
 
-    The file maps the same names to values, or timm's (`configs.RENAMED`); a flag on the command line overrides it. Where
-    `--resume_from_checkpoint` names a run, that run's flags come first (`given.Given`, which the instance has as
+    The file maps the same names to values, or timm's (`configs.RENAMED`); a flag on the command line overrides it.
+    Where `--resume_from_checkpoint` names a run, that run's flags come first (`given.Given`, which the instance has as
     `given`). argv: None is the process's own. Exits with a usage message for a flag or value that argparse refuses;
     raises ValueError for an unknown flag and for a file of something else.
     """

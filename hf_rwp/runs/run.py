@@ -56,13 +56,18 @@ def agree(
     """
     stops, count = accelerator.reduce(torch.tensor([stop, len(unreadable)], device=accelerator.device)).tolist()
     if count:  # replicas may have met some alike
-        count = len(set().union(*gather_object([list(unreadable)])))
+        count = len(slots_of_all(unreadable))
     if count > max_bad_images:
         raise ValueError(
             f"{count} images could not be read, more than max_bad_images={max_bad_images}: the warnings above name "
             "them. Repair or remove them, or raise max_bad_images"
         )
     return stops > 0, count
+
+
+def slots_of_all(unreadable: Sequence[int]) -> list[int]:
+    """The slots of images that any replica could not read, in order. Collective. unreadable: those of this replica."""
+    return sorted(set().union(*gather_object([list(unreadable)])))
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], object], expected: type[Exception]) -> None:
@@ -223,7 +228,7 @@ class Run:
             "seconds": self.seconds,
             "slots": self._slots(),
             "losses": self.tracker.state_dict(),
-            "unreadable": sorted(set().union(*gather_object([self.unreadable.slots if self.unreadable else []]))),
+            "unreadable": slots_of_all(self.unreadable.slots if self.unreadable else []),
             "history": self.history,
         }
         save_checkpoint(self.accelerator, self.checkpoints / f"step_{self.step}", state, self.averages)

@@ -6,12 +6,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from hf_rwp.runs.divergence import refuse_divergence, refuse_meaningless
 from hf_rwp.runs.records import Row
-from hf_rwp.runs.run import agree
+from hf_rwp.runs.run import agree, slots_of_all
 from hf_rwp.runs.signals import Signals
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ class Record(TrainerCallback):
         images: Any = self.trainer.train_dataset
         entry["unreadable_images"] = self.agree(images)[1]
         if entry["unreadable_images"]:
-            entry["unreadable_slots"] = sorted(set().union(*gather_object([images.unreadable.slots])))
+            entry["unreadable_slots"] = slots_of_all(images.unreadable.slots)
         if self.trainer.rwp is not None:
             report = self.trainer.rwp.report()
             slots = {kind: self.slots[kind] + count for kind, count in report["slots"].items()}
