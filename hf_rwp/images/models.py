@@ -34,7 +34,7 @@ def create_model(
     """The model, and the arguments that make it again, beside the classes.
 
     img_size: of a side, in pixels; None is the model's own. new_head: whether weights for other classes get one.
-    Raises ValueError for weights that cannot be loaded, for a model, an argument or a size that there is not and,
+    Raises ValueError for weights that cannot be loaded, for an unknown model, argument or size and,
     without new_head, for weights of other classes.
     """
     check_tag("model", args.model)

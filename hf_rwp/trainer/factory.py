@@ -54,8 +54,8 @@ class RWPFactory:
         options (*optional*):
             Those of [`RWP`], by name, without `accumulation_steps`.
 
-    Training then raises, as it begins, TypeError for an option that there is not and where no Trainer is calling;
-    ValueError for an optimizer that there is not; NotImplementedError for one that steps inside the backward pass, and
+    Training then raises, as it begins, TypeError for an unknown option and where no Trainer is calling;
+    ValueError for an unknown optimizer; NotImplementedError for one that steps inside the backward pass, and
     whatever `RWP` refuses; at the first step RuntimeError where it has one gradient and nothing can be mixed.
     """
 
