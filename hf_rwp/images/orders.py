@@ -4,6 +4,7 @@ Class folders have no order of their own: timm numbers them in natural order (0,
 and torchvision in plain order (0, 1, 10, 2). Weights that name their classes leave nothing to guess.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ def in_order_of(splits: Any, weights: str | None, config_of: Callable[[str], Map
     config = config_of(weights)
     found, names = found_in(splits), splits["train"].features["label"].names
     theirs = class_names(config)
+    twice = [name for name, count in Counter(theirs or ()).items() if count > 1]  # as ImageNet's two cranes
     if theirs == names:
         return splits
     if theirs is None:
@@ -47,15 +49,13 @@ def in_order_of(splits: Any, weights: str | None, config_of: Callable[[str], Map
             f"{weights} does not name the classes of its weights: those of the data are taken in {how} "
             f"folders ({listed(theirs)})"
         )
-    elif not set(theirs) & set(names) and len(theirs) == len(names):
-        found.note(
-            f"the classes of {weights} have other names ({listed(theirs, 3)}) than those of the data "
-            f"({listed(names, 3)}): they are matched by their place"
-        )
+    elif len(theirs) == len(names) and (twice or not set(theirs) & set(names)):
+        how = f"name {listed(twice)} more than once" if twice else f"have other names ({listed(theirs, 3)})"
+        found.note(f"the classes of {weights} {how}, and the data's are {listed(names, 3)}: they are matched by place")
         theirs = names
     if theirs == names:
         return splits
-    unknown = [name for name in names if name not in theirs]
+    unknown = [name for name in names if name not in theirs or name in twice]
     if unknown:
         raise ValueError(
             f"{weights} has no class {listed(unknown)}, of the {len(names)} in the data: it has {listed(theirs)}. An "

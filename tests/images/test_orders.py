@@ -49,6 +49,20 @@ def test_weights_that_name_no_classes_are_taken_in_plain_order_if_they_are_trans
     assert any("plain order" in note for note in splits.found.notes)
 
 
+def test_weights_that_name_a_class_twice_are_matched_by_place(tmp_path, data):
+    """ImageNet's class names in transformers have two cranes."""
+    config = {"model_type": "vit", "id2label": {"0": "0", "1": "crane", "2": "2", "3": "crane"}}
+    splits = ordered(load_images(data), weights(tmp_path / "w", **config))
+    assert numbers(splits) == {"0": 0, "1": 1, "2": 2, "10": 3}
+    assert any("name crane more than once" in note for note in splits.found.notes)
+
+
+def test_data_with_a_class_that_weights_name_twice_among_more_is_refused(tmp_path, data):
+    config = {"architecture": "resnet18", "label_names": ["0", "1", "2", "10", "2"]}
+    with pytest.raises(ValueError, match=r"has no class 2, of the 4 in the data"):
+        ordered(load_images(data), weights(tmp_path / "w", **config))
+
+
 @pytest.mark.parametrize(
     "config",
     [
