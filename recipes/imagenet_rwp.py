@@ -92,7 +92,7 @@ from hf_rwp.images.orders import in_order_of
 from hf_rwp.images.transforms import BatchTransform, erasings, image_transforms
 from hf_rwp.runs.arguments import HARMLESS, RunArguments
 from hf_rwp.runs.checkpoints import newest
-from hf_rwp.runs.deepspeed import is_engine, prepare, set_up_engine
+from hf_rwp.runs.deepspeed import is_engine, set_up_engine
 from hf_rwp.runs.determinism import derive_seed, use_fast_kernels
 from hf_rwp.runs.divergence import is_finite, refuse_divergence
 from hf_rwp.runs.evaluation import evaluate_only
@@ -209,7 +209,7 @@ def main(args: Arguments) -> None:
     base = create_optimizer(args, module)
     rwp = RWP(base, module, accumulation_steps=micro_steps, **args.rwp_options) if args.rwp else None
     sam = wrap_sam(base, args.sam_rho) if args.method == "sam" else None
-    model, optimizer = prepare(accelerator, module, rwp or sam or base)
+    model, optimizer = accelerator.prepare(module, rwp or sam or base)
     shard_alike(accelerator, ema)
     loader = create_loader(args, splits, data_config, accelerator, training=True)
     augment = BatchTransform(data_config, device, erasings(args, data_config, device), memory_format)

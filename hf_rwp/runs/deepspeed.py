@@ -1,7 +1,7 @@
 """Runs on DeepSpeed's engine, under Accelerate's ZeRO-0, 1 and 2: what a recipe does otherwise there.
 
     set_up_engine(accelerator, args, micro_steps)                     # with the flags
-    model, optimizer = prepare(accelerator, module, optimizer)
+    model, optimizer = accelerator.prepare(module, optimizer)
     clip = None if is_engine(accelerator) else clip                   # `accelerator.backward` has clipped and stepped
 
 Each process has all weights. The engine averages gradients, clips, and steps flat partitions, inside of
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import Tensor, nn
+from torch import Tensor
 
 FOLDER = "pytorch_model"  # accelerate's name for it
 _WEIGHTS = f"{FOLDER}/mp_rank_00_model_states.pt"
@@ -78,16 +78,6 @@ def set_up_engine(accelerator: Accelerator, flags: Flags, micro_steps: int) -> N
                 "there, and --batch_size or --clip_grad here"
             )
     plugin.deepspeed_config.update(own)
-
-
-def prepare(accelerator: Accelerator, module: nn.Module, optimizer: Any) -> tuple[Any, Any]:
-    """`accelerator.prepare`, with an optimizer whose `train` and `eval` reach the one that was given."""
-    model, prepared = accelerator.prepare(module, optimizer)
-    if is_engine(accelerator):
-        for mode in ("train", "eval"):
-            if hasattr(optimizer, mode):
-                setattr(prepared, mode, getattr(optimizer, mode))
-    return model, prepared
 
 
 def is_engine_checkpoint(folder: Path) -> bool:
