@@ -26,7 +26,7 @@ from hf_rwp.core import registry
 from hf_rwp.core.hooks import Hook, Same, at_end_of_backward, in_backward, tensors_in, with_tensors
 from hf_rwp.core.perturbation import Perturbation
 from hf_rwp.core.placement import Role
-from hf_rwp.core.sharding import gather, gathered_weights, gatherers, in_use, times
+from hf_rwp.core.sharding import copied_dims, gather, gathered_weights, gatherers, in_use, times
 from hf_rwp.core.window import Windows
 
 logger = logging.getLogger(__name__)
@@ -161,9 +161,17 @@ class Passes:
 
     def _weigh(self, micro_step: MicroStep, parameters: Iterable[Tensor]) -> None:
         """Multiply the gradients of `parameters` by the micro-step's weight, once each."""
-        scale = functools.partial(times, factor=micro_step.role.weight)
-        for parameter in parameters if micro_step.role.weight != 1 else ():
-            if parameter.requires_grad and id(parameter) not in self._weight_hooks:
+        weight, window = micro_step.role.weight, self._windows.current
+        group = None if window is None or window.gatherers else window.replicas.group  # FSDP2 averages by itself
+
+        def scale(gradient: Tensor) -> Tensor:
+            if copied_dims(gradient, group):
+                raise RuntimeError(_NOT_AVERAGED)
+            return gradient if weight == 1 else times(gradient, weight)
+
+        for parameter in parameters:
+            weighs = parameter.requires_grad and (weight != 1 or copied_dims(parameter, group))
+            if weighs and id(parameter) not in self._weight_hooks:
                 self._weight_hooks[id(parameter)] = parameter.register_hook(scale)
 
     def _before_backward(self, micro_step: MicroStep, _: Tensor) -> None:
@@ -219,6 +227,12 @@ _INSIDE = (
     "checkpointing of the whole model makes one. Checkpoint its layers instead. So do cached contrastive losses "
     "(GradCache, CachedMultipleNegativesRankingLoss): take the plain loss, with fewer pairs to a batch or "
     "checkpointed layers for memory"
+)
+_NOT_AVERAGED = (
+    "the gradient of a weight that all processes of a mesh have whole is not a sum over them that is yet to be taken: "
+    "clean and perturbed ones would not be mixed, and the processes drift apart. Cut the batch along the mesh, as "
+    "DTensors of Shard(0); or let each process be a replica of its own: "
+    "RWP(process_group=torch.distributed.new_subgroups(1)[0], accumulation_steps=2)"
 )
 _WRITTEN = (
     "something wrote into %s while noise was in it (weights in all: %d). What it wrote is lost, since it belongs to "

@@ -159,6 +159,15 @@ def times(tensor: Any, factor: float) -> Tensor:
     return part
 
 
+def copied_dims(tensor: Any, group: dist.ProcessGroup | None) -> list[int]:
+    """The mesh dimensions along `group` in which every process has a DTensor whole, and no sum is left to be taken."""
+    if group is None or not is_sharded(tensor):
+        return []
+    ranks = dist.get_process_group_ranks(group)
+    along = [dim for dim, placement in enumerate(tensor.placements) if placement.is_replicate()]
+    return [dim for dim in along if dist.get_process_group_ranks(tensor.device_mesh.get_group(dim)) == ranks]
+
+
 def add_up(parts: Sequence[Tensor], groups: Sequence[Sequence[dist.ProcessGroup]]) -> list[Tensor]:
     """The sums of tensors over the processes of each one's groups. Collective: one for all that share a group.
 

@@ -6,10 +6,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from distributed import run, run_each
-from sharded import HIDDEN, TARGETS, Case, Net, assert_mixed, batch, build, mesh_of, record, shard, whole
+from sharded import (
+    HIDDEN,
+    TARGETS,
+    Case,
+    Net,
+    assert_mixed,
+    assert_same,
+    batch,
+    build,
+    mesh_of,
+    part,
+    record,
+    shard,
+    whole,
+)
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
@@ -153,3 +168,29 @@ def test_ddp_over_tensor_parallelism_is_refused_by_name():
     """It makes the parts plain weights: their noise would be that of whole ones, and the same on all peers."""
     for ranks in run_each(4, with_ddp, [(True,), (False,)], keep_group=True):
         assert all("DistributedDataParallel over tensor parallelism" in said for said in ranks)
+
+
+def redundant(alone: bool) -> Any:
+    """What comes of DTensors that all ranks hold whole, and a batch that they all have. alone: each a replica."""
+    mesh = mesh_of(Case("replicated"))
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3).double()
+    distribute_module(model, mesh)
+    options = {"process_group": dist.new_subgroups(1)[0], "accumulation_steps": 2} if alone else {}
+    optimizer = RWP(torch.optim.SGD(model.parameters(), lr=0.1), model, gamma=0.2, **options)
+    try:
+        for step in range(2):
+            x = torch.ones(2, 6, dtype=torch.float64) + step
+            model(distribute_tensor(x, mesh, [Replicate()])).square().mean().backward()
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    return optimizer.report()["slots"], part(model.weight)
+
+
+def test_whole_dtensors_whose_gradients_nobody_adds_up_are_refused():
+    refused, alone = run_each(4, redundant, [(False,), (True,)], keep_group=True)
+    assert all("drift apart" in said and "Shard(0)" in said for said in refused)
+    for slots, weight in alone:
+        assert slots == {"clean": 1, "perturbed": 1}
+        assert_same(weight, alone[0][1])
