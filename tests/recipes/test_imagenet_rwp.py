@@ -564,7 +564,7 @@ def test_a_tracker_that_is_not_installed_is_refused(recipe, monkeypatch):
 
 def test_accumulation_by_accelerate_is_refused(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
-    with pytest.raises(ValueError, match="recipe's own flag"):
+    with pytest.raises(ValueError, match="gradient_accumulation_steps is 2, and would count beside"):
         train(recipe, tmp_path)
 
 
