@@ -77,8 +77,8 @@ from hf_rwp.core.checks import check_all
 from hf_rwp.core.noise import Source
 from hf_rwp.images.data import load_images
 from hf_rwp.images.small_models import make_stem_small
+from hf_rwp.runs import parsing
 from hf_rwp.runs.determinism import use_fast_kernels
-from hf_rwp.runs.parsing import parse_arguments
 from hf_rwp.runs.records import append_record, command_of, environment, scrub_paths
 from hf_rwp.runs.steps import accumulate, plain_step, sam_step, wrap_sam
 
@@ -447,4 +447,4 @@ def import_seconds() -> list[float]:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(Arguments, description=__doc__.splitlines()[0]))
+    parsing.start(main, Arguments, description=__doc__.splitlines()[0])

@@ -75,7 +75,7 @@ from hf_rwp.runs.comparison import (
 from hf_rwp.runs.determinism import derive_seed, use_fast_kernels
 from hf_rwp.runs.launch import check_comparison
 from hf_rwp.runs.methods import METHODS, PROTOCOLS, ComparisonArguments, Settings, count_steps, relative_times
-from hf_rwp.runs.parsing import parse_arguments
+from hf_rwp.runs.parsing import start
 from hf_rwp.runs.records import append_record, command_of, environment, scrub_paths, without_nan
 from hf_rwp.runs.steps import accumulate, plain_step, sam_step, wrap_sam
 
@@ -445,4 +445,4 @@ def described_arguments(args: Arguments) -> tuple[dict, dict]:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(Arguments, description=__doc__.splitlines()[0]))
+    start(main, Arguments, description=__doc__.splitlines()[0])

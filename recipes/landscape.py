@@ -64,7 +64,7 @@ from hf_rwp.images.arguments import ImageArguments
 from hf_rwp.images.data import load_images
 from hf_rwp.images.loaders import build_loader
 from hf_rwp.runs.files import replacing
-from hf_rwp.runs.parsing import parse_arguments
+from hf_rwp.runs.parsing import parse_arguments, start
 from hf_rwp.runs.records import command_of, environment, scrub_paths, without_nan
 
 BITS = (8, 4)
@@ -353,12 +353,15 @@ def table(figures: dict[str, Any], args: Arguments) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def parsed(argv: list[str]) -> Arguments:
+def words(argv: list[str]) -> list[str]:
     """The words ahead of all flags are models."""
     models = list(takewhile(lambda word: not word.startswith("-"), argv))
-    flags = ["--models", *models, *argv[len(models) :]] if models else argv
-    return parse_arguments(Arguments, flags, description=__doc__.splitlines()[0])
+    return ["--models", *models, *argv[len(models) :]] if models else argv
+
+
+def parsed(argv: list[str]) -> Arguments:
+    return parse_arguments(Arguments, words(argv), description=__doc__.splitlines()[0])
 
 
 if __name__ == "__main__":
-    main(parsed(sys.argv[1:]))
+    start(main, Arguments, description=__doc__.splitlines()[0], argv=words(sys.argv[1:]))

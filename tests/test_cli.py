@@ -135,7 +135,7 @@ def test_train_trains_on_two_processes(tmp_path):
 
 def test_what_two_processes_refuse_is_told_without_the_launchers_traceback(tmp_path):
     run = hf_rwp("train", "--processes", "2", "--batch_size=0", cwd=tmp_path, ACCELERATE_USE_CPU="true")
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert "error: batch_size must be at least 1, got 0" in run.stderr
     assert "Traceback (most recent call last)" not in run.stderr
 

@@ -9,20 +9,11 @@ from typing import Any
 
 import yaml
 
+from hf_rwp.runs.hints import RENAMED, meant, no_flag
+
 logger = logging.getLogger(__name__)
 
-# timm's names for what is called otherwise here, and those that become another flag's value: see recipes/README.md.
-RENAMED = {
-    "data": "data_dir",
-    "val_split": "validation_split",
-    "input_key": "image_column",
-    "target_key": "label_column",
-    "initial_checkpoint": "pretrained",
-    "pretrained_path": "pretrained",
-    "log_interval": "logging_steps",
-    "recovery_interval": "checkpointing_steps",
-    "checkpoint_hist": "save_total_limit",
-}
+# timm's names of those that become another flag's value: see recipes/README.md.
 COMPUTED = (
     *("amp", "amp_dtype", "native_amp", "torchcompile", "grad_accum_steps", "lr_base", "lr_base_size", "lr_base_scale"),
     *("input_size", "output", "experiment", "log_wandb"),
@@ -49,20 +40,33 @@ def read_config(path: str, names: Collection[str], ignore: bool = False) -> dict
     Nulls and empty strings are not set. names: of the flags that there are. ignore: whether names that are not among
     them are logged and passed over. Raises ValueError for a file of something else, and for such names.
     """
-    settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    text = Path(path).read_text(encoding="utf-8")
+    settings = yaml.safe_load(text) or {}
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no flags: each must be a line of its own, `name: value`")
     settings = {str(name).replace("-", "_"): value for name, value in settings.items() if value not in (None, "")}
     settings = from_timm(settings, names, replicas=int(os.environ.get("WORLD_SIZE", "1")))
     unknown = [name for name in settings if name not in names]
     if unknown and not ignore:
-        raise ValueError(
-            f"{path} has names that mean nothing here: {', '.join(unknown)}. Take them out, or pass over them with "
-            "--config_ignore_unknown"
-        )
+        raise ValueError(_no_such_names(path, text, unknown, names))
     if unknown and os.environ.get("RANK", "0") == "0":
         logger.warning("%s: passed over, as they mean nothing here: %s", path, ", ".join(unknown))
     return {name: _words(name, value) for name, value in settings.items() if name in names}
+
+
+def _no_such_names(path: str, text: str, unknown: Collection[str], names: Collection[str]) -> str:
+    """What to say of names in a file that are no flags: what was meant by the first of which it can be told."""
+    for name in unknown:
+        if meant(name, names, close=name not in WITHOUT_MEANING) is not None:
+            marks: Any = yaml.compose(text)
+            keys = {str(key.value).replace("-", "_"): key.start_mark.line + 1 for key, _ in marks.value}
+            lines = {RENAMED.get(key, key): line for key, line in keys.items()} | keys
+            where = f"{path}, line {lines[name]}" if name in lines else path
+            return f"{where}: {no_flag(name, names, dashes='')}"
+    return (
+        f"{path} has names that mean nothing here: {', '.join(unknown)}. Take them out, or pass over them with "
+        "--config_ignore_unknown"
+    )
 
 
 def from_timm(settings: dict[str, Any], names: Collection[str], replicas: int = 1) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """How a recipe is started, and reads its flags: from the command line, a file, and the run that it goes on from."""
 
-import difflib
 import linecache
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from transformers import HfArgumentParser
 
 from hf_rwp.runs.configs import read_config
 from hf_rwp.runs.given import join_flags, split_flags, with_those_of_the_run
+from hf_rwp.runs.hints import no_such_flags
 from hf_rwp.runs.signals import INTERRUPTED
 
 Arguments = TypeVar("Arguments")
@@ -34,20 +34,15 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None, de
     )
     argv = list(sys.argv[1:] if argv is None else argv)
     names = [flag.name for flag in fields(kind) if flag.init]  # type: ignore[arg-type]
-    options = parser.parse_known_args(argv)[0]
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise ValueError(no_such_flags(unknown, [*names, "config", "config_ignore_unknown"]))
     settings = read_config(options.config, names, ignore=options.config_ignore_unknown) if options.config else {}
     # As flags ahead of the others they are checked and converted alike, and the later flag wins.
     words = [*join_flags(settings), *argv]
 
     def parsed(words: Sequence[str]) -> Any:
-        instance, *_, unknown = parser.parse_args_into_dataclasses(
-            words, look_for_args_file=False, return_remaining_strings=True
-        )
-        if unknown:
-            near = difflib.get_close_matches(unknown[0].lstrip("-").partition("=")[0], names, n=3)
-            similar = f" Similar ones: {', '.join(f'--{name}' for name in near)}." if near else ""
-            raise ValueError(f"unknown: {' '.join(unknown)}.{similar} --help lists the flags that there are")
-        return instance
+        return parser.parse_args_into_dataclasses(words, look_for_args_file=False)[0]
 
     def default_folder() -> str:
         return str(parsed([word for word in words if word.partition("=")[0] != "--eval_only"]).output_dir)
@@ -58,17 +53,26 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None, de
     return instance
 
 
-def start(main: Callable[[Any], None], kind: type[Any], description: str = "") -> None:
-    """Run a recipe's `main` as a script does: what is refused by name takes a line, and Ctrl-C none of a traceback."""
+def start(
+    main: Callable[[Any], None], kind: type[Any], description: str = "", argv: Sequence[str] | None = None
+) -> None:
+    """Run a recipe's `main` as a script does: what is refused by name takes a line, and Ctrl-C none of a traceback.
+
+    argv: as `parse_arguments` has it. Exits with status 2 where flags are wrong, and with 1 for what `main` refuses.
+    """
+    status = 2
     try:
-        main(parse_arguments(kind, description=description))
+        arguments = parse_arguments(kind, argv, description=description)
+        status = 1
+        main(arguments)
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C: what was not saved before is lost", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     except _REFUSALS as error:
         if not _is_refusal(error.__traceback__):
             raise
-        raise SystemExit(f"error: {error}") from None
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(status) from None
 
 
 def _is_refusal(traceback: TracebackType | None) -> bool:

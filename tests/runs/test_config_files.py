@@ -250,8 +250,10 @@ def test_a_learning_rate_for_a_batch_is_that_of_all_replicas(tmp_path, monkeypat
 
 def test_a_name_that_nobody_knows_is_refused_whatever_its_value(tmp_path):
     for value in ("0", "false", "3"):
-        with pytest.raises(ValueError, match="mean nothing here: mixpu"):
-            parse(tmp_path / "args.yaml", text=f"mixpu: {value}")
+        with pytest.raises(ValueError, match=r"args\.yaml, line 2: no flag mixpu; did you mean mixup\?$"):
+            parse(tmp_path / "args.yaml", text=f"epochs: 3\nmixpu: {value}")
+    with pytest.raises(ValueError, match=r"mean nothing here: zzz, qqq\. Take them out"):
+        parse(tmp_path / "args.yaml", text="zzz: 0\nqqq: 1")
     args = parse(tmp_path / "args.yaml", "--config_ignore_unknown", text="mixpu: 3\nmixup: 0.5")
     assert args.mixup == 0.5
 
