@@ -136,7 +136,7 @@ SCHEDULERS = {
 def test_a_scheduler_moves_the_learning_rate_that_the_base_steps_with(make, prepared):
     def run(optimizer, base, model):
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", "Detected call of|Seems like")  # "lr_scheduler.step() before optimizer.step()"
+            warnings.filterwarnings("error", "Detected call of|Seems like")  # a step of the scheduler ahead of ours
             scheduler = make(optimizer)
             if prepared:
                 accelerator = Accelerator(cpu=True)
