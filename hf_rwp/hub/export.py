@@ -108,6 +108,8 @@ def save_any(
                 from safetensors.torch import save_model as save_weights
 
                 file = str(partial / "model.safetensors")
+                if weights is None and any(own.untyped_storage().nbytes() > own.nbytes for own in model.parameters()):
+                    weights = {name: value.clone() for name, value in model.state_dict().items()}  # ZeRO's one buffer
                 save_weights(model, file) if weights is None else save_file(weights, file)
             else:
                 _save_pretrained(model, partial, weights)
