@@ -8,9 +8,29 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_each
-from sharded import HIDDEN, PARALLEL, Case, Net, assert_same, batch, build, follow, part, shard, snapshot
+from sharded import (
+    HIDDEN,
+    PARALLEL,
+    TARGETS,
+    Case,
+    Net,
+    assert_mixed,
+    assert_same,
+    batch,
+    build,
+    follow,
+    mesh_of,
+    part,
+    record,
+    shard,
+    snapshot,
+    whole,
+)
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
-from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 
@@ -186,3 +206,163 @@ def test_torch_itself_neither_clips_nor_scales_gradients_of_several_meshes():
     cases = [Case("tp", clip=0.1), Case("fsdp_tp", clip=0.1), Case("tp", dtype=torch.float32, scale=1024.0)]
     for ranks in run_each(4, without_noise, [(case,) for case in cases], keep_group=True):
         assert all("mixed torch.Tensor and DTensor" in said or "must have the same mesh" in said for said in ranks)
+
+
+class Normed(Net):
+    """With running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__(HIDDEN)
+        self.batch_norm = nn.BatchNorm1d(5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.batch_norm(x))
+
+
+def with_batch_norm(model: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return Normed().double()
+
+
+def buffers_of(case: Case) -> list[dict[str, torch.Tensor]]:
+    """The buffers after a step, and once they are the same everywhere."""
+    model, optimizer, _ = build(case)
+    for index in range(case.accumulation):
+        x, y = batch(case, index)
+        mse_loss(model(x), y).backward()
+    optimizer.step()
+    found = []
+    for _ in range(2):
+        found.append({name: buffer.clone() for name, buffer in model.named_buffers()})
+        optimizer.sync_buffers()
+    return found
+
+
+@pytest.mark.parametrize("engine", ["tp", "fsdp_tp", "hsdp_tp"])
+def test_buffers_beside_cut_weights_are_those_of_clean_passes_and_synchronised_over_all_ranks(engine):
+    parallel = engine in PARALLEL
+    case = Case(engine, accumulation=1 if parallel else 2, change=with_batch_norm)
+    (ranks,) = run_each(4, buffers_of, [(case,)], keep_group=True)
+    for own, (before, after) in enumerate(ranks):
+        x, _ = batch(case, 0, own)
+        torch.testing.assert_close(before["batch_norm.running_mean"], 0.1 * x.mean((0, 2)))
+        assert before["batch_norm.num_batches_tracked"] == 1
+        assert_same(after, ranks[0][0])
+    assert torch.equal(ranks[0][0]["batch_norm.running_mean"], ranks[3][0]["batch_norm.running_mean"]) == (
+        engine == "tp"
+    )
+
+
+def shard_layers_apart(case: Case, model: nn.Module, mesh: Any) -> None:
+    """One layer is cut by all processes, the other by each half of them."""
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    halves = init_device_mesh("cpu", (2, 2), mesh_dim_names=("half", "tp"))
+    parallelize_module(model.layers[0], mesh, plan)
+    parallelize_module(model.layers[1], halves["tp"], plan)
+
+
+def test_step_gradient_is_the_mix_where_layers_are_cut_along_other_meshes():
+    """A half holds no copy of the weights of its own, so that there is one replica."""
+    case = Case("tp", accumulation=2, windows=2, shard=shard_layers_apart)
+    (ranks,) = run_each(4, record, [(case,)], keep_group=True)
+    assert_mixed(case, ranks)
+
+
+def evaluated_first(engine: str, when: str) -> Any:
+    """What a run comes to. when: an evaluation is ahead of the optimizer, of the wrapper, or nowhere."""
+    parallel = engine in PARALLEL
+    case = Case(engine, accumulation=1 if parallel else 2, sharding={"reshard_after_forward": False})
+    torch.manual_seed(0)
+    model = Net(HIDDEN).double()
+    shard(case, model, mesh_of(case))
+
+    def evaluate() -> None:
+        model.eval()
+        with torch.no_grad():
+            model(torch.zeros(1, 5, 6, dtype=torch.float64))
+        model.train()
+
+    if when == "optimizer":
+        evaluate()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    if when == "wrapper":
+        evaluate()
+    steps = None if parallel else 2
+    try:
+        optimizer = RWP(base, model, gamma=case.gamma, alpha=case.alpha, accumulation_steps=steps)
+    except ValueError as error:
+        return str(error)
+    evaluate()
+    replicas = optimizer.replicas
+    for index in range(case.accumulation):
+        x, y = batch(case, index)
+        mse_loss(model(x), y).backward()
+    optimizer.step()
+    return (replicas.index, replicas.count, len(replicas.peers)), {
+        name: part(parameter) for name, parameter in model.named_parameters()
+    }
+
+
+# The replicas that a rank finds, and whether an optimizer of gathered weights is refused.
+FOUND = {"tp": ([0] * 4, 1, 1, False), "fsdp_tp": ([0] * 4, 1, 2, True), "hsdp_tp": ([0, 0, 1, 1], 2, 1, True)}
+
+
+@pytest.mark.parametrize("engine", FOUND)
+def test_an_evaluation_ahead_of_the_wrapper_changes_nothing_of_cut_weights(engine):
+    indices, count, peers, gathers = FOUND[engine]
+    cases = [(engine, when) for when in ("", "wrapper", "optimizer")]
+    plain, wrapper, optimizer = run_each(4, evaluated_first, cases, keep_group=True)
+    assert [found for found, _ in plain] == [(index, count, peers) for index in indices]
+    for own, twin in zip(wrapper, plain, strict=True):
+        assert own[0] == twin[0]
+        assert_same(own[1], twin[1])
+    if gathers:
+        assert all("weights that FSDP2 had gathered" in said for said in optimizer)
+    else:
+        assert_same([weights for _, weights in optimizer], [weights for _, weights in plain])
+
+
+class Task(nn.Module):
+    """A model, and a loss's own weights around it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.proxies = nn.Parameter(torch.randn(TARGETS, TARGETS, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x) @ self.proxies
+
+
+def around(engine: str) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
+    """Of weights around the wrapped model: their gradient, this process's part of what it must be, and its roles."""
+    case = Case(engine, accumulation=1 if engine in PARALLEL else 2)
+    torch.manual_seed(0)
+    task = Task(Net(HIDDEN).double())
+    proxies = task.proxies.detach().clone().requires_grad_()
+    mesh = mesh_of(case)
+    shard(case, task.net, mesh)
+    if engine != "tp":
+        fully_shard(task, mesh=mesh[tuple(name for name in mesh.mesh_dim_names if name != "tp")])
+    steps = case.accumulation if case.accumulation > 1 else None
+    base = torch.optim.SGD(task.net.parameters(), lr=0.1)
+    optimizer = RWP(base, task.net, gamma=0.2, alpha=0.3, accumulation_steps=steps)
+    features: list[torch.Tensor] = []
+    task.net.register_forward_hook(lambda *args: features.append(args[-1].detach()))
+    roles = []
+    for index in range(case.accumulation):
+        x, y = batch(case, index)
+        mse_loss(task(x), y).backward()
+        roles.append(optimizer.role.perturbed)
+        mse_loss(features[-1] @ proxies, y).backward()
+    return whole(task.proxies.grad), proxies.grad, roles
+
+
+@pytest.mark.parametrize("engine", FOUND)
+def test_weights_around_a_model_of_cut_weights_get_an_ordinary_gradient(engine):
+    (ranks,) = run_each(4, around, [(engine,)], keep_group=True)
+    turns = [[index == 1] for index in FOUND[engine][0]] if engine in PARALLEL else [[False, True]] * 4
+    assert [roles for *_, roles in ranks] == turns
+    expected = torch.stack([own for _, own, _ in ranks]).mean(0)
+    for gradient, *_ in ranks:
+        torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
