@@ -4,6 +4,7 @@ How to run these tests on a CPU is in tests/core/test_deepspeed.py.
 """
 
 import importlib.util
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from sharded import TARGETS, Net, assert_same
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
-from zero import RATE, Case, Run, assert_mixed, batch, build, deepspeed_on_cpus, engine_of, record
+from trainer_runs import make
+from transformers import TrainerCallback
+from zero import RATE, Case, Run, accelerate_on_cpus, assert_mixed, batch, build, deepspeed_on_cpus, engine_of, record
 
 from hf_rwp import RWP, push_to_hub
 from hf_rwp.hub.export import save_any
@@ -381,3 +384,47 @@ def test_all_kinds_of_models_come_out_whole(tmp_path, stage):
     for name, model in found.items():
         assert_same(dict(model.state_dict()), weights[name])
         assert any(not torch.equal(before[name][0].state_dict()[of], weight) for of, weight in weights[name].items())
+
+
+class Half(TrainerCallback):
+    """Pushes in the midst of training, when the first step is done."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 1:
+            self.trainer.push_to_hub()
+            self.weights = reference.snapshot(self.trainer.model)
+
+
+def pushed_by_trainer(stage: int, folder: str) -> tuple[int, list[reference.Tensors]]:
+    """How often the process pushed, copies of which are kept; the weights at the first push, and at the last."""
+    accelerate_on_cpus()
+    pushed: list[Path] = []
+
+    def note(source: Path, *_: Any, **__: Any) -> None:
+        pushed.append(source)
+        shutil.copytree(source, Path(folder) / f"pushed-{len(pushed)}")
+
+    config = {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
+    config |= dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")
+    data = [{"input_ids": ids, "labels": ids} for ids in sentences(20)]
+    half = Half()
+    options = {"use_cpu": False, "deepspeed": config, "rwp": True, "rwp_gamma": 0.2, "callbacks": [half]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_rwp.hub.push.push", note)
+        trainer = make(llama(tied=True, dtype=torch.float32), folder, train_dataset=data, **options)
+        half.trainer = trainer
+        trainer.train()
+        trainer.push_to_hub()
+    trainer.save_model(f"{folder}/saved")
+    return len(pushed), [half.weights, reference.snapshot(trainer.model)]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_trainer_saves_and_pushes_is_whole_and_clean(tmp_path, stage):
+    (pushes, weights), (others, twins) = run(2, pushed_by_trainer, stage, str(tmp_path), timeout=100, keep_group=True)
+    assert (pushes, others) == (2, 0)
+    assert_same(twins, weights)
+    for name, index in {"pushed-1": 0, "pushed-2": 1, "saved": 1}.items():
+        model = PreciseLlamaForCausalLM.from_pretrained(tmp_path / name)
+        assert_same(reference.snapshot(model), weights[index])
+    assert not torch.equal(*(own["model.embed_tokens.weight"] for own in weights))

@@ -239,7 +239,7 @@ def buffers_of(case: Case) -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("engine", ["tp", "fsdp_tp", "hsdp_tp"])
-def test_buffers_beside_cut_weights_are_those_of_clean_passes_and_synchronised_over_all_ranks(engine):
+def test_buffers_beside_cut_weights_are_of_clean_passes_and_synchronised_over_all_ranks(engine):
     parallel = engine in PARALLEL
     case = Case(engine, accumulation=1 if parallel else 2, change=with_batch_norm)
     (ranks,) = run_each(4, buffers_of, [(case,)], keep_group=True)
