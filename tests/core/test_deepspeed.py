@@ -22,6 +22,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.deepspeed import DummyOptim
 from distributed import Collectives, run, stop
+from safetensors.torch import load_file
 from sharded import assert_same
 from torch import nn
 from torch.nn.functional import mse_loss
@@ -31,6 +32,7 @@ from zero import Case, Run, accelerator_of, assert_mixed, batch, build, deepspee
 
 from hf_rwp import RWP
 from hf_rwp.core.replicas import replicas_of
+from hf_rwp.hub.export import save_any
 
 INSTALLED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not INSTALLED, reason="deepspeed is not installed; see the module's docstring")
@@ -218,6 +220,22 @@ def test_parallelism_inside_of_a_replica_is_refused(monkeypatch, sizes, message)
     optimizer.remove()
     with pytest.raises(NotImplementedError, match=message):
         grouped(model)
+
+
+def test_weights_in_one_buffer_as_zero_keeps_them_are_exported_tied_ones_too(tmp_path):
+    model = network()
+    model.append(nn.Linear(3, 8))
+    model.append(nn.Linear(8, 3))
+    model[4].weight = model[2].weight
+    expected = reference.snapshot(model)
+    parameters = list(model.parameters())
+    flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.data = part.view(parameter.shape)
+    save_any(model, tmp_path / "model")
+    written = load_file(tmp_path / "model" / "model.safetensors")
+    assert torch.equal(written.pop("4.weight"), expected["2.weight"])
+    assert_same(written, expected)
 
 
 # With deepspeed, on gloo ranks
