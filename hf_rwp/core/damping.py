@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from hf_rwp.core.checks import check
-from hf_rwp.core.draws import Target
+from hf_rwp.core.draws import Target, cut_squares
 from hf_rwp.core.noise import filter_norms
-from hf_rwp.core.sharding import add_up, block_of, filters_like, is_sharded, local_of
+from hf_rwp.core.sharding import block_of, filters_like, is_sharded, local_of
 
 _KEY = "rwp_fisher"
 
@@ -100,11 +100,12 @@ def _gradient(weight: Any) -> Tensor:
 def _squared_norms(gradients: Sequence[Tensor]) -> list[Tensor]:
     """Of every filter, (rows,) each. Collective where filters are cut: one for each group of processes."""
     blocks = [block_of(gradient) for gradient in gradients]
-    squared = [filter_norms(block, torch.float64 if block.groups else None).square_() for block in blocks]
     cut = [index for index, block in enumerate(blocks) if block.groups]
-    for index, total in zip(cut, add_up([squared[i] for i in cut], [blocks[i].groups for i in cut]), strict=True):
-        squared[index] = total.to(torch.promote_types(gradients[index].dtype, torch.float32))
-    return squared
+    totals = dict(zip(cut, cut_squares([blocks[index] for index in cut]), strict=True))
+    return [
+        totals[index].to(_dtype(gradients[index])) if index in totals else filter_norms(block).square_()
+        for index, block in enumerate(blocks)
+    ]
 
 
 def arwp_fisher(fisher: Tensor | None, squared: Tensor, beta: float) -> Tensor:

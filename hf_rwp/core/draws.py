@@ -103,7 +103,8 @@ class Draws:
         one_filter: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
         small: dict[tuple[torch.device, torch.dtype], list[list[int]]] = defaultdict(lambda: [[]])
         room: dict[tuple[torch.device, torch.dtype], int] = defaultdict(lambda: noise.CPU_TILE)
-        many_filters, cut, large, fused, storages = [], [], [], [], set()
+        many_filters: list[int] = []
+        cut, large, fused, storages = [], [], [], set()
         for index, target in enumerate(targets):
             local, block = target.local, target.block
             memory, kind = block.memory, (block.memory.device, block.memory.dtype)
@@ -114,12 +115,8 @@ class Draws:
                 storages.add(storage)
                 fused.append(index)
                 continue
-            if block.groups:
-                pass
-            elif len(memory) == 1:
-                one_filter[kind].append(index)
-            else:
-                many_filters.append(index)
+            if not block.groups:
+                (one_filter[kind] if len(memory) == 1 else many_filters).append(index)
             size = memory.numel()
             whole = memory.ndim == 2 and size == block.filters * block.length <= noise.CPU_TILE
             if whole and memory.device.type == "cpu" and memory.dtype in (torch.float32, torch.float64):
@@ -156,9 +153,7 @@ class Draws:
             torch._foreach_mul_(many, [factors[index] for index in plan.many_filters])
             stds |= zip(plan.many_filters, many, strict=True)
         if plan.cut:
-            parts = [noise.filter_norms(blocks[index], torch.float64).square_() for index in plan.cut]
-            squares = add_up(parts, [blocks[index].groups for index in plan.cut])
-            for index, square in zip(plan.cut, squares, strict=True):
+            for index, square in zip(plan.cut, cut_squares([blocks[index] for index in plan.cut]), strict=True):
                 dtype = torch.promote_types(blocks[index].memory.dtype, torch.float32)
                 stds[index] = square.sqrt_().mul_(factors[index]).to(dtype)
         return [stds[index] for index in range(len(blocks))]
@@ -182,6 +177,13 @@ class Draws:
         if key not in self._sources:
             self._sources[key] = noise.Source(memory)
         return self._sources[key]
+
+
+def cut_squares(blocks: Sequence[Block]) -> list[Tensor]:
+    """The squared norms of filters that processes hold parts of, (rows,) each, float64. Collective, see `add_up`."""
+    return add_up(
+        [noise.filter_norms(block, torch.float64).square_() for block in blocks], [block.groups for block in blocks]
+    )
 
 
 def _fuses(local: Tensor, block: Block) -> bool:

@@ -44,7 +44,7 @@ class Noisy(Tensor):
     something wrote into it, which is lost.
     """
 
-    _is_param = True  # isinstance(..., nn.Parameter) asks for it
+    _is_param = True  # for isinstance(..., nn.Parameter)
     clean: Tensor
     draw: Callable[[], Tensor]
     label: str

@@ -58,7 +58,7 @@ class Facts:
     data: str = ""
     split: str | None = None
     held_out: bool = True  # whether evaluation was on other images than training
-    evaluated_on: str | None = None  # in words, where that is no split of the data's source
+    evaluated_on: str | None = None  # in words, where that is not a split of the data's source
     notes: Sequence[str] = ()  # what was decided about the data
     metrics: Mapping[str, float] = field(default_factory=dict)
     hyper_parameters: Mapping[str, Any] = field(default_factory=dict)

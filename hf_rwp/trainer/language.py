@@ -1,7 +1,7 @@
 """A small language model that is made here, text and sums that it knows, and what a fine-tuned one knows and forgets.
 
 The base is a Llama of a few hundred thousand weights over characters. It learns sentences of a small grammar and sums
-(`12+35=47`); fine-tuning then asks for sums in words (`12 plus 35 is`), with answers that the base can compute and a
+(`12+35=47`); fine-tuning then poses sums in words (`12 plus 35 is`), with answers that the base can compute and a
 form that it has never seen. All of it is generated, so that a recipe needs no network.
 """
 
