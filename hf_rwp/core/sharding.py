@@ -174,8 +174,12 @@ def add_up(parts: Sequence[Tensor], groups: Sequence[Sequence[dist.ProcessGroup]
     parts: of one dtype and device. groups: as long, and alike on all processes.
     """
     parts = list(parts)
-    for group in dict.fromkeys(group for one in groups for group in one):
-        indices = [index for index, one in enumerate(groups) if group in one]
+    alike: dict[tuple[int, ...], dict[int, dist.ProcessGroup]] = {}  # meshes may have groups of their own
+    for index, one in enumerate(groups):
+        for group in one:
+            alike.setdefault(tuple(dist.get_process_group_ranks(group)), {})[index] = group
+    for own in alike.values():
+        indices, group = list(own), next(iter(own.values()))
         total = torch.cat([parts[index].flatten() for index in indices])
         dist.all_reduce(total, group=group)
         for index, part in zip(indices, total.split([parts[index].numel() for index in indices]), strict=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run, run_each
-from sharded import PARALLEL, Case, Net, assert_same, batch, build, follow, part, replica_index
+from sharded import PARALLEL, Case, Net, assert_same, batch, buffers_of, build, follow, part, replica_index
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.functional import mse_loss
@@ -129,20 +129,6 @@ class Normed(Net):
 def with_batch_norm(model):
     torch.manual_seed(0)
     return Normed().double()
-
-
-def buffers_of(case: Case) -> list[dict[str, torch.Tensor]]:
-    """The buffers after training, and once they are the same everywhere."""
-    model, optimizer, _ = build(case)
-    for index in range(case.accumulation):
-        x, y = batch(case, index)
-        mse_loss(model(x), y).backward()
-    optimizer.step()
-    found = []
-    for _ in range(2):
-        found.append({name: buffer.clone() for name, buffer in model.named_buffers()})
-        optimizer.sync_buffers()
-    return found
 
 
 def test_buffers_are_updated_by_clean_passes_and_synchronised_over_all_ranks():

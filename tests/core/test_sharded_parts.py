@@ -11,12 +11,13 @@ from distributed import run_each
 from sharded import (
     HIDDEN,
     PARALLEL,
-    TARGETS,
     Case,
     Net,
+    Task,
     assert_mixed,
     assert_same,
     batch,
+    buffers_of,
     build,
     follow,
     mesh_of,
@@ -224,20 +225,6 @@ def with_batch_norm(model: nn.Module) -> nn.Module:
     return Normed().double()
 
 
-def buffers_of(case: Case) -> list[dict[str, torch.Tensor]]:
-    """The buffers after a step, and once they are the same everywhere."""
-    model, optimizer, _ = build(case)
-    for index in range(case.accumulation):
-        x, y = batch(case, index)
-        mse_loss(model(x), y).backward()
-    optimizer.step()
-    found = []
-    for _ in range(2):
-        found.append({name: buffer.clone() for name, buffer in model.named_buffers()})
-        optimizer.sync_buffers()
-    return found
-
-
 @pytest.mark.parametrize("engine", ["tp", "fsdp_tp", "hsdp_tp"])
 def test_buffers_beside_cut_weights_are_of_clean_passes_and_synchronised_over_all_ranks(engine):
     parallel = engine in PARALLEL
@@ -320,18 +307,6 @@ def test_an_evaluation_ahead_of_the_wrapper_changes_nothing_of_cut_weights(engin
         assert all("weights that FSDP2 had gathered" in said for said in optimizer)
     else:
         assert_same([weights for _, weights in optimizer], [weights for _, weights in plain])
-
-
-class Task(nn.Module):
-    """A model, and a loss's own weights around it."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-        self.proxies = nn.Parameter(torch.randn(TARGETS, TARGETS, dtype=torch.float64))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net(x) @ self.proxies
 
 
 def around(engine: str) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:

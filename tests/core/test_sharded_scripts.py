@@ -8,9 +8,9 @@ import torch.distributed as dist
 from distributed import run, run_each
 from sharded import (
     HIDDEN,
-    TARGETS,
     Case,
     Net,
+    Task,
     assert_mixed,
     assert_same,
     batch,
@@ -105,18 +105,6 @@ def test_an_evaluation_ahead_of_the_wrapper_hides_neither_weights_nor_replicas()
     early, late = run_each(4, evaluated_first, [(True,), (False,)], keep_group=True)
     assert early == [((index, 2, 1), (index, 2, 1), 2, index == 1) for index in (0, 0, 1, 1)]
     assert all("weights that FSDP2 had gathered" in said for (said,) in late)
-
-
-class Task(nn.Module):
-    """A model, and a loss's own weights around it."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-        self.proxies = nn.Parameter(torch.randn(TARGETS, TARGETS, dtype=torch.float64))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net(x) @ self.proxies
 
 
 def around() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

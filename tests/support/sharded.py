@@ -357,3 +357,29 @@ def assert_mixed(case: Case, ranks: list[list[Window]], tolerance: float = 1e-14
 def assert_same(actual: Any, expected: Any) -> None:
     """Bit for bit."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+class Task(nn.Module):
+    """A model, and a loss's own weights around it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.proxies = nn.Parameter(torch.randn(TARGETS, TARGETS, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) @ self.proxies
+
+
+def buffers_of(case: Case) -> list[dict[str, Tensor]]:
+    """The buffers after a step, and once they are the same everywhere."""
+    model, optimizer, _ = build(case)
+    for index in range(case.accumulation):
+        x, y = batch(case, index)
+        mse_loss(model(x), y).backward()
+    optimizer.step()
+    found = []
+    for _ in range(2):
+        found.append({name: buffer.clone() for name, buffer in model.named_buffers()})
+        optimizer.sync_buffers()
+    return found
