@@ -8,7 +8,7 @@ set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 results=$root/recipes/results/benchmark/gpu.jsonl
 status=0
-sharded=tests/core/test_gpu_sharded.py
+sharded=tests/engines/test_gpu_sharded.py
 (cd "$root" && python -m pytest -m gpu --ignore="$sharded") || status=1
 (cd "$root" && python -m pytest -m gpu -rsP "$sharded") || status=1
 [ -e "$results" ] || python "$root/recipes/benchmark.py" --output "$results" || status=1

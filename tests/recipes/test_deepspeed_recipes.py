@@ -1,6 +1,6 @@
 """recipes/accelerate/deepspeed_zero2.yaml, and the recipes under it: imagenet_rwp.py as it is under DDP, vit_rwp.py.
 
-How to run the tests that need deepspeed on a CPU is in tests/core/test_deepspeed.py.
+How to run the tests that need deepspeed on a CPU is in tests/engines/test_deepspeed.py.
 """
 
 import importlib.util
@@ -32,7 +32,7 @@ from hf_rwp.runs.run import Run
 FILE = RECIPES / "accelerate" / "deepspeed_zero2.yaml"
 INSTALLED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(
-    not INSTALLED, reason="deepspeed is not installed; see tests/core/test_deepspeed.py"
+    not INSTALLED, reason="deepspeed is not installed; see tests/engines/test_deepspeed.py"
 )
 
 

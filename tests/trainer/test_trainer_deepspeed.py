@@ -1,6 +1,6 @@
 """RWPTrainer with DeepSpeed's ZeRO: `deepspeed=...` and the flag, on two gloo ranks; skipped where it is not installed.
 
-How to run these tests on a CPU is in tests/core/test_deepspeed.py.
+How to run these tests on a CPU is in tests/engines/test_deepspeed.py.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ from trainer_runs import LOUD, Step, Tagger, assert_gradient, logged, make, pape
 from transformers import TrainerCallback
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed; see tests/core/test_deepspeed.py"
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed; see tests/engines/test_deepspeed.py"
 )
 
 RATE = 0.1

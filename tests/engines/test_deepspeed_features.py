@@ -1,6 +1,6 @@
 """What training loops do around DeepSpeed's engine: scalers, frozen weights, buffers, other layouts, exports.
 
-How to run these tests on a CPU is in tests/core/test_deepspeed.py.
+How to run these tests on a CPU is in tests/engines/test_deepspeed.py.
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ from hf_rwp import RWP, push_to_hub
 from hf_rwp.hub.export import save_any
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed; see tests/core/test_deepspeed.py"
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed; see tests/engines/test_deepspeed.py"
 )
 STAGES = [0, 1, 2]
 

@@ -3,7 +3,7 @@
 deepspeed is optional. Without it the tests of its engine are skipped, and stand-ins show what RWP would see. To run
 all of them on a CPU, in an environment of its own, with the extra `test`:
 
-    DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed && python -m pytest tests/core/test_deepspeed.py
+    DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed && python -m pytest tests/engines/test_deepspeed.py
 """
 
 import importlib.util
