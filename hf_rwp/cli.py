@@ -80,6 +80,16 @@ def refuse_missing(command: str, module: str = "__main__") -> None:
         for package in EXTRAS[extra]:
             if importlib.util.find_spec(package) is None:
                 raise SystemExit(missing(f"hf-rwp {command}", package, extra))
+    announce(command)
+
+
+def announce(command: str) -> None:
+    """Say that a recipe was started, ahead of imports that take seconds: once, on the main process, not for --help."""
+    started, ranks = "HF_RWP_STARTED", ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "LOCAL_RANK")
+    rank = next((os.environ[name] for name in ranks if name in os.environ), "0")
+    if rank == "0" and started not in os.environ and not {"-h", "--help"} & {*sys.argv}:
+        print(f"hf-rwp {command}: loading PyTorch and what else it needs", file=sys.stderr, flush=True)
+    os.environ[started] = command  # for the processes that this one starts
 
 
 def recipes_folder() -> Path:

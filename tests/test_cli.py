@@ -146,3 +146,41 @@ def test_the_commands_of_the_hub_are_there(tmp_path):
     assert sorted(path.stem for path in tmp_path.glob("*.md")) == sorted(path.stem for path in records)
     with pytest.raises(SystemExit):
         cli.main(["push"])
+
+
+# Something on the screen at once
+
+
+def starting(*command, to_the_end=False, **environment):
+    """The first line on stderr of a process, after how many seconds it came, and all lines that follow."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("HF_RWP_STARTED", "RANK", "LOCAL_RANK")}
+    begin = time.monotonic()
+    environment = {**kept, "OMP_NUM_THREADS": "1", **environment}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, *map(str, command)], env=environment, cwd=ROOT, **pipes) as process:
+        first, seconds = process.stderr.readline(), time.monotonic() - begin
+        if not to_the_end:
+            process.kill()
+        return first, seconds, process.stderr.readlines()
+
+
+@pytest.mark.parametrize("command", cli.RECIPES)
+def test_a_recipe_says_within_two_seconds_that_it_was_started(command):
+    for started in ([ROOT / "recipes" / cli.RECIPES[command][0]], ["-m", "hf_rwp.cli", command]):
+        first, seconds, _ = starting(*started)
+        assert first == f"hf-rwp {command}: loading PyTorch and what else it needs\n"
+        assert seconds < 2
+
+
+def test_only_the_main_process_says_so_and_only_once():
+    recipe, line = ROOT / "recipes" / "imagenet_rwp.py", "hf-rwp train: loading"
+    assert starting(recipe, RANK="0", LOCAL_RANK="0")[0].startswith(line)
+    processes = ["train", "--processes", "2", "--batch_size=0"]
+    for command, environment in (
+        ([recipe, "--batch_size=0"], {"RANK": "8", "LOCAL_RANK": "0"}),
+        ([recipe, "--help"], {}),
+    ):
+        first, _, others = starting(*command, to_the_end=True, **environment)
+        assert not any(text.startswith(line) for text in (first, *others))
+    first, _, others = starting("-m", "hf_rwp.cli", *processes, to_the_end=True, ACCELERATE_USE_CPU="true")
+    assert [text.startswith(line) for text in (first, *others)].count(True) == 1

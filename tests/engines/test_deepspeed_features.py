@@ -29,7 +29,8 @@ from hf_rwp import RWP, push_to_hub
 from hf_rwp.hub.export import save_any
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed; see tests/engines/test_deepspeed.py"
+    importlib.util.find_spec("deepspeed") is None,
+    reason="deepspeed is not installed; see tests/engines/test_deepspeed.py",
 )
 STAGES = [0, 1, 2]
 

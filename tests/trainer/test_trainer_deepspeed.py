@@ -16,7 +16,8 @@ from trainer_runs import LOUD, Step, Tagger, assert_gradient, logged, make, pape
 from transformers import TrainerCallback
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed; see tests/engines/test_deepspeed.py"
+    importlib.util.find_spec("deepspeed") is None,
+    reason="deepspeed is not installed; see tests/engines/test_deepspeed.py",
 )
 
 RATE = 0.1
