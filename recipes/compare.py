@@ -26,7 +26,7 @@ its last checkpoint. Images are decoded once and lie on the device, where they a
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,28 +36,16 @@ from hf_rwp.cli import refuse_missing
 
 refuse_missing("compare", __name__)
 import torch
-import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
-from timm.data import resolve_data_config
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from accelerate.utils import broadcast
 from tqdm import tqdm
 
-from hf_rwp import RWP, LossTracker, RWPArguments
 from hf_rwp.analysis.plots import comparison
 from hf_rwp.analysis.timing import seconds_in_turns, timed
-from hf_rwp.core.buffers import sync_buffers
 from hf_rwp.core.checks import check_all
-from hf_rwp.core.noise import DEFAULT_GAMMA, gamma_factor
-from hf_rwp.core.placement import fewest_micro_steps, mixes
-from hf_rwp.images.data import load_images
-from hf_rwp.images.memory import Batches, Images, MemoryArguments, images_digest, select_images
-from hf_rwp.images.metrics import Accuracy
-from hf_rwp.images.small_models import create_small_model
-from hf_rwp.images.transforms import BatchTransform
+from hf_rwp.core.placement import mixes
+from hf_rwp.experiments.arguments import PAIRS, SmallArguments
+from hf_rwp.experiments.training import Data, Training, default_settings, load_data, options_of
 from hf_rwp.runs.checkpoints import remove_checkpoints, save_checkpoint
 from hf_rwp.runs.comparison import (
     Record,
@@ -72,42 +60,17 @@ from hf_rwp.runs.comparison import (
     resume_run,
     run_folder,
 )
-from hf_rwp.runs.determinism import derive_seed, use_fast_kernels
+from hf_rwp.runs.determinism import use_fast_kernels
 from hf_rwp.runs.launch import check_comparison
 from hf_rwp.runs.methods import METHODS, PROTOCOLS, ComparisonArguments, Settings, count_steps, relative_times
 from hf_rwp.runs.parsing import start
 from hf_rwp.runs.records import append_record, command_of, environment, scrub_paths, without_nan
-from hf_rwp.runs.steps import accumulate, plain_step, sam_step, wrap_sam
 
 RECIPE = Path(__file__)
-Data = Mapping[str, Any]  # what `load_data` gives
 
 
 @dataclass
-class Arguments(ComparisonArguments, MemoryArguments, RWPArguments):
-    model: str = field(default="test_resnet", metadata={"help": "A timm model, or wrn16_8, a WideResNet-16-8."})
-    model_kwargs: str = field(default="{}", metadata={"help": "Further arguments of the model, as JSON or YAML."})
-    small_stem: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether a ResNet on images of at most 64 pixels begins as for CIFAR, with a 3x3 convolution and "
-            "no pooling; `output_stride`, which imagenet_rwp.py needs for that, is then left out."
-        },
-    )
-    channels_last: bool = field(default=True, metadata={"help": "Whether to use the channels_last memory format."})
-    torch_compile: bool = field(default=False, metadata={"help": "Whether to compile the model with torch.compile."})
-    mixed_precision: str | None = field(
-        default=None, metadata={"help": "What accelerate launch says if not set.", "choices": ("no", "bf16")}
-    )
-    epochs: int = field(default=10, metadata={"help": "Passes over the training images, for protocol `images`."})
-    batch_size: int = field(default=64, metadata={"help": "Images per replica and optimizer step."})
-    opt: str = field(default="sgd", metadata={"help": "A timm optimizer; sgd has Nesterov momentum."})
-    lr: float = field(default=0.1, metadata={"help": "Peak learning rate, without a search."})
-    weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay, without a search."})
-    weight_decay_1d: bool = field(default=False, metadata={"help": "Whether biases and norm weights decay as well."})
-    momentum: float = field(default=0.9, metadata={"help": "Momentum, where the optimizer has one."})
-    sched: str = field(default="cosine", metadata={"help": "Schedule of the learning rate.", "choices": ("cosine",)})
-    warmup_epochs: float = field(default=1, metadata={"help": "Epochs of linear warm-up."})
+class Arguments(ComparisonArguments, SmallArguments):
     name: str | None = field(default=None, metadata={"help": "Of the comparison; the data's name if not set."})
     results: str | None = field(
         default=None, metadata={"help": "File of records; recipes/results/compare/NAME.jsonl if not set."}
@@ -117,23 +80,13 @@ class Arguments(ComparisonArguments, MemoryArguments, RWPArguments):
     )
 
     def __post_init__(self) -> None:
-        for kind in (ComparisonArguments, MemoryArguments, RWPArguments):
+        for kind in (ComparisonArguments, SmallArguments):
             kind.__post_init__(self)
         self.name = self.name or Path(self.data_dir or self.dataset or "digits").name
         self.results = self.results or str(RECIPE.parent / "results" / "compare" / f"{self.name}.jsonl")
         self.output_dir = self.output_dir or f"outputs/compare_{self.name}"
-        pairs, plain = self.rwp_antithetic or "rwp_antithetic" in self.methods, "without noise it is the method base"
-        check_all(
-            self,
-            ("epochs", self.epochs >= 1, "at least 1"),
-            ("batch_size", self.batch_size % 2 == 0 < self.batch_size, "even, for RWP to halve it, and above 0"),
-            ("batch_size", not pairs or self.batch_size % 4 == 0, "a multiple of 4, for antithetic pairs of halves"),
-            ("rwp_start", self.rwp_start < 1, f"below 1: {plain}"),
-            ("rwp_alpha", self.rwp_alpha > 0, f"above 0: {plain}"),
-            ("rwp_gamma", self.rwp_gamma != 0, f"above 0: {plain}"),
-            ("model_kwargs", isinstance(yaml.safe_load(self.model_kwargs), dict), "a mapping, {name: value}"),
-            ("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, "at least 0 and less than epochs"),
-        )
+        pairs = "rwp_antithetic" in self.methods
+        check_all(self, ("batch_size", not pairs or self.batch_size % 4 == 0, PAIRS))
 
 
 def main(args: Arguments) -> None:
@@ -144,7 +97,7 @@ def main(args: Arguments) -> None:
     use_fast_kernels()
     torch._dynamo.config.recompile_limit = 256  # each model is compiled anew
     results, output_dir, replicas = Path(args.results), Path(args.output_dir), accelerator.num_processes
-    data = load_data(args, accelerator.device)
+    data = load_data(args, accelerator.device, held_out=args.search)
     refuse_other_records(args, accelerator, data["digest"])
     lock = lock_output(output_dir, results) if accelerator.is_main_process else None
     launcher = "python" if replicas == 1 else "accelerate launch"
@@ -187,38 +140,6 @@ def main(args: Arguments) -> None:
     accelerator.end_training()
 
 
-def load_data(args: Arguments, device: torch.device) -> Data:
-    """The images of `select_images`; `classes`, timm's `config`, and the `digest` of what trains and what judges."""
-    splits = load_images(**args.data_options)
-    classes, pixels = splits["train"].features["label"].num_classes, args.img_size or 32
-    size = {"img_size": pixels, "crop_pct": args.crop_pct or 1.0, "interpolation": args.interpolation}
-    model = create_model(args, classes, pixels)
-    config = resolve_data_config(size, model=model) | {"input_size": (3, pixels, pixels)}
-    images = select_images(args, splits, config, device, held_out=args.search)
-    digest = images_digest(images["train"], images["test"])
-    return images | {"classes": classes, "config": config, "digest": digest}
-
-
-def create_model(args: Arguments, classes: int, img_size: int) -> nn.Module:
-    return create_small_model(args.model, classes, img_size, args.small_stem, **yaml.safe_load(args.model_kwargs))
-
-
-def options_of(args: Arguments, name: str) -> dict[str, Any]:
-    """The options of `RWP`, and of gamma's schedule, that a method has; gamma is in its settings."""
-    method = METHODS[name]
-    if method.rwp is None:
-        return {}
-    own = {"schedule": args.rwp_schedule, "growth": args.rwp_growth, "start": args.rwp_start}
-    return {**args.rwp_options, **own, **method.rwp, "gamma": None}
-
-
-def default_settings(args: Arguments, name: str) -> Settings:
-    strength = METHODS[name].strength
-    if METHODS[name].rwp == {}:
-        strength = DEFAULT_GAMMA[args.rwp_noise] if args.rwp_gamma is None else args.rwp_gamma
-    return {"lr": args.lr, "weight_decay": args.weight_decay, "strength": strength}
-
-
 def grid(args: Arguments, name: str) -> list[Settings]:
     return args.grid(default_settings(args, name)["strength"])
 
@@ -239,105 +160,6 @@ def seconds_per_step(accelerator: Accelerator, args: Arguments, data: Data, name
     accelerator.free_memory()
     medians = torch.tensor(list(seconds.values()), device=accelerator.device)
     return dict(zip(seconds, broadcast(medians).tolist(), strict=True))  # replicas must agree on steps
-
-
-class Training:
-    """A model, an optimizer and a method; `step` is one optimizer step, and a function of its number and the seed."""
-
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        args: Arguments,
-        data: Data,
-        images: Images,
-        name: str,
-        settings: Settings,
-        seed: int,
-        steps: int,
-        per_replica: int,
-    ) -> None:
-        self.accelerator, self.seed, self.steps, device = accelerator, seed, steps, accelerator.device
-        self.method, self.options = METHODS[name], options_of(args, name)
-        self.gradients = 0  # of one image each, over all replicas
-        memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-        self.normalize = BatchTransform(data["config"], device, memory_format=memory_format)
-        self.batches = Batches(images, args, self.normalize, per_replica, seed)
-
-        set_seed(seed)
-        self.module = create_model(args, data["classes"], data["config"]["input_size"][-1])
-        self.module.to(device, memory_format=memory_format)
-        self.base = create_optimizer_v2(
-            self.module,
-            opt=args.opt,
-            lr=settings["lr"],
-            weight_decay=settings["weight_decay"],
-            momentum=args.momentum,
-            filter_bias_and_bn=not args.weight_decay_1d,
-        )
-        self.rwp = self.sam = None
-        if self.options:
-            own = {key: value for key, value in self.options.items() if key not in ("schedule", "growth", "start")}
-            self.micro_steps = fewest_micro_steps(accelerator.num_processes, own["alpha"], own["antithetic"])
-            own |= {"gamma": settings["strength"], "accumulation_steps": self.micro_steps}
-            own["seed"] += seed
-            self.rwp = RWP(self.base, self.module, **own)
-        elif self.method.sam_every:
-            self.sam = wrap_sam(self.base, settings["strength"], self.method.adaptive)
-        self.model, self.optimizer = accelerator.prepare(self.module, self.rwp or self.sam or self.base)
-        warmup = round(args.warmup_epochs / args.epochs * steps)
-        self.scheduler = CosineLRScheduler(
-            self.optimizer, t_initial=steps, warmup_t=warmup, warmup_lr_init=1e-5 if warmup else 0, t_in_epochs=False
-        )
-        self.tracker = LossTracker(self.rwp, device)
-
-    def step(self, number: int) -> None:
-        self.scheduler.step_update(number)
-        if self.rwp:
-            schedule = (self.options[key] for key in ("schedule", "growth", "start"))
-            self.rwp.scale_gamma(gamma_factor(number / self.steps, *schedule))
-        images, labels = self.batch(number)
-        count = self.micro_steps if self.rwp and self.rwp.active else 1  # whole batches before the start of the noise
-        parts = list(zip(images.chunk(count), labels.chunk(count), strict=True))
-        add_gradients = partial(
-            accumulate, self.model, parts, self.loss_of, accelerator=self.accelerator, tracker=self.tracker
-        )
-        climbs = self.sam is not None and number % self.method.sam_every == 0
-        self.gradients += (2 if climbs else 1) * len(labels) * self.accelerator.num_processes
-        if climbs:
-            sam_step(self.sam, self.model, add_gradients)
-        else:
-            plain_step(self.base if self.sam else self.optimizer, add_gradients)
-
-    def loss_of(self, images: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(self.model(images).float(), labels)
-
-    def batch(self, number: int) -> tuple[Tensor, Tensor]:
-        """This replica's share of the images of a step."""
-        replicas, replica = self.accelerator.num_processes, self.accelerator.process_index
-        return self.batches.batch(number * replicas + replica, derive_seed(self.seed, number, replica))
-
-    @torch.no_grad()
-    def evaluate(self, images: Images) -> dict[str, float]:
-        """Top-1 accuracy in [0, 1] and mean cross-entropy, with clean weights and replica 0's buffers."""
-        self.optimizer.eval()
-        sync_buffers([self.module])
-        self.module.eval()
-        accuracy = Accuracy(images.labels.device)
-        for pixels, labels in zip(images.pixels.split(512), images.labels.split(512), strict=True):
-            with self.accelerator.autocast():
-                logits = self.module(self.normalize(pixels))
-            accuracy.add(logits, labels)
-        self.module.train()
-        self.optimizer.train()
-        found = accuracy.compute(over_replicas=False)  # each of them has seen all images
-        return {key: found[key] for key in ("top1", "eval_loss")}
-
-    def report(self, slots_before: Mapping[str, int]) -> dict[str, Any]:
-        """What RWP did, with the slots before a cut; empty without RWP. Collective."""
-        if self.rwp is None:
-            return {}
-        found = self.rwp.report()
-        return found | {"slots": {kind: slots_before[kind] + count for kind, count in found["slots"].items()}}
 
 
 def run(

@@ -17,17 +17,17 @@ import hf_rwp
 HEAVY = {"torch", "transformers", "accelerate", "matplotlib", "huggingface_hub", "timm", "datasets", "evaluate"}
 HEAVY |= {"sklearn", "numpy", "PIL", "yaml"}
 # The rooms, which are the folders of hf_rwp: each may import only from its own modules and from those on floors below.
-FLOORS = [{"core"}, {"images", "runs", "analysis"}, {"hub"}, {"trainer"}]
+FLOORS = [{"core"}, {"images", "runs", "analysis"}, {"hub"}, {"trainer"}, {"experiments"}]
 TOP = "cli"  # the one module outside of them, above all
 ALONE = {  # the rooms, and the modules of others, that may import a package of their own choice
     "transformers": {"trainer", "runs.parsing"},
     "huggingface_hub": {"hub"},
     "matplotlib": {"analysis"},
-    "timm": {"images", "hub.export", "trainer.images", "trainer.models"},
+    "timm": {"images", "experiments", "hub.export", "trainer.images", "trainer.models"},
     "datasets": {"images"},
     "evaluate": {"images"},
     "triton": {"core.kernels"},
-    "accelerate": {"core.refusals", "core.accumulation", "core.optimizer", "trainer", "runs", "cli"},
+    "accelerate": {"core.refusals", "core.accumulation", "core.optimizer", "trainer", "experiments", "runs", "cli"},
 }
 ENGINES = ("torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.device_mesh", "torch.nn.parallel")
 ENGINES_NAMES = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DTensor"}
@@ -145,7 +145,7 @@ def normal(name: str) -> str:
 
 # The rooms of an extra; what accelerate and torch need themselves cannot be missing.
 NEEDS = {"core": (), "trainer": ("trainer",), "hub": ("hub",), "images": ("recipes",), "runs": ("recipes",)}
-NEEDS |= {"analysis": ("recipes",)}
+NEEDS |= {"analysis": ("recipes",), "experiments": ("recipes",)}
 LATER = {"core.kernels", "trainer.images", "trainer.models"}  # these need more than their room: Triton, timm
 ALWAYS = {"filelock", "huggingface_hub", "jinja2", "safetensors", "tqdm", "yaml"}
 

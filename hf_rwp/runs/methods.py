@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from hf_rwp import missing
 from hf_rwp.core.checks import check_all
 
-Settings = Mapping[str, float | None]
+Settings = Mapping[str, Any]  # lr, weight_decay, and strength, None where a method has none
 
 PROTOCOLS = {
     "images": "equal images per step and equal steps",

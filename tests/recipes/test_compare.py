@@ -11,9 +11,11 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
 from imagenet import RECIPES, few_digits, load_recipe
 from torch.nn.functional import cross_entropy
 
+from hf_rwp.experiments import training as experiment
 from hf_rwp.runs.parsing import parse_arguments
 from hf_rwp.runs.records import read_records
 
@@ -24,7 +26,7 @@ STEPS = 10  # 100 images, two epochs
 @pytest.fixture
 def compare(monkeypatch):
     loaded = load_recipe(RECIPES / "compare.py")
-    monkeypatch.setattr(loaded, "load_images", few_digits)
+    monkeypatch.setattr(experiment, "load_images", few_digits)
     return loaded
 
 
@@ -101,8 +103,8 @@ def test_methods_see_the_same_images_and_every_image_once_an_epoch(compare):
 
 def test_plain_training_is_the_loop_that_everyone_writes(compare):
     ours, _ = training(compare, "base")
-    compare.set_seed(0)
-    model = compare.create_model(arguments(compare), 10, 16).to(memory_format=torch.channels_last)
+    set_seed(0)
+    model = experiment.create_model(arguments(compare), 10, 16).to(memory_format=torch.channels_last)
     decays = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": others, "weight_decay": 0.0}, {"params": decays, "weight_decay": 5e-4}]
@@ -125,7 +127,7 @@ def test_plain_training_is_the_loop_that_everyone_writes(compare):
 def test_sam_is_the_papers(compare, name):
     """w - lr * g(w + rho * T^2 g / ||T g||), T = 1 for SAM and |w| for ASAM, without momentum."""
     ours, _ = training(compare, name, "--momentum=0", "--opt=momentum", "--weight_decay_1d=true")
-    model = compare.create_model(arguments(compare), 10, 16)
+    model = experiment.create_model(arguments(compare), 10, 16)
     model.load_state_dict(ours.module.state_dict())
     for each in (model, ours.module):
         each.train()
@@ -186,7 +188,7 @@ def test_a_search_is_of_equal_size_and_never_sees_the_test_images(compare, tmp_p
         assert run["images"] == {"train": 100, "evaluated": 41}
     # Nothing that chooses is trained on or reported.
     args = arguments(compare, "--search=true", "--validation_images=20")
-    data = compare.load_data(args, torch.device("cpu"))
+    data = compare.load_data(args, torch.device("cpu"), held_out=True)
     pixels = {part: {tuple(image.flatten().tolist()) for image in data[part].pixels} for part in ("held_in", "test")}
     chooses = {tuple(image.flatten().tolist()) for image in data["held_out"].pixels}
     assert len(chooses) == 20
@@ -205,15 +207,15 @@ def test_wrong_labels_are_spread_over_every_epoch(compare):
 
 def test_images_for_the_search_lie_outside_of_a_subset(compare):
     args = arguments(compare, "--search=true", "--train_images=60", "--validation_images=40", "--test_images=30")
-    data = compare.load_data(args, torch.device("cpu"))
+    data = compare.load_data(args, torch.device("cpu"), held_out=True)
     assert [len(data[part]) for part in ("train", "held_in", "held_out", "test")] == [60, 60, 40, 30]
 
 
 def test_a_share_of_the_training_labels_is_drawn_anew(compare):
     args = arguments(compare, "--search=true", "--validation_images=20", "--label_noise=0.3")
-    noisy = compare.load_data(args, torch.device("cpu"))
+    noisy = compare.load_data(args, torch.device("cpu"), held_out=True)
     args.label_noise = 0.0
-    clean = compare.load_data(args, torch.device("cpu"))
+    clean = compare.load_data(args, torch.device("cpu"), held_out=True)
     for part in ("test", "held_out"):
         assert torch.equal(noisy[part].labels, clean[part].labels)
     changed = (noisy["train"].labels != clean["train"].labels).sum()
@@ -254,7 +256,7 @@ def test_finished_runs_are_not_run_again(compare, tmp_path, monkeypatch, capsys)
     assert start(compare, tmp_path, "--methods", "base", "rwp") == before
     assert "All of it is in" in capsys.readouterr().out
     monkeypatch.undo()
-    monkeypatch.setattr(compare, "load_images", few_digits)
+    monkeypatch.setattr(experiment, "load_images", few_digits)
     more = start(compare, tmp_path, "--methods", "base", "rwp", "--seeds", "0", "1")
     assert [(r["method"], r["seed"]) for r in more] == [("base", 0), ("rwp", 0), ("base", 1), ("rwp", 1)]
 
@@ -386,7 +388,7 @@ def test_a_run_that_diverges_is_a_result(compare, tmp_path, name):
 def on_rank(folder, *flags):
     os.environ["ACCELERATE_USE_CPU"] = "true"
     compare = load_recipe(RECIPES / "compare.py")
-    compare.load_images = few_digits
+    experiment.load_images = few_digits
     digests = []
     evaluate = compare.Training.evaluate
 
@@ -452,5 +454,5 @@ def test_a_configuration_is_read_whole(compare, config):
             assert kept == [float(item) for item in value]
         else:
             assert kept == (float(value) if isinstance(kept, float) else value), name
-    model = compare.create_model(args, 10, args.img_size)
+    model = experiment.create_model(args, 10, args.img_size)
     assert model.eval()(torch.zeros(1, 3, args.img_size, args.img_size)).shape == (1, 10)

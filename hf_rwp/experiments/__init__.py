@@ -1,0 +1,1 @@
+"""Short trainings on small images, method beside method."""
