@@ -21,7 +21,7 @@ _METRICS = {"top1": "Top-1 accuracy", "top5": "Top-5 accuracy", "accuracy": "Acc
 _HYPER_PARAMETERS = (
     *("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rwp_frozen"),
     *("rwp_noise", "rwp_noise_1d", "rwp_antithetic", "rwp_schedule", "rwp_growth", "rwp_start"),
-    *("rwp_eta", "rwp_beta", "rwp_seed"),
+    *("rwp_eta", "rwp_beta", "rwp_seed", "rwp_split"),
     *("sam_rho", "epochs", "num_train_epochs", "max_steps", "batch_size", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "aug_repeats", "opt", "optim", "lr", "learning_rate", "weight_decay", "momentum"),
     *("layer_decay", "clip_grad", "max_grad_norm", "sched", "lr_scheduler_type", "warmup_epochs", "warmup_steps"),
@@ -193,6 +193,8 @@ def _said(name: str, arguments: Mapping[str, Any], method: str) -> bool:
     if name == "scale" and arguments.get("crop_padding") is not None:  # a crop of another kind
         return False
     value = arguments.get(name)
+    if name == "rwp_split":  # which most leave on
+        return value is False
     return value not in (None, "", []) and value is not False and (value != 0 or name in ("rwp_seed", "seed"))
 
 

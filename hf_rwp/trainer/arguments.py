@@ -48,8 +48,10 @@ class RWPArguments:
             How much larger gamma is at the end of a growing schedule, at least 0, in multiples of it.
         rwp_start (`float`, *optional*, defaults to 0.0):
             Fraction of training, in [0, 1], before which there is no noise.
+        rwp_split (`bool`, *optional*, defaults to `True`):
+            Whether Trainer takes both gradients from the halves of a batch that is a step by itself.
 
-    Raises ValueError for a value out of range.
+    Raises ValueError for a value out of range, and for `rwp_split=False` without Trainer's arguments.
     """
 
     rwp: bool = field(default=False, metadata={"help": "Whether to train with Random Weight Perturbation."})
@@ -105,6 +107,13 @@ class RWPArguments:
     rwp_start: float = field(
         default=0.0, metadata={"help": "Fraction of training, in [0, 1], before which there is no noise."}
     )
+    rwp_split: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether Trainer takes both gradients from the halves of a batch that is a step by itself; `false` "
+            "for losses that compare samples with each other, with accumulation or `--rwp_alpha 1`."
+        },
+    )
 
     def __post_init__(self) -> None:
         check_all(
@@ -122,6 +131,11 @@ class RWPArguments:
         if self.rwp_growth and self.rwp_schedule == "constant":
             raise ValueError(
                 f"rwp_growth={self.rwp_growth} has no effect while rwp_schedule is constant: set it to linear or cosine"
+            )
+        if not self.rwp_split and not isinstance(self, TrainingArguments):
+            raise ValueError(
+                "rwp_split=False is for Trainer, which splits batches by itself: this loop takes the gradients of a "
+                "step as it is written, so leave it out"
             )
         getattr(super(), "__post_init__", lambda: None)()
 

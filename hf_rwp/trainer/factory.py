@@ -19,7 +19,7 @@ from transformers.training_args import OptimizerNames
 
 from hf_rwp.core.optimizer import RWP
 from hf_rwp.core.placement import mixes
-from hf_rwp.trainer.trainer import check_parallel
+from hf_rwp.trainer.checks import check_parallel
 
 logger = logging.getLogger(__name__)
 

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def in_halves(inputs: Any, smallest: int) -> tuple[list[Any], list[int]]:
+def in_halves(inputs: Any, smallest: int | None) -> tuple[list[Any], list[int]]:
     """A batch in halves, and how many samples each has: one more in the first where their number is odd.
 
-    smallest: the samples that a half needs (BatchNorm fails on a single one); a smaller batch is taken whole, twice.
+    smallest: the samples that a half needs (BatchNorm fails on a single one); a smaller batch is taken whole, twice,
+    and so is any where it is None.
     Raises ValueError by name for what has no batch dimension, unless it is None, a bool or a str: a number may count
     what is in the batch, and another length may lay its samples out one after the other.
     """
@@ -28,8 +29,8 @@ def in_halves(inputs: Any, smallest: int) -> tuple[list[Any], list[int]]:
             )
         return value[part]
 
-    if 0 < length < 2 * smallest:
-        return [inputs, copy.copy(inputs)], [length, length]
+    if smallest is None or 0 < length < 2 * smallest:
+        return [inputs, copy.copy(inputs)], 2 * [length or 1]
     middle = (length + 1) // 2
     parts = [cut(inputs, "inputs", part) for part in (slice(middle), slice(middle, None))]
     return parts, [middle, length - middle]

@@ -10,6 +10,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +18,19 @@ import torch
 import torch.distributed as dist
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy
-from transformers.training_args import ParallelMode
 from transformers.utils.hub import PushInProgress
 
 from hf_rwp.core.losses import LossTracker
 from hf_rwp.core.optimizer import RWP
 from hf_rwp.core.placement import mixes
-from hf_rwp.core.refusals import refuse_data_parallel, refuse_lone_processes, refuse_unsupported
+from hf_rwp.core.refusals import refuse_lone_processes
 from hf_rwp.runs.records import base_of, environment, scrub_paths
 from hf_rwp.runs.sharded import is_sharded_model
 from hf_rwp.trainer.arguments import RWPArguments
+from hf_rwp.trainer.checks import check_batches, check_supported, is_online, is_packed, splits, whole
+from hf_rwp.trainer.comparing import noticing
 from hf_rwp.trainer.halves import in_halves, rows
 from hf_rwp.trainer.items import Slots, alike, count_once, slots_of
 
@@ -64,7 +66,7 @@ class RWPTrainerMixin(_AnyTrainer):
 
     Raises TypeError for arguments without RWP's flags; NotImplementedError under FSDP of version 1, DeepSpeed ZeRO-3,
     DataParallel and TPUs; ValueError for `auto_find_batch_size` on many processes, for an optimizer that is
-    wrapped already and, in training, for a batch that cannot be split.
+    wrapped already, and for a batch that cannot be split, ahead of all work where class and arguments tell.
     """
 
     args: Any  # RWPArguments and TrainingArguments in one
@@ -79,20 +81,30 @@ class RWPTrainerMixin(_AnyTrainer):
     _slots: Slots | None = None  # of the coming step; None where Trainer adds no items up
     _parts: Sequence[float] = ()  # how much of this process's loss each coming micro-step is
     _splits = False  # whether the window's one batch is split
-    _warned = False
+    _said = False  # that batches are taken twice
+    _looked = False  # whether such a loss was looked for as `comparing` finds
     _rows_are_samples = True  # as far as seen: pairs for DPO or a reward model lie one after the other
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if any(isinstance(given, RWPArguments) and given.rwp for given in (*args, *kwargs.values())):
-            refuse_lone_processes()  # ahead of Trainer, which makes a folder
+        for given in (*args, *kwargs.values()):
+            if isinstance(given, RWPArguments) and given.rwp:
+                refuse_lone_processes()  # ahead of Trainer, which makes a folder
+                if isinstance(given, TrainingArguments):
+                    check_batches(given, type(self))
         super().__init__(*args, **kwargs)
+        self._check_rwp()
+
+    def _check_rwp(self) -> None:
+        """Refuse, or say, what is known once there is a Trainer."""
         if not isinstance(self.args, RWPArguments):
             raise TypeError(
                 f"{type(self.args).__name__} has no flags of RWP: use RWPTrainingArguments, or a dataclass that "
                 f"inherits from (RWPArguments, {type(self.args).__name__})"
             )
         if self.args.rwp:
-            _check_supported(self.args, self.model)
+            check_supported(self.args, self.model)
+            if is_packed(self.args) and splits(self.args):
+                self._say_twice("packing=True, or padding_free=True, makes one row of a batch, which cannot be split")
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's optimizer, or the one given as `optimizers`, wrapped in RWP."""
@@ -157,6 +169,9 @@ class RWPTrainerMixin(_AnyTrainer):
         if self.rwp is not None and batches:
             self._rows_are_samples &= max(map(rows, batches)) <= self._train_batch_size
             self._splits = self._mixes and self.rwp.replicas.count == len(batches) == 1
+            if self._splits and is_online(type(self)) and self.args.gradient_accumulation_steps > 1:
+                self._splits = False  # an epoch's last: an ordinary step, since taking it twice takes the next answers
+                self.rwp.scale_gamma(0.0)
             slots = self._slots or alike(len(batches))
             self._parts = slots.parts
             if not self._splits:
@@ -205,19 +220,8 @@ class RWPTrainerMixin(_AnyTrainer):
                 self._losses.update(loss / part, part)
             return loss
         # Each half gets a mean over its own items, and Trainer adds the two up as they are: shares of 1 and 1.
-        if not self._rows_are_samples and self.args.gradient_accumulation_steps == 1:
-            raise ValueError(
-                f"a batch of at most {self._train_batch_size} samples has {rows(inputs)} rows: a half of its rows is "
-                "not one of its samples. Set gradient_accumulation_steps=2, with half the batch size for the same "
-                "step: then whole batches take turns"
-            )
-        whole = not self._rows_are_samples  # an epoch's last batch, the only one in its step
-        halves, sizes = in_halves(inputs, smallest=rows(inputs) if whole else 2 if self._has_batch_norm() else 1)
-        if halves[0] is inputs and not self._warned:
-            self._warned = True
-            logger.warning(
-                "a batch of %d rows is too small to split: both gradients are taken on it, at twice the cost", sizes[0]
-            )
+        halves, sizes = self._halves_of(inputs)
+        twice, tokens = halves[0] is inputs, getattr(self, "_total_train_tokens", None)  # TRL's counter
         counts: list[Any] = [None, None]
         if num_items_in_batch is not None:
             count = super()._get_num_items_in_batch
@@ -227,14 +231,39 @@ class RWPTrainerMixin(_AnyTrainer):
         self.rwp.begin_window(2, (float(sizes[0] > 0), float(sizes[1] > 0)))
         loss = torch.zeros((), device=self.args.device)
         for half, items, size in zip(halves, counts, sizes, strict=True):
-            mean, part = step(model, half, items), size / (sum(sizes) or 1)
+            if twice and tokens is not None:
+                self._total_train_tokens = tokens  # the second time is the same tokens
+            with nullcontext() if twice or self._looked else noticing(self, model, half):
+                mean, part = step(model, half, items), size / (sum(sizes) or 1)
+            self._looked |= not twice
             self._losses.update(mean, part)
             loss = loss + mean * part
         return loss
 
+    def _halves_of(self, inputs: Any) -> tuple[list[Any], list[int]]:
+        """A batch in halves, or twice the whole of it, and how many samples each has."""
+        smallest = 2 if self._has_batch_norm() else 1
+        why = "rwp_split=False leaves batches whole" if not self.args.rwp_split else ""
+        if not self._rows_are_samples:
+            found = f"a batch of at most {self._train_batch_size} samples has {rows(inputs)} rows"
+            why = f"{found}: a half of its rows is not one of its samples"
+        if why and self.args.gradient_accumulation_steps == 1:
+            raise ValueError(whole(why))
+        halves, sizes = in_halves(inputs, None if why else smallest)
+        if halves[0] is inputs:
+            small = f"a batch of {sizes[0]} rows is too small to split"
+            self._say_twice("an epoch ends with a step of one batch, which is left whole" if why else small)
+        return halves, sizes
+
+    def _say_twice(self, why: str) -> None:
+        if not self._said:
+            self._said = True
+            logger.warning("%s: both gradients are taken on it, at twice the cost", why)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self.rwp is not None and {"loss", "learning_rate"} <= logs.keys():  # Trainer's own log of training
-            logs.update({name: loss for name, loss in self._losses.compute().items() if name != "loss"})
+            kept = {"loss_clean", "loss_perturbed", *(() if is_online(type(self)) else ("loss_gap",))}
+            logs.update({name: loss for name, loss in self._losses.compute().items() if name in kept})
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -391,31 +420,3 @@ class RWPTrainer(RWPTrainerMixin, Trainer):
         kwargs (*optional*):
             The others of `Trainer`: `train_dataset`, `data_collator`, `compute_metrics`, ...
     """
-
-
-def check_parallel(args: Any) -> None:
-    """Refuse by name how Trainer would spread a run, where RWP does not work with it."""
-    if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
-        refuse_data_parallel()
-    if args.parallel_mode not in (ParallelMode.NOT_PARALLEL, ParallelMode.DISTRIBUTED):
-        raise NotImplementedError(
-            f"RWP does not work with {args.parallel_mode.value}. What works is one process, DistributedDataParallel "
-            "(accelerate launch --multi_gpu), FSDP2 (fsdp=True), tensor parallelism and DeepSpeed ZeRO up to stage 2"
-        )
-    if args.auto_find_batch_size and args.world_size > 1:
-        raise ValueError(
-            f"auto_find_batch_size on {args.world_size} processes: a perturbed replica needs more memory than "
-            "a clean one, so it can run out by itself, and the others would wait for it forever. Set "
-            "per_device_train_batch_size, and gradient_accumulation_steps to keep the images per step"
-        )
-
-
-def _check_supported(args: Any, model: nn.Module) -> None:
-    check_parallel(args)
-    refuse_unsupported(model.parameters())
-    slots = args.world_size * args.gradient_accumulation_steps
-    if slots * args.per_device_train_batch_size == 1 and mixes(args.rwp_alpha, args.rwp_gamma):
-        logger.warning(
-            "one process and one sample to a step: both gradients are taken on it, at twice the cost of plain "
-            "training. With gradient_accumulation_steps=2 they take turns, and cost nothing extra"
-        )
