@@ -80,6 +80,13 @@ def rows(card):
     return {line[0]: line[1] for line in lines if len(line) == 2}
 
 
+@pytest.mark.parametrize(("split", "said"), [(True, None), (False, "False")])
+def test_a_card_says_that_batches_were_left_whole(split, said):
+    arguments = {**RESULTS["arguments"], "rwp_split": split}
+    card = render_card(build_facts({**RESULTS, "arguments": arguments}, repo_id="ada/net"))
+    assert rows(card).get("rwp_split") == said
+
+
 def test_a_card_says_what_the_run_did():
     card = render_card(build_facts(RESULTS, repo_id="ada/net", license="mit"))
     table = rows(card)
