@@ -61,7 +61,6 @@ from timm.loss import BinaryCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from hf_rwp import RWP, LossTracker, RWPArguments
 from hf_rwp.analysis.plots import training_curves
@@ -91,7 +90,6 @@ from hf_rwp.images.models import (
 from hf_rwp.images.orders import in_order_of
 from hf_rwp.images.transforms import BatchTransform, erasings, image_transforms
 from hf_rwp.runs.arguments import HARMLESS, RunArguments
-from hf_rwp.runs.checkpoints import newest
 from hf_rwp.runs.deepspeed import is_engine, set_up_engine
 from hf_rwp.runs.determinism import derive_seed, use_fast_kernels
 from hf_rwp.runs.divergence import is_finite, refuse_divergence
@@ -99,8 +97,8 @@ from hf_rwp.runs.evaluation import evaluate_only
 from hf_rwp.runs.launch import check_launch
 from hf_rwp.runs.opening import data_facts, model_facts, opening, say, step_facts
 from hf_rwp.runs.parsing import start
-from hf_rwp.runs.records import Results, Row, command_of, environment, hub_id, repeatable, scrub_paths, summary
-from hf_rwp.runs.resuming import check_flags, find_checkpoint
+from hf_rwp.runs.records import Results, Row, command_of, environment, hub_id, repeatable, scrub_paths
+from hf_rwp.runs.resuming import check_flags, find_checkpoint, settle_folder
 from hf_rwp.runs.run import Run, agree
 from hf_rwp.runs.sharded import in_lockstep, replicas_of_run, shard_alike, whole_copy
 from hf_rwp.runs.steps import accumulate, plain_step, sam_step, wrap_sam
@@ -133,7 +131,7 @@ class Arguments(HubArguments, RunArguments, TimmArguments, ImageArguments, RWPAr
         self.rwp = self.method == "rwp"
         if self.output_dir is None:
             data = Path(self.data_dir or self.dataset or "digits").name
-            self.output_dir = f"outputs/{data}_{self.method}_seed{self.seed}"
+            self.output_dir, self.numbered = f"outputs/{data}_{self.method}_seed{self.seed}", True
         check_all(
             self,
             ("sam_rho", self.sam_rho > 0, "above 0"),
@@ -153,7 +151,7 @@ def main(args: Arguments) -> None:
         mixed_precision=args.mixed_precision,
         dynamo_backend="inductor" if args.torch_compile else None,
         log_with=None if args.eval_only else args.report_to or None,
-        project_config=ProjectConfiguration(args.output_dir, logging_dir=f"{args.output_dir}/logs"),
+        project_config=ProjectConfiguration(args.output_dir),
     )
     check_launch(accelerator, args.method, {"--channels_last": args.channels_last, "--sync_bn": args.sync_bn})
     replicas, device = replicas_of_run(accelerator), accelerator.device
@@ -164,10 +162,12 @@ def main(args: Arguments) -> None:
     # RWP mixes two gradients, so a replica that is alone halves its batch; pairs of opposite noises take quarters.
     alpha = args.rwp_alpha if args.rwp and args.rwp_gamma != 0 else 0.0
     micro_steps = max(args.gradient_accumulation_steps, fewest_micro_steps(replicas, alpha, args.rwp_antithetic))
-    flags, background = scrub_paths(asdict(args)), None
     if not args.eval_only:
         set_up_engine(accelerator, args, micro_steps)
         args.check_batch(replicas, micro_steps, mixes(alpha))
+    settle_folder(args)
+    accelerator.project_configuration.logging_dir = f"{args.output_dir}/logs"
+    flags, background = scrub_paths(asdict(args)), None
     checkpoint, state = find_checkpoint(args)
     if not args.eval_only:
         kept = KEPT_BY_CHECKPOINTS | ({"lr"} if args.sched == "none" else set())
@@ -226,8 +226,7 @@ def main(args: Arguments) -> None:
     training = Training(
         run, loader, augment, mixup, model, criterion, optimizer, sam, ema, scheduler, micro_steps, epochs
     )
-    run.begin(checkpoint, state, epochs)
-    accelerator.init_trackers("hf_rwp", config={name: str(value) for name, value in flags.items()})
+    run.begin(checkpoint, state, epochs, updates=len(loader), images=args.batch_size * accelerator.num_processes)
     with run:
         try:
             for epoch in range(len(run.history), epochs):
@@ -245,9 +244,7 @@ def main(args: Arguments) -> None:
         finally:
             optimizer.eval()  # an interrupt may have left noise in the weights
 
-    results = run.finish()
-    if results:
-        print(f"{summary(results)}\nWrote {run.results_file}, {run.model_folder} and {newest(run.checkpoints)}")
+    run.finish("train")
     accelerator.end_training()  # the other replicas need not wait for a push
     if args.push_to_hub and accelerator.is_main_process:
         publish(args, run)
@@ -282,16 +279,7 @@ def train_one_epoch(training: Training, epoch: int) -> Row:
     training.optimizer.train()
     if training.mixup:
         training.mixup.mixup_enabled = not 0 < args.mixup_off_epoch <= epoch
-    progress = tqdm(
-        desc=f"epoch {epoch + 1}/{training.epochs}",
-        total=updates * images_per_update,
-        initial=run.images,
-        unit="img",
-        unit_scale=True,
-        leave=False,
-        disable=None if accelerator.is_main_process else True,  # None: shown only on a terminal
-    )
-    run.start_clock()
+    run.start_clock(f"epoch {epoch + 1}/{training.epochs}")
     for update, (images, labels) in enumerate(loader, start=epoch * updates + run.images // images_per_update):
         # All chance in a step follows from its place, so that a resumed run repeats it.
         set_seed(derive_seed(args.seed, update, accelerator.process_index))
@@ -303,24 +291,22 @@ def train_one_epoch(training: Training, epoch: int) -> Row:
         if training.ema:
             training.ema.update(run.module, step=update + 1)
         run.advance(images_per_update)
-        progress.update(images_per_update)
         if update + 1 == (epoch + 1) * updates:
             continue  # what is due comes after the epoch
         saves = bool(args.checkpointing_steps) and run.step % args.checkpointing_steps == 0
         stops = accelerator.num_processes == 1 and run.preempted
         if saves or stops or run.step % args.logging_steps == 0:
-            stops, _ = log_losses(training, progress)
+            stops, _ = log_losses(training)
         if saves or stops:
             run.save()
         if stops:
             run.stop()
-    stops, unreadable = log_losses(training, progress)
+    stops, unreadable = log_losses(training)
     seconds = run.read_clock()
     if stops:  # evaluation may take longer than there is time
         run.images = updates * images_per_update
         run.save()
         run.stop()
-    progress.close()
     losses, report = run.tracker.total(), run.rwp_report()
     return {
         "epoch": epoch + 1,
@@ -378,21 +364,20 @@ def validate(
             logits = module(normalize(images))
         accuracy.add(logits, labels.to(accelerator.device))
     figures = accuracy.compute()
+    if module.num_classes <= 5:
+        figures.pop("top5")  # always right
     _, unreadable = agree(accelerator, loader.unreadable.slots, max_bad_images)
     return figures | {"unreadable_eval_images": unreadable}
 
 
-def log_losses(training: Training, progress: tqdm) -> tuple[bool, int]:
+def log_losses(training: Training) -> tuple[bool, int]:
     """Log the losses since the last time; returns what `agree` does."""
     run = training.run
     losses = run.tracker.compute()
     training.diverged = 0 if is_finite(losses) else training.diverged + 1
     if training.diverged > (2 if run.accelerator.scaler else 0):  # fp16's scaler skips a step that overflows
         refuse_divergence(losses, run.step, "lr or rwp_gamma" if run.rwp else "lr")
-    rate = max(group["lr"] for group in training.optimizer.param_groups)
-    run.accelerator.log({**losses, "learning_rate": rate}, step=run.step)
-    if losses:
-        progress.set_postfix(loss=f"{losses['loss']:.3f}")
+    run.log(losses, max(group["lr"] for group in training.optimizer.param_groups))
     return agree(run.accelerator, training.loader.unreadable.slots, run.args.max_bad_images, run.preempted)
 
 

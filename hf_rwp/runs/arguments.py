@@ -21,6 +21,7 @@ class RunArguments:
     """
 
     given = Given()  # no flag
+    numbered = False  # whether output_dir is the first of a row of folders, as no flag named one: `settle_folder`
 
     eval_only: bool = field(
         default=False,
@@ -30,7 +31,11 @@ class RunArguments:
         },
     )
     output_dir: str | None = field(
-        default=None, metadata={"help": "Folder for all that is written; outputs/DATA_METHOD_seedN if not set."}
+        default=None,
+        metadata={
+            "help": "Folder for all that is written. If not set, a new one for each run: outputs/DATA_METHOD_seedN, "
+            "then .../2, .../3."
+        },
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Whether a run that output_dir holds may be deleted for this one."}

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TypeAlias
 
 from hf_rwp.runs.files import as_json, write
+from hf_rwp.runs.folders import latest_folder
 
 Flags: TypeAlias = Mapping[str, Sequence[str]]  # by name, as they were typed
 
 FLAGS = "_flags.json"  # a name that Trainer's own pushes leave out: it has paths of this machine
-_OF_A_SESSION = {"config", "config_ignore_unknown", "eval_only", "output_dir", "overwrite_output_dir"}
-_OF_A_SESSION |= {"resume_from_checkpoint"}
+OF_A_SESSION = {"config", "config_ignore_unknown", "eval_only", "output_dir", "overwrite_output_dir"}
+OF_A_SESSION |= {"resume_from_checkpoint"}
 _PLACES = {"data_dir", "dataset", "model_name_or_path", "pretrained"}  # these may be a folder's bare name
 _SECRET = re.compile(r"(^|_)token$")
 
@@ -81,15 +82,15 @@ def join_flags(flags: Flags) -> list[str]:
 def with_those_of_the_run(flags: Flags, default_folder: Callable[[], str], names: Collection[str]) -> Given:
     """The flags given, and those kept by the run that `--resume_from_checkpoint` names.
 
-    default_folder: the output_dir where none is given. names: of all flags. Raises ValueError for a run of flags that
-    are not among them, and for a file that is damaged.
+    default_folder: the output_dir where none is given, the first of its row. names: of all flags. Raises ValueError
+    for a run of flags that are not among them, and for a file that is damaged.
     """
     wanted = _last(flags, "resume_from_checkpoint")
     if wanted is None:
         return Given(flags)
     output_dir = _last(flags, "output_dir")
     if wanted == "latest":
-        folder = Path(output_dir if output_dir is not None else default_folder())
+        folder = Path(output_dir) if output_dir is not None else latest_folder(Path(default_folder()))
     else:
         place = Path(wanted).expanduser()
         folder = next((path for path in (place, *place.absolute().parents[:2]) if (path / FLAGS).is_file()), place)
@@ -122,7 +123,7 @@ def _read(file: Path) -> dict[str, list[str]]:
 
 
 def _lasting(flags: Flags) -> dict[str, Sequence[str]]:
-    return {name: values for name, values in flags.items() if name not in _OF_A_SESSION}
+    return {name: values for name, values in flags.items() if name not in OF_A_SESSION}
 
 
 def _absolute(name: str, value: str) -> str:

@@ -201,54 +201,6 @@ def command_of(start: str, arguments: Mapping[str, Any], defaults: Mapping[str, 
     return shlex.join(words)
 
 
-def summary(results: Results) -> str:
-    """The results as two columns of text."""
-    final, arguments = results["final"], results["arguments"]
-    rows: dict[str, Any] = {
-        "method": arguments.get("method") or ("rwp" if arguments.get("rwp") else "base"),
-        "replicas": results["hardware"]["replicas"],
-        "epochs": f"{final['epoch']:g}",
-        "top-1": f"{final['top1']:.2%}",
-        "top-5": f"{final['top5']:.2%}",
-    }
-    if "best" in results:
-        rows["top-1, best checkpoint"] = f"{results['best']['top1']:.2%}"
-    if "top1_ema" in final:
-        rows["top-1, average of weights"] = f"{final['top1_ema']:.2%}"
-    unreadable = final.get("unreadable_images", 0) + final.get("unreadable_eval_images", 0)
-    if unreadable:
-        rows["unreadable images"] = unreadable
-    if "train_loss" in final:
-        rows["training loss"] = f"{final['train_loss']:.4f}"
-    rows["training seconds"] = f"{results['seconds']:.1f}"
-    rows["images per second"] = f"{final['images_per_second']:.0f}"
-    if "rwp" in final:
-        rwp = final["rwp"]
-        losses = [
-            f"{loss:.4f}" if loss is not None else "-" for loss in map(final.get, ("loss_clean", "loss_perturbed"))
-        ]
-        rows |= {
-            "placement": rwp["placement"],
-            "slots, clean / perturbed": f"{rwp['slots']['clean']} / {rwp['slots']['perturbed']}",
-            "loss, clean / perturbed": " / ".join(losses),
-            "noise / weights": noise_sizes(rwp) or "-",
-        }
-    return aligned(rows)
-
-
-def epoch_line(row: Row) -> str:
-    """The figures of an epoch that a log shows, in a line."""
-    shown = {name: row.get(name) for name in ("train_loss", "top1", "top1_ema")}
-    return f"epoch {row['epoch']}: " + ", ".join(
-        f"{name} {value:.4f}" for name, value in shown.items() if value is not None
-    )
-
-
-def noise_sizes(report: Mapping[str, Any]) -> str:
-    """The noise's size relative to the largest, the median and the smallest layer, as `RWP.report` measured it."""
-    return ", ".join(f"{layer['size']:.2g} ({layer['name']})" for layer in report["relative_noise"].values())
-
-
 def aligned(rows: Mapping[str, Any]) -> str:
     """Two columns of text."""
     width = max(map(len, rows))

@@ -6,10 +6,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 
 from hf_rwp.runs.arguments import RunArguments
 from hf_rwp.runs.checkpoints import newest, read_state
+from hf_rwp.runs.folders import latest_folder, new_folder
 from hf_rwp.runs.given import FLAGS
 from hf_rwp.runs.sharded import processes_per_replica
 
@@ -45,9 +47,36 @@ def checkpoint_to_resume(
     return resume_from
 
 
+def settle_folder(args: Any) -> None:
+    """Set `args.output_dir`, where no flag did, to the folder that all processes of this run share. Collective.
+
+    args: `numbered` says whether no flag named it; output_dir is the first of its folders then, and stays so for what
+    goes on there, evaluates or overwrites. Raises ValueError on all processes where nothing can be written.
+    """
+    if not args.numbered:
+        return
+    first, state, failure = Path(args.output_dir), PartialState(), ""
+    folder = first
+    if state.is_main_process and not (args.overwrite_output_dir or args.eval_only):
+        try:
+            check_writable(first)
+            if args.resume_from_checkpoint is None:
+                folder = new_folder(first)
+            elif args.resume_from_checkpoint == "latest":
+                folder = latest_folder(first)
+        except (OSError, ValueError) as error:
+            failure = str(error)
+    said = [str(folder), failure]
+    broadcast_object_list(said)
+    if said[1]:
+        raise ValueError(said[1])
+    args.output_dir, args.numbered = said[0], False
+
+
 def runs_beside(output_dir: Path) -> list[Path]:
     """The folders beside one that hold a run's flags, at most five, the last written first."""
-    found = sorted(output_dir.parent.glob(f"*/{FLAGS}"), key=lambda file: -file.stat().st_mtime)
+    files = [*output_dir.parent.glob(f"*/{FLAGS}"), *output_dir.parent.glob(f"*/[0-9]*/{FLAGS}")]
+    found = sorted(files, key=lambda file: -file.stat().st_mtime)
     return [file.parent for file in found[:5]]
 
 

@@ -1,13 +1,13 @@
 """A run in its folder: where it is, what it saves and leaves behind; `resuming` finds what it goes on from.
 
     run = Run(accelerator, args, flags, ...)        # when all is built
-    run.begin(checkpoint, state, epochs)
+    run.begin(checkpoint, state, epochs, updates, images)
     with run:                                       # from here on SIGTERM and Ctrl-C are noted, and `stop` acts on them
         for epoch in range(len(run.history), epochs):
-            run.start_clock()
-            ...                                     # `advance` after each step, `save` when it is time
+            run.start_clock("epoch 1/10")
+            ...                                     # `advance` after each step, `log` and `save` when it is time
             run.end_epoch(row)
-    results = run.finish()
+    run.finish("train")
 
 `agree` stands by itself, for other trainers.
 """
@@ -30,21 +30,19 @@ from hf_rwp.core.buffers import sync_buffers
 from hf_rwp.core.losses import LossTracker
 from hf_rwp.core.optimizer import RWP
 from hf_rwp.runs.arguments import RunArguments
-from hf_rwp.runs.checkpoints import (
-    checkpoints_in,
-    load_checkpoint,
-    remove_checkpoints,
-    save_checkpoint,
-)
+from hf_rwp.runs.checkpoints import checkpoints_in, load_checkpoint, newest, remove_checkpoints, save_checkpoint
+from hf_rwp.runs.closing import commands, last_screen, noise_sizes
 from hf_rwp.runs.deepspeed import is_engine
 from hf_rwp.runs.distributed_checkpoints import load_weights
 from hf_rwp.runs.divergence import refuse_meaningless
 from hf_rwp.runs.files import as_json, write
 from hf_rwp.runs.given import save_flags
-from hf_rwp.runs.records import Results, Row, epoch_line, noise_sizes, weights_digest
+from hf_rwp.runs.progress import Progress, epoch_figures
+from hf_rwp.runs.records import Results, Row, weights_digest
 from hf_rwp.runs.resuming import RESULTS
 from hf_rwp.runs.sharded import gather_into, is_mesh, processes_per_replica
 from hf_rwp.runs.signals import Signals
+from hf_rwp.runs.tracking import begin_tracking
 
 
 def agree(
@@ -155,9 +153,10 @@ class Run:
         self.model_folder, self.best_folder = self.folder / "model", self.folder / "best"
         self._slots_before = {"clean": 0, "perturbed": 0}
 
-    def begin(self, checkpoint: Path | None, state: Mapping[str, Any], epochs: int) -> None:
-        """Load what `find_checkpoint` found, and delete what the folder holds beyond it.
+    def begin(self, checkpoint: Path | None, state: Mapping[str, Any], epochs: int, updates: int, images: int) -> None:
+        """Load what `find_checkpoint` found, delete what the folder holds beyond it, and start the trackers.
 
+        updates: optimizer steps of an epoch. images: of a step, over all replicas.
         Raises ValueError for a checkpoint of another method, or of more epochs.
         """
         if checkpoint is not None:
@@ -179,6 +178,9 @@ class Run:
             self.results_file.unlink(missing_ok=True)
             behind = [step for step in checkpoints_in(self.checkpoints) if step <= self.step]
             remove_checkpoints(self.checkpoints, keep=behind)
+        begin_tracking(self.accelerator, self.folder, self.flags, self.step, resumed=checkpoint is not None)
+        done, main = len(self.history) * updates + self.images // images, self.accelerator.is_main_process
+        self.progress = Progress(epochs * updates, part=updates, done=done, images=images, shown=main)
 
     def __enter__(self) -> "Run":
         self.signals.__enter__()
@@ -186,17 +188,27 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.signals.__exit__()
+        self.progress.close()
         if kind is not None and self.background is not None:
             self.background.stop()
 
-    def start_clock(self) -> None:
-        """Training in an epoch begins, or goes on."""
+    def start_clock(self, label: str) -> None:
+        """Training in an epoch begins, or goes on. label: of the epoch, for those who watch."""
+        self.progress.begin(label)
         self._started = time.perf_counter() - self.seconds
 
     def advance(self, images: int) -> None:
         """An optimizer step is done, of so many images over all replicas."""
         self.step += 1
         self.images += images
+        self.progress.advance()
+
+    def log(self, losses: Mapping[str, float], learning_rate: float) -> None:
+        """Send figures of the last steps to the trackers, and to those who watch. losses: of `LossTracker.compute`."""
+        gamma = {} if self.rwp is None else {"gamma": max(group["rwp_gamma"] for group in self.rwp.param_groups)}
+        self.accelerator.log({**losses, "learning_rate": learning_rate, **gamma}, step=self.step)
+        if losses:
+            self.progress.note(loss=losses["loss"])
 
     def read_clock(self) -> float:
         """Seconds of training in this epoch so far."""
@@ -247,16 +259,20 @@ class Run:
         self.history.append(row)
         self.images, self.seconds = 0, 0.0
         self.tracker.reset()
-        self.accelerator.log({name: value for name, value in row.items() if isinstance(value, float)}, step=self.step)
+        figures = {name: value for name, value in row.items() if isinstance(value, float)}
+        noise = row["rwp"]["relative_noise"] if "rwp" in row else {}
+        sizes = {f"noise_size_{which}": layer["size"] for which, layer in noise.items()}
+        self.accelerator.log(figures | sizes, step=self.step)
         self.save()
         if self.rwp and len(self.history) == 1:
-            self.accelerator.print(f"noise / weights: {noise_sizes(row['rwp']) or 'none yet'}")
-        self.accelerator.print(epoch_line(row))
+            self.progress.say(f"noise / weights: {noise_sizes(row['rwp']) or 'none yet'}")
+        self.progress.say(self.progress.line(epoch_figures(row)))
 
     def stop(self) -> None:
         """Exit with the status of the signal, after a save."""
         if self.background is not None:
             self.background.stop()
+        self.progress.close()
         self.accelerator.print(self.signals.saved(self.step, self.folder), file=sys.stderr)
         self.accelerator.end_training()
         raise SystemExit(self.signals.status)
@@ -273,18 +289,26 @@ class Run:
             "history": self.history,
         }
 
-    def finish(self) -> Results | None:
-        """Write the model and the results, which are those of the last epoch; None but on the main process."""
+    def finish(self, recipe: str) -> None:
+        """Write the model and the results, which are those of the last epoch, and print the last screen.
+
+        recipe: the command of `hf-rwp` that this was.
+        """
         if is_mesh(self.accelerator):
             gather_into(self.whole, self.trained)
         digests = gather_object([weights_digest(self.module)])
         if not self.accelerator.is_main_process:
-            return None
+            return
         results = self.results()
         results["replicas_sha256"] = sorted(set(digests))
         self.write_model(self.model_folder, results)
         write(self.results_file, as_json(results))
-        return results
+        logs = self.folder / "logs" if "tensorboard" in self.args.report_to else None
+        waits = None if self.flags.get("push_to_hub") else self.flags.get("hub_model_id")
+        where = {"logs": logs, "processes": self.accelerator.num_processes, "repo_id": waits}
+        then = commands(self.folder, recipe, results, self.args.given.flags, **where)
+        last = newest(self.checkpoints)
+        print(last_screen(results, [self.results_file, self.model_folder, *([last] if last else [])], then))
 
     def write_best(self) -> Path:
         """Write the weights of the best epoch, which the model has from then on; returns their folder.

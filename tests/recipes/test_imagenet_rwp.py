@@ -24,6 +24,7 @@ from datasets import Image
 from imagenet import (
     RECIPE,
     RECIPES,
+    SMALL,
     SUPPORT,
     few_digits,
     launch,
@@ -55,7 +56,7 @@ def test_no_arguments_but_a_seed_learn_the_digits(tmp_path, seed):
     assert found["final"]["rwp"]["slots"] == {"clean": 220, "perturbed": 220}
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path / "results.json") in run.stdout
-    assert "img/s" not in run.stderr  # no progress bar where there is no terminal
+    assert "%|" not in run.stderr  # no progress bar where there is no terminal
 
 
 def test_two_cpu_replicas_start_from_the_file_in_the_repository(tmp_path):
@@ -85,21 +86,53 @@ def test_replicas_of_every_method_end_bit_equal(tmp_path, method):
     assert len(results(tmp_path)["replicas_sha256"]) == 1
 
 
-def test_one_bar_an_epoch_on_a_terminal(tmp_path):
+def test_one_bar_for_all_of_training_on_a_terminal(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(SUPPORT)!r}); import imagenet\n"
         "recipe = imagenet.load_recipe(); recipe.load_images = imagenet.few_digits\n"
         f"imagenet.train(recipe, {str(tmp_path)!r}, '--logging_steps=1')"
     )
     ours, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     with subprocess.Popen([sys.executable, "-c", code], stderr=terminal, stdout=subprocess.DEVNULL) as process:
         assert process.wait() == 0
     text = os.read(ours, 2**16).decode()
     os.close(ours)
     os.close(terminal)
-    assert set(re.findall(r"epoch \d+/\d+", text)) == {"epoch 1/2", "epoch 2/2"}
-    assert re.search(r"/96.0 \[00:\d\d<00:\d\d, +[\d.]+k?img/s, loss=\d\.\d+\]", text), text
+    shown = [part for part in re.split(r"[\r\n]", text) if "%|" in part]
+    assert {re.search(r"epoch \d+/\d+", part)[0] for part in shown} == {"epoch 1/2", "epoch 2/2"}
+    assert max(map(len, shown)) <= 80
+    percents = [int(re.search(r"(\d+)%", part)[1]) for part in shown]
+    assert percents == sorted(percents)
+    assert min(int(re.search(r"(\d+)%", part)[1]) for part in shown if "epoch 2/2" in part) == 50
+    assert re.search(r"epoch \d/2: +\d+%\|.*\| \d\d:\d\d left, loss \d\.\d{4}, [\d,.]+ images/s", text), text
+
+
+def test_the_first_command_works_twice_and_says_what_comes_next(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags, first = [*SMALL, "--epochs=1", "--save_total_limit=1"], Path("outputs/digits_rwp_seed0")
+    for folder in (first, first / "2"):
+        recipe.main(parse_arguments(recipe.Arguments, flags))
+        assert (folder / "results.json").is_file()
+        said = capsys.readouterr().out
+        assert f"writes to: {folder}\n" in said
+        assert "epoch 1/1 done: loss " in said
+        assert "\n\nRWP took 3 of 6 gradients with noise in the weights. Noise of 42 %" in said
+        for command in (
+            f"hf-rwp predict {folder} IMAGE ",
+            f"hf-rwp landscape {folder} ",  # as no tracker was wanted
+            "hf-rwp train --rwp=false --img_size=16 --batch_size=32 --lr=0.02 --report_to=none",
+        ):
+            assert f"\n{command}" in said
+    with pytest.raises(FileExistsError, match="holds a finished run"):
+        recipe.main(parse_arguments(recipe.Arguments, [*flags, f"--output_dir={first}"]))
+    recipe.main(parse_arguments(recipe.Arguments, ["--resume_from_checkpoint=latest", "--epochs=2"]))
+    assert [len(results(folder)["history"]) for folder in (first, first / "2")] == [1, 2]
+    recipe.main(parse_arguments(recipe.Arguments, [f"--resume_from_checkpoint={first}", "--epochs=2"]))
+    assert len(results(first)["history"]) == 2
+    assert not (first / "3").exists()
+    recipe.main(parse_arguments(recipe.Arguments, [*flags, "--overwrite_output_dir"]))
+    assert len(results(first)["history"]) == 1
 
 
 # What it computes, against loops written out
@@ -440,6 +473,11 @@ def test_trackers_get_the_figures(recipe, tmp_path):
         events.Tags()["scalars"]
     )
     assert [event.step for event in events.Scalars("loss")] == [2, 3, 4, 6]
+    assert [event.value for event in events.Scalars("gamma")] == pytest.approx([0.01] * 4)
+    sizes = [row["rwp"]["relative_noise"]["largest"]["size"] for row in found["history"]]
+    assert [event.value for event in events.Scalars("noise_size_largest")] == pytest.approx(sizes)
+    folders = {file.parent for file in (tmp_path / "logs").rglob("*") if file.is_file()}
+    assert folders == {tmp_path / "logs" / "hf_rwp"}  # one run
     assert [event.value for event in events.Scalars("top1")] == pytest.approx([row["top1"] for row in found["history"]])
 
 

@@ -1,0 +1,142 @@
+"""How far the work is, for whoever watches: one bar on a terminal; lines in a pipe, a batch job or a notebook.
+
+    progress = Progress(steps=epochs * updates, part=updates, images=64)   # on a main process
+    progress.begin("epoch 1/10")       # what comes next, for the bar and the lines
+    progress.advance()                 # after each step
+    progress.note(loss=0.4121)         # for what is shown from now on
+    progress.say("warning: ...")       # any line, beside the bar
+    progress.close()
+
+A line is due a tenth of an epoch after the last one, but ten seconds after it at the earliest and a minute at the
+latest: epochs of three seconds show one line each, at their end, and epochs of three hours one a minute.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+from hf_rwp.runs.records import Row
+
+EARLIEST, LATEST = 10.0, 60.0  # seconds from one line to the next
+PARTS = 10  # lines in an epoch, where they are due between these two
+
+
+class Progress:
+    """What is done of a number of steps, and how long the rest will take.
+
+    Args:
+        steps (`int`):
+            All of them, of all epochs.
+        part (`int`, *optional*):
+            Steps in an epoch, or in whatever takes its place; all if not set.
+        done (`int`, *optional*, defaults to 0):
+            Steps that are behind already, in an earlier session.
+        images (`int`, *optional*, defaults to 1):
+            How many of `unit` a step has.
+        unit (`str`, *optional*, defaults to `"images"`):
+            What speed is counted in.
+        step (`str`, *optional*, defaults to `"step"`):
+            What a step is called.
+        shown (`bool`, *optional*, defaults to `True`):
+            Whether anything is shown: on one process of many.
+        clock (`Callable`, *optional*):
+            Seconds, from any beginning.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        *,
+        part: int | None = None,
+        done: int = 0,
+        images: int = 1,
+        unit: str = "images",
+        step: str = "step",
+        shown: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.steps, self.done, self.images, self.unit, self.step, self.shown = steps, done, images, unit, step, shown
+        self.part = part or steps
+        self._clock, self._figures, self.label = clock, dict[str, str](), ""
+        self._bar: tqdm[Any] | None = None
+        now = clock()
+        self._session = now, done  # whose pace the rest is foretold from: evaluations and what else comes between count
+        self._begun = self._said = now, done
+
+    def begin(self, label: str) -> None:
+        """What comes next; the speed is that of steps from here on."""
+        self.label, self._begun = label, (self._clock(), self.done)
+        if self._bar is None and self.shown and sys.stderr.isatty():
+            form = "{desc}: {percentage:3.0f}%|{bar}| {remaining} left{postfix}"
+            options: dict[str, Any] = {"smoothing": 0, "leave": False, "dynamic_ncols": True, "bar_format": form}
+            self._bar = tqdm(total=self.steps, initial=self.done, desc=label, file=sys.stderr, **options)
+        elif self._bar is not None:
+            self._bar.set_description_str(label)
+
+    def advance(self, steps: int = 1) -> None:
+        """Steps are done."""
+        self.done += steps
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join(self._shown()), refresh=False)
+            self._bar.update(steps)
+        elif self.shown and self._is_due():
+            self.say(self.line())
+
+    def note(self, **figures: float) -> None:
+        """Figures by their names, which what is shown from now on has."""
+        self._figures = {name: f"{name} {value:.4f}" for name, value in figures.items()}
+
+    def say(self, line: str) -> None:
+        """Print a line to stdout, beside the bar."""
+        if not self.shown:
+            return
+        if self._bar is not None:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+        else:
+            print(line, flush=True)
+        self._said = self._clock(), self.done
+
+    def line(self, figures: Mapping[str, str] | None = None) -> str:
+        """Where the work is. figures: of a part that is done, by any names, in place of what was noted."""
+        shown = self._shown() if figures is None else list(figures.values())
+        where = f"{self.label}, {self.step} {self.done:,}/{self.steps:,}" if figures is None else f"{self.label} done"
+        if self.done < self.steps and (left := self.seconds_left()) is not None:
+            shown.append(f"{tqdm.format_interval(round(left))} left")
+        return f"{where}: {', '.join(shown)}".removesuffix(": ")
+
+    def seconds_left(self) -> float | None:
+        """At the pace of this session; None before its first step."""
+        began, before = self._session
+        return (self._clock() - began) / (self.done - before) * (self.steps - self.done) if self.done > before else None
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _shown(self) -> list[str]:
+        began, before = self._begun
+        seconds = self._clock() - began
+        if seconds <= 0:
+            return [*self._figures.values()]
+        speed = (self.done - before) * self.images / seconds
+        return [*self._figures.values(), f"{speed:,.0f} {self.unit}/s" if speed >= 10 else f"{speed:.2g} {self.unit}/s"]
+
+    def _is_due(self) -> bool:
+        when, at = self._said
+        since = self._clock() - when
+        enough = PARTS * (self.done - at) >= self.part and self.done % self.part > 0  # an epoch's end has its own line
+        return since >= LATEST or (since >= EARLIEST and enough)
+
+
+def epoch_figures(row: Row) -> dict[str, str]:
+    """The figures of an epoch that its line has; images per second are those of its training."""
+    shown = {"train_loss": "loss {:.4f}", "top1": "top-1 {:.2%}", "top1_ema": "of averaged weights {:.2%}"}
+    shown["images_per_second"] = "{:,.0f} images/s"
+    values: dict[str, Any] = {**row}
+    return {name: text.format(values[name]) for name, text in shown.items() if values.get(name) is not None}
