@@ -16,9 +16,11 @@ The terms are one of three protocols:
 3. `time`: every method trains as many steps as fit into the time that plain training takes for `--epochs`, by step
    times that are measured before, all methods in turn.
 
-Every run is a whole schedule. With `--search true` each method first tries one grid of the same size on images held out
-from the training split: all pairs of `--lrs` and `--weight_decays`, with `--strengths` (factors on the method's rho or
-gamma) spread over them as in a Latin square. Accuracy is that of the last epoch, on images that chose nothing.
+Every run is a whole schedule; with `--pretrain_epochs` it begins from weights that were trained plainly. With
+`--search true` each method first tries one grid of the same size on images held out from the training split: all pairs
+of `--lrs` and `--weight_decays`, with `--strengths` (factors on the method's rho or gamma) spread over them as in a
+Latin square. Accuracy is that of the last epoch, on images that chose nothing; with `--early_stopping` also that of the
+evaluation that held-out images choose.
 
 Runs and trials become lines of `--results`; those that are there are not run again, and one that was cut goes on from
 its last checkpoint. Images are decoded once and lie on the device, where they are augmented in batches.
@@ -26,7 +28,7 @@ its last checkpoint. Images are decoded once and lie on the device, where they a
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,14 +40,17 @@ refuse_missing("compare", __name__)
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from safetensors.torch import load_model, save_model
 from tqdm import tqdm
 
 from hf_rwp.analysis.plots import comparison
 from hf_rwp.analysis.timing import seconds_in_turns, timed
+from hf_rwp.core.buffers import sync_buffers
 from hf_rwp.core.checks import check_all
 from hf_rwp.core.placement import mixes
 from hf_rwp.experiments.arguments import PAIRS, SmallArguments
 from hf_rwp.experiments.training import Data, Training, default_settings, load_data, options_of
+from hf_rwp.images.memory import Images
 from hf_rwp.runs.checkpoints import remove_checkpoints, save_checkpoint
 from hf_rwp.runs.comparison import (
     Record,
@@ -61,6 +66,7 @@ from hf_rwp.runs.comparison import (
     run_folder,
 )
 from hf_rwp.runs.determinism import use_fast_kernels
+from hf_rwp.runs.files import replacing
 from hf_rwp.runs.launch import check_comparison
 from hf_rwp.runs.methods import METHODS, PROTOCOLS, ComparisonArguments, Settings, count_steps, relative_times
 from hf_rwp.runs.parsing import start
@@ -79,6 +85,12 @@ class Arguments(ComparisonArguments, SmallArguments):
         default=None, metadata={"help": "Folder for checkpoints and the picture; outputs/compare_NAME if not set."}
     )
 
+    pretrain_epochs: int = field(
+        default=0, metadata={"help": "Epochs of plain training ahead, from which all methods of a seed begin."}
+    )
+    pretrain_lr: float = field(default=0.1, metadata={"help": "Their peak learning rate."})
+    pretrain_weight_decay: float = field(default=5e-4, metadata={"help": "Their weight decay."})
+
     def __post_init__(self) -> None:
         for kind in (ComparisonArguments, SmallArguments):
             kind.__post_init__(self)
@@ -86,7 +98,11 @@ class Arguments(ComparisonArguments, SmallArguments):
         self.results = self.results or str(RECIPE.parent / "results" / "compare" / f"{self.name}.jsonl")
         self.output_dir = self.output_dir or f"outputs/compare_{self.name}"
         pairs = "rwp_antithetic" in self.methods
-        check_all(self, ("batch_size", not pairs or self.batch_size % 4 == 0, PAIRS))
+        check_all(
+            self,
+            ("batch_size", not pairs or self.batch_size % 4 == 0, PAIRS),
+            ("pretrain_epochs", self.pretrain_epochs >= 0, "at least 0"),
+        )
 
 
 def main(args: Arguments) -> None:
@@ -97,13 +113,18 @@ def main(args: Arguments) -> None:
     use_fast_kernels()
     torch._dynamo.config.recompile_limit = 256  # each model is compiled anew
     results, output_dir, replicas = Path(args.results), Path(args.output_dir), accelerator.num_processes
-    data = load_data(args, accelerator.device, held_out=args.search)
+    data = load_data(args, accelerator.device, held_out=args.search or args.early_stopping)
     refuse_other_records(args, accelerator, data["digest"])
     lock = lock_output(output_dir, results) if accelerator.is_main_process else None
     launcher = "python" if replicas == 1 else "accelerate launch"
     facts = {"command": command_of(f"{launcher} recipes/{RECIPE.name}", *described_arguments(args))}
     facts |= environment(accelerator) | {"load_average": os.getloadavg()[0], "data_sha256": data["digest"]}
     per_step = args.batch_size * replicas
+    if args.early_stopping and len(data["held_in"]) < len(data["train"]):
+        raise ValueError(
+            f"early_stopping needs held-out images that train nothing, and {len(data['train']) - len(data['held_in'])} "
+            "of them are to train on: set train_images, or validation_images, so that both fit into the split"
+        )
     if len(data["held_in" if args.search else "train"]) < per_step:
         raise ValueError(
             f"{len(data['train'])} images to train on, {len(data['held_in'])} in a search, are fewer than the "
@@ -145,9 +166,18 @@ def grid(args: Arguments, name: str) -> list[Settings]:
 
 
 def chosen(args: Arguments, name: str, protocol: str) -> Settings:
-    """What a search found best, else the flags' settings."""
-    found = best_settings(comparison_records(Path(args.results)), name, protocol)
-    return default_settings(args, name) if found is None else found
+    """What a search found best, here or in the comparison that `--settings_from` names, else the flags' settings."""
+    own = Path(args.results)
+    others = [own.with_name(f"{args.settings_from}.jsonl")] if args.settings_from else []
+    for file in (own, *others):
+        found = best_settings(comparison_records(file), name, protocol)
+        if found is not None:
+            return found
+    if args.settings_from:
+        raise ValueError(
+            f"{others[0]} has no search for the settings of {name}: leave settings_from out, or search there"
+        )
+    return default_settings(args, name)
 
 
 def seconds_per_step(accelerator: Accelerator, args: Arguments, data: Data, names: Sequence[str]) -> dict[str, float]:
@@ -177,8 +207,10 @@ def run(
         return False
     images, judges = (data["train"], data["test"]) if kind == "run" else (data["held_in"], data["held_out"])
     training = Training(accelerator, args, data, images, name, what["settings"], seed, steps, per_step // replicas)
+    before = begin_from_pretrained(args, data, training, images, judges) if args.pretrain_epochs else {}
     folder, new = run_folder(Path(args.output_dir), what), {"step": 0, "seconds": 0.0, "history": [], "gradients": 0}
-    position = resume_run(accelerator, folder, new | {"slots": {"clean": 0, "perturbed": 0}})
+    modules = {"average": training.average} if training.average else {}
+    position = resume_run(accelerator, folder, new | {"slots": {"clean": 0, "perturbed": 0}}, modules)
     done, seconds, history, training.gradients, slots_before = position.values()
     progress = tqdm(
         desc=f"{label}, {name}, seed {seed}",
@@ -195,6 +227,7 @@ def run(
             training.step(number)
             progress.update(per_step)
 
+    saved = seconds
     points = sorted({round(steps * part / args.evaluations) for part in range(1, args.evaluations + 1)} - {0})
     try:
         for point in (point for point in points if point > done):
@@ -203,13 +236,16 @@ def run(
             row = {"step": done, "epoch": done * per_step / len(images), "seconds": seconds}
             row |= {"gradients": training.gradients / len(images), "train_loss": losses.pop("loss")}
             history.append(row | losses | training.evaluate(judges))
+            if args.early_stopping and kind == "run":
+                history[-1]["held_out"] = training.evaluate(data["held_out"])["top1"]
             progress.set_postfix(loss=f"{row['train_loss']:.3f}", top1=f"{history[-1]['top1']:.2%}")
             if not math.isfinite(row["train_loss"]):
                 break  # diverged: the accuracy that it has is the result
-            if done < steps:
+            if done < steps and seconds - saved >= args.checkpoint_seconds:
+                saved = seconds
                 slots = training.report(slots_before).get("slots", slots_before)
                 position = dict(zip(position, (done, seconds, history, training.gradients, slots), strict=True))
-                save_checkpoint(accelerator, folder / f"step_{done}", position)
+                save_checkpoint(accelerator, folder / f"step_{done}", position, modules)
                 if accelerator.is_main_process:
                     remove_checkpoints(folder, keep=[done])
     finally:
@@ -223,12 +259,49 @@ def run(
     if accelerator.is_main_process:
         record = what | {"evaluations": args.evaluations, "batch_size": args.batch_size, "images_per_step": per_step}
         record |= {key: history[-1][key] for key in ("top1", "gradients", "seconds")} | ({"rwp": did} if did else {})
-        record |= {"images": {"train": len(images), "evaluated": len(judges)}}
+        record |= {"images": {"train": len(images), "evaluated": len(judges)}} | before
+        if kind == "run":
+            record |= stopped(history) if args.early_stopping else {"peak": max(row["top1"] for row in history)}
+            if args.robustness_images:
+                record["robustness"] = training.robustness(judges, args.robustness_images)
         append_record(results, without_nan(record | ({"history": history} if kind == "run" else {}) | facts))
         remove_checkpoints(folder, keep=[])
     accelerator.wait_for_everyone()  # what was appended may choose the next settings
     accelerator.free_memory()
     return True
+
+
+def begin_from_pretrained(
+    args: Arguments, data: Data, training: Training, images: Images, judges: Images
+) -> dict[str, Any]:
+    """Give a training the weights that plain training ends in, from a file if they are there. Returns what they are."""
+    accelerator, seed, size = training.accelerator, training.seed, args.batch_size
+    file = Path(args.output_dir) / "pretrained" / f"seed_{seed}_{len(images)}.safetensors"
+    if not file.exists():
+        steps = max(1, round(args.pretrain_epochs * len(images) / (size * accelerator.num_processes)))
+        settings = {"lr": args.pretrain_lr, "weight_decay": args.pretrain_weight_decay, "strength": None}
+        plain = Training(accelerator, args, data, images, "base", settings, seed, steps, size)
+        for number in range(steps):
+            plain.step(number)
+        sync_buffers([plain.module])
+        if accelerator.is_main_process:
+            file.parent.mkdir(exist_ok=True)
+            with replacing(file) as partial_file:
+                save_model(plain.module, str(partial_file))
+        accelerator.wait_for_everyone()
+    load_model(training.module, file)
+    if training.average is not None:
+        training.average.module.load_state_dict(training.module.state_dict())
+    found: dict[str, Any] = training.evaluate(judges)
+    if args.robustness_images:
+        found["robustness"] = training.robustness(judges, args.robustness_images)
+    return {"before": found}
+
+
+def stopped(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What would have been best of a run: as held-out images say (`early`), and in hindsight (`peak`)."""
+    best = max(history, key=lambda row: row["held_out"])  # the first of equals
+    return {"early": {key: best[key] for key in ("step", "held_out", "top1")}, "peak": max(r["top1"] for r in history)}
 
 
 # What is written down.
@@ -237,7 +310,8 @@ def run(
 def task_of(args: Arguments) -> dict[str, Any]:
     """What is learned and how, alike for the methods and settings that are compared."""
     others = {"methods", "protocols", "seeds", "search", "lrs", "weight_decays", "strengths", "lr", "weight_decay"}
-    others |= {"name", "evaluations", "workers", "max_bad_images", "shuffle_buffer"}
+    others |= {"name", "evaluations", "workers", "max_bad_images", "shuffle_buffer", "settings_from"}
+    others |= {"early_stopping", "robustness_images", "checkpoint_seconds"}
     facts, defaults = described_arguments(args)
     kept = {key: value for key, value in facts.items() if key not in others and not key.startswith("rwp")}
     always = ("model", "epochs", "batch_size", "opt", "data_dir")

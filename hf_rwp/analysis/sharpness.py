@@ -233,10 +233,17 @@ def quantized(model: nn.Module, batches: Batches, bits: int, loss: Loss = cross_
     """
     if bits < 2:
         raise ValueError(f"bits must be at least 2, for a symmetric grid to hold more than 0, got {bits}")
+    return replaced(model, batches, lambda weight: _rounded(weight, 2 ** (bits - 1) - 1), loss)
+
+
+def replaced(
+    model: nn.Module, batches: Batches, change: Callable[[Tensor], Tensor], loss: Loss = cross_entropy
+) -> Measured:
+    """Loss and accuracy with each weight of two and more dimensions, frozen ones too, as `change` makes it."""
     weights = [p for p in model.parameters() if p.is_floating_point() and p.ndim > 1]
     with _evaluating(model), _restored(weights):
         for weight in weights:
-            weight.copy_(_rounded(weight.detach(), 2 ** (bits - 1) - 1))
+            weight.copy_(change(weight.detach()))
         return _measured(model, batches, loss)
 
 

@@ -8,7 +8,7 @@ for number in range(100):
 training.evaluate(data["test"])         # {"top1": ..., "eval_loss": ...}
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,9 @@ from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
 from timm.scheduler import CosineLRScheduler  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from hf_rwp.analysis.robustness import robustness
 from hf_rwp.core.buffers import sync_buffers
 from hf_rwp.core.losses import LossTracker
 from hf_rwp.core.noise import DEFAULT_GAMMA, gamma_factor
@@ -67,7 +69,7 @@ def options_of(args: SmallArguments, name: str) -> dict[str, Any]:
 
 def default_settings(args: SmallArguments, name: str) -> Settings:
     strength = METHODS[name].strength
-    if METHODS[name].rwp == {}:
+    if METHODS[name].rwp is not None and strength is None:
         strength = DEFAULT_GAMMA[args.rwp_noise] if args.rwp_gamma is None else args.rwp_gamma
     return {"lr": args.lr, "weight_decay": args.weight_decay, "strength": strength}
 
@@ -120,6 +122,17 @@ class Training:
             self.optimizer, t_initial=steps, warmup_t=warmup, warmup_lr_init=1e-5 if warmup else 0, t_in_epochs=False
         )
         self.tracker = LossTracker(self.rwp, device)
+        self.smoothing = settings["strength"] if self.method.smoothed else 0.0
+        self.average = None
+        if self.method.averaged:
+            reach = settings["strength"] * len(images) / (per_replica * accelerator.num_processes)  # in steps
+            decay = get_ema_multi_avg_fn(1 - 1 / max(reach, 1))
+            self.average = AveragedModel(self.module, multi_avg_fn=decay, use_buffers=True)
+
+    @property
+    def judged(self) -> nn.Module:
+        """The module whose weights are the result."""
+        return self.module if self.average is None else self.average.module
 
     def step(self, number: int) -> None:
         self.scheduler.step_update(number)
@@ -127,7 +140,8 @@ class Training:
             schedule = (self.options[key] for key in ("schedule", "growth", "start"))
             self.rwp.scale_gamma(gamma_factor(number / self.steps, *schedule))
         images, labels = self.batch(number)
-        count = self.micro_steps if self.rwp and self.rwp.active else 1  # whole batches before the start of the noise
+        # Whole batches before the start of the noise.
+        count = self.micro_steps if self.rwp and self.rwp.active else self.method.parts
         parts = list(zip(images.chunk(count), labels.chunk(count), strict=True))
         add_gradients = partial(
             accumulate, self.model, parts, self.loss_of, accelerator=self.accelerator, tracker=self.tracker
@@ -138,9 +152,11 @@ class Training:
             sam_step(self.sam, self.model, add_gradients)
         else:
             plain_step(self.base if self.sam else self.optimizer, add_gradients)
+        if self.average is not None:
+            self.average.update_parameters(self.module)
 
     def loss_of(self, images: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(self.model(images).float(), labels)
+        return cross_entropy(self.model(images).float(), labels, label_smoothing=self.smoothing)
 
     def batch(self, number: int) -> tuple[Tensor, Tensor]:
         """This replica's share of the images of a step."""
@@ -152,16 +168,33 @@ class Training:
         """Top-1 accuracy in [0, 1] and mean cross-entropy, with clean weights and replica 0's buffers."""
         self.optimizer.eval()
         sync_buffers([self.module])
-        self.module.eval()
+        self.judged.eval()
         accuracy = Accuracy(images.labels.device)
-        for pixels, labels in zip(images.pixels.split(512), images.labels.split(512), strict=True):
+        for pixels, labels in self.as_they_are(images):
             with self.accelerator.autocast():
-                logits = self.module(self.normalize(pixels))
+                logits = self.judged(pixels)
             accuracy.add(logits, labels)
-        self.module.train()
+        self.judged.train()
         self.optimizer.train()
         found = accuracy.compute(over_replicas=False)  # each of them has seen all images
         return {key: found[key] for key in ("top1", "eval_loss")}
+
+    def as_they_are(self, images: Images) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalized images (B, 3, H, W), not augmented, and labels (B,), in their order."""
+        for pixels, labels in zip(images.pixels.split(512), images.labels.split(512), strict=True):
+            yield self.normalize(pixels), labels
+
+    def robustness(self, judges: Images, count: int) -> dict[str, Any]:
+        """`hf_rwp.analysis.robustness` of the result, on so many of `judges` and of the training images, or all."""
+        self.optimizer.eval()
+        sync_buffers([self.module])
+        learned = self.batches.images
+        batches = [
+            list(self.as_they_are(Images(part.pixels[:count], part.labels[:count]))) for part in (judges, learned)
+        ]
+        found = robustness(self.judged, *batches, seed=self.seed)
+        self.optimizer.train()
+        return found
 
     def report(self, slots_before: Mapping[str, int]) -> dict[str, Any]:
         """What RWP did, with the slots before a cut; empty without RWP. Collective."""

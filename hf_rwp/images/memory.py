@@ -16,6 +16,8 @@ from hf_rwp.images.arguments import ImageArguments
 from hf_rwp.images.loaders import ImageDataset
 from hf_rwp.images.transforms import BatchTransform, augmented, cut_out_, image_transforms
 
+LABEL_NOISE = ("symmetric", "asymmetric")
+
 
 @dataclass
 class MemoryArguments(ImageArguments):
@@ -35,7 +37,14 @@ class MemoryArguments(ImageArguments):
         },
     )
     label_noise: float = field(
-        default=0.0, metadata={"help": "Share of the training labels, in [0, 1], that are drawn at random."}
+        default=0.0, metadata={"help": "Share of the training labels, in [0, 1], that are made wrong."}
+    )
+    label_noise_kind: str = field(
+        default="symmetric",
+        metadata={
+            "help": "How: `symmetric`, drawn evenly from all classes, or `asymmetric`, the next class.",
+            "choices": LABEL_NOISE,
+        },
     )
     data_seed: int = field(default=0, metadata={"help": "Chooses images and wrong labels, the same for all runs."})
 
@@ -46,6 +55,7 @@ class MemoryArguments(ImageArguments):
             self,
             ("test_images", self.test_images is None or self.test_images >= 1, "at least 1"),
             ("label_noise", 0 <= self.label_noise <= 1, "in [0, 1]"),
+            ("label_noise_kind", self.label_noise_kind in LABEL_NOISE, f"one of {', '.join(LABEL_NOISE)}"),
             ("streaming", not self.streaming, "false: the images lie on the device"),
             ("aa", self.aa is None, f"unset: {in_batches}"),
             ("color_jitter", not self.color_jitter, f"0: {in_batches}"),
@@ -106,7 +116,7 @@ def select_images(
     test = np.random.default_rng(seed).permutation(test_rows)[: args.test_images]
     _, transform = image_transforms(args, data_config)
     train = decoded(splits["train"].select(order[: args.train_images]), transform, device, "train")
-    train.labels = with_wrong_labels(train.labels, args.label_noise, classes, seed)
+    train.labels = with_wrong_labels(train.labels, args.label_noise, classes, seed, args.label_noise_kind)
     images = {"train": train, "test": decoded(splits["validation"].select(test), transform, device, "validation")}
     images["held_in"] = Images(train.pixels[: rows - validation], train.labels[: rows - validation])
     if held_out:
@@ -114,12 +124,19 @@ def select_images(
     return images
 
 
-def with_wrong_labels(labels: Tensor, share: float, classes: int, seed: int) -> Tensor:
-    """`labels` with a share of them drawn anew, evenly from all classes, the right one among them."""
+def with_wrong_labels(labels: Tensor, share: float, classes: int, seed: int, kind: str = "symmetric") -> Tensor:
+    """`labels` with a share of them drawn anew, evenly from all classes, the right one among them.
+
+    kind: or, where `asymmetric`, that share with class k as k + 1, and the last class as 0.
+    """
     chance = np.random.default_rng([seed, 1])
     noisy = chance.permutation(len(labels))[: round(share * len(labels))]
     labels = labels.clone()
-    labels[torch.from_numpy(noisy)] = torch.from_numpy(chance.integers(classes, size=len(noisy))).to(labels)
+    rows = torch.from_numpy(noisy).to(labels.device)
+    if kind == "asymmetric":
+        labels[rows] = (labels[rows] + 1) % classes
+    else:
+        labels[rows] = torch.from_numpy(chance.integers(classes, size=len(noisy))).to(labels)
     return labels
 
 

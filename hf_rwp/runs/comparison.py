@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
+from torch import nn
 
 from hf_rwp.runs.checkpoints import load_checkpoint, newest, read_state
 from hf_rwp.runs.methods import METHODS, PROTOCOLS, Settings
@@ -68,14 +71,19 @@ def run_folder(output_dir: Path, what: Record) -> Path:
     return output_dir / "checkpoints" / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
-def resume_run(accelerator: Accelerator, folder: Path, position: Mapping[str, Any]) -> dict[str, Any]:
-    """Where a run goes on: at its last checkpoint, which is loaded, if it was cut; else at `position`. Collective."""
+def resume_run(
+    accelerator: Accelerator, folder: Path, position: Mapping[str, Any], modules: Mapping[str, nn.Module]
+) -> dict[str, Any]:
+    """Where a run goes on: at its last checkpoint, which is loaded, if it was cut; else at `position`. Collective.
+
+    modules: what else a checkpoint holds, by name.
+    """
     latest = newest(folder)
     if latest is None:
         return {**position}
     try:
         state = read_state(latest, needed=position)
-        load_checkpoint(accelerator, latest)
+        load_checkpoint(accelerator, latest, modules)
     except ValueError as error:
         raise ValueError(f"{error}: delete {folder}, and this run begins anew") from error
     return {key: state[key] for key in position}
@@ -93,6 +101,36 @@ def best_settings(records: Iterable[Record], name: str, protocol: str) -> Settin
 
 
 # What records say.
+
+
+def paired_gains(ours: Iterable[Record], theirs: Iterable[Record], figure: Callable[[Record], float]) -> list[float]:
+    """The differences of a figure between runs of the same seed, in the order of our seeds."""
+    there = {run["seed"]: figure(run) for run in theirs}
+    return [figure(run) - there[run["seed"]] for run in ours if run["seed"] in there]
+
+
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """The p of the exact two-sided test that paired differences are as likely of either sign (Fisher, 1935).
+
+    The share of all 2^n ways to put signs to them whose sum is at least as far from 0 as the one that was seen; with n
+    pairs at least 2^(1 - n), unless all are 0. Raises ValueError for no pair, and for more than 20.
+    """
+    if not 1 <= len(differences) <= 20:
+        raise ValueError(f"an exact test needs 1 to 20 pairs, got {len(differences)}: leave some out ahead of the runs")
+    sums = np.zeros(1)
+    for size in np.abs(np.asarray(differences, dtype=float)):
+        sums = np.concatenate([sums - size, sums + size])
+    seen = abs(math.fsum(differences))
+    return float((np.abs(sums) >= seen * (1 - 1e-9)).mean())  # sums of the same numbers differ by rounding
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """The p values of a family of tests, each raised as Holm (1979) does to cover that there are more of them."""
+    adjusted, largest = [0.0] * len(ps), 0.0
+    for rank, index in enumerate(sorted(range(len(ps)), key=lambda index: ps[index])):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[index]))
+        adjusted[index] = largest
+    return adjusted
 
 
 def comparison_table(records: Iterable[Record]) -> str:

@@ -24,13 +24,19 @@ PROTOCOLS = {
 
 @dataclass(frozen=True)
 class Method:
-    """strength: its rho or gamma. sam_every: SAM's second gradient in one of so many steps, 0 for none. rwp: options of
-    `RWP` and of gamma's schedule, over those of the flags; None where it is not RWP."""
+    """strength: what is tuned beside learning rate and weight decay: rho, gamma, label smoothing, or how many epochs an
+    average of weights reaches back; None for nothing, and for the flags' gamma. sam_every: SAM's second gradient in one
+    of so many steps, 0 for none. smoothed: whether labels are. averaged: whether the weights that are judged are an
+    exponential moving average. parts: how many a step's batch is taken in, without noise. rwp: options of `RWP` and of
+    gamma's schedule, over those of the flags; None where it is not RWP."""
 
     title: str
     strength: float | None = None
     sam_every: int = 0
     adaptive: bool = False
+    smoothed: bool = False
+    averaged: bool = False
+    parts: int = 1
     rwp: Mapping[str, Any] | None = None
 
     @property
@@ -48,9 +54,17 @@ METHODS = {
         "RWP, alpha 1", 0.001, rwp={"alpha": 1.0, "schedule": "cosine", "growth": 10.0}
     ),  # arXiv 2404.00357
     "arwp": Method("ARWP", 0.015, rwp={"eta": 0.1, "beta": 0.99}),  # m-ARWP in arXiv 2404.00357
-    "rwp_antithetic": Method("RWP, antithetic", 0.01, rwp={"antithetic": True}),
+    "rwp_antithetic": Method("RWP, antithetic", rwp={"antithetic": True}),
     "rwp_normalized": Method("RWP, filter_normalized", 0.2, rwp={"noise": "filter_normalized"}),
+    "base_smooth": Method("plain, labels smoothed", 0.2, smoothed=True),
+    "base_ema": Method("plain, weights averaged", 2.0, averaged=True),
+    # Controls: what RWP does to a batch, without noise; and its noise in every gradient, without a clean one.
+    "base_halves": Method("plain, batch in halves", parts=2),
+    "rwp_unmixed": Method("RWP's noise, unmixed", rwp={"alpha": 1.0}),
+    "rwp_late20": Method("RWP in the last 20 %", rwp={"start": 0.8}),
+    "rwp_late10": Method("RWP in the last 10 %", rwp={"start": 0.9}),
 }
+CONTROLS = ("base_smooth", "base_ema", "base_halves", "rwp_unmixed", "rwp_late20", "rwp_late10")
 
 
 @dataclass
@@ -61,7 +75,8 @@ class ComparisonArguments:
     """
 
     methods: list[str] = field(
-        default_factory=lambda: list(METHODS), metadata={"help": f"Which to compare: {', '.join(METHODS)}."}
+        default_factory=lambda: [name for name in METHODS if name not in CONTROLS],
+        metadata={"help": f"Which to compare: {', '.join(METHODS)}; all but the last {len(CONTROLS)} if not set."},
     )
     protocols: list[str] = field(
         default_factory=lambda: ["images"], metadata={"help": f"Under which terms: {', '.join(PROTOCOLS)}."}
@@ -69,13 +84,31 @@ class ComparisonArguments:
     seeds: list[int] = field(
         default_factory=lambda: [0], metadata={"help": "Of weights, order and augmentation; a run for each."}
     )
+    settings_from: str | None = field(
+        default=None,
+        metadata={"help": "Another comparison, by its name, whose search chooses the settings where this has none."},
+    )
     search: bool = field(default=False, metadata={"help": "Whether to choose lr, weight decay, rho and gamma first."})
     lrs: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2], metadata={"help": "Learning rates to try."})
     weight_decays: list[float] = field(default_factory=lambda: [5e-4, 2e-3], metadata={"help": "Weight decays to try."})
     strengths: list[float] = field(
-        default_factory=lambda: [0.5, 1.0, 2.0], metadata={"help": "Factors on a method's rho or gamma to try."}
+        default_factory=lambda: [0.5, 1.0, 2.0], metadata={"help": "Factors on a method's strength to try."}
     )
     evaluations: int = field(default=10, metadata={"help": "How often a run is evaluated and saved, evenly spread."})
+    checkpoint_seconds: float = field(
+        default=0, metadata={"help": "Seconds of training from a checkpoint to the next evaluation that saves one."}
+    )
+    early_stopping: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether a run is also judged as of the evaluation that was best on images held out of "
+            "`--train_images`, whose labels are right."
+        },
+    )
+    robustness_images: int = field(
+        default=0,
+        metadata={"help": "Images to measure on what noise, rounding and pruning leave of a run; 0 for none."},
+    )
 
     def __post_init__(self) -> None:
         lists = ("methods", "protocols", "seeds", "lrs", "weight_decays", "strengths")
@@ -87,6 +120,8 @@ class ComparisonArguments:
             *((name, valid, "one value or more, each once") for name, valid in each_once.items()),
             ("seeds", all(0 <= seed < 2**32 for seed in self.seeds), "in [0, 2^32)"),
             ("evaluations", self.evaluations >= 1, "at least 1"),
+            ("checkpoint_seconds", self.checkpoint_seconds >= 0, "at least 0"),
+            ("robustness_images", self.robustness_images >= 0, "at least 0"),
         )
         needs_sam = [name for name in self.methods if METHODS[name].sam_every]
         if needs_sam and not importlib.util.find_spec("pytorch_optimizer"):
