@@ -9,7 +9,7 @@ from hf_rwp.analysis.sharpness import Batches, Measured, loss_under_noise, measu
 
 GAMMAS = (0.01, 0.02, 0.03)
 BITS = (8, 4, 3, 2)
-PRUNED = (0.5, 0.7, 0.9)
+PRUNED = (0.3, 0.5, 0.7)
 
 
 def pruned(model: nn.Module, batches: Batches, share: float) -> Measured:

@@ -1,5 +1,11 @@
 """The records of methods side by side: tables, and the settings that a search found best."""
 
+import itertools
+import random
+from fractions import Fraction
+
+import pytest
+
 from hf_rwp.runs import comparison
 
 
@@ -26,3 +32,44 @@ def test_the_best_settings_are_of_the_protocols_own_search_first():
     }
     assert best == {"images": {"lr": 0.2}, "gradients": {"lr": 0.3}, "time": {"lr": 0.2}}
     assert comparison.best_settings(records, "rwp", "images") is None
+
+
+def by_counting(differences):
+    """The share of all signs that are as far from 0, in exact numbers."""
+    exact = [Fraction(value) for value in differences]
+    sums = [
+        abs(sum(sign * size for sign, size in zip(signs, exact, strict=True)))
+        for signs in itertools.product((-1, 1), repeat=len(exact))
+    ]
+    return sum(total >= abs(sum(exact)) for total in sums) / len(sums)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+def test_the_exact_test_is_what_counting_all_signs_gives(count):
+    generator = random.Random(count)
+    for _ in range(20):
+        differences = [generator.randint(-8, 12) / 8 for _ in range(count)]  # exact in binary, with ties and zeros
+        assert comparison.sign_flip_p(differences) == by_counting(differences)
+
+
+def test_the_exact_test_has_the_p_that_is_known():
+    assert comparison.sign_flip_p([1.0, 2.0, 3.0, 0.5, 0.25, 4.0, 1.5, 2.5]) == 2 / 256
+    assert comparison.sign_flip_p([-0.1] * 5) == 2 / 32
+    assert comparison.sign_flip_p([0.1, 0.2, -0.3]) == 1.0  # 0 but for rounding
+    assert comparison.sign_flip_p([0.0, 0.0]) == 1.0
+    for pairs in (0, 21):
+        with pytest.raises(ValueError, match=f"1 to 20 pairs, got {pairs}"):
+            comparison.sign_flip_p([1.0] * pairs)
+
+
+def test_holm_raises_each_p_by_how_many_are_left():
+    assert comparison.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert comparison.holm([0.5, 0.9]) == [1.0, 1.0]
+    assert comparison.holm([0.02]) == [0.02]
+    assert comparison.holm([]) == []
+
+
+def test_gains_are_paired_by_seed():
+    ours = [{"seed": 2, "top1": 0.9}, {"seed": 1, "top1": 0.5}, {"seed": 7, "top1": 0.1}]
+    theirs = [{"seed": 1, "top1": 0.25}, {"seed": 2, "top1": 0.5}]
+    assert comparison.paired_gains(ours, theirs, lambda run: run["top1"]) == pytest.approx([0.4, 0.25])
