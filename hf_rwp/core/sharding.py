@@ -5,7 +5,7 @@ The one module that knows sharded parameters (DTensor) and those who gather them
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -247,6 +247,37 @@ def cut_weights(groups: Iterable[Any]) -> list[nn.Parameter]:
 def _holders(held: Any) -> list[nn.Module]:
     """The modules that have one of FSDP2's parameters: several where it is tied."""
     return [held._module_info.module, *held._module_info.shared_modules]
+
+
+def gathered_as_held(groups: Iterable[Any]) -> Mapping[int, Any]:
+    """Those of FSDP2's parameters whose values are gathered as they are and whole, by the id of what an optimizer has:
+    not in another dtype (MixedPrecisionPolicy), nor as parts of tensor parallelism."""
+    return {
+        id(held.sharded_param): held
+        for group in groups
+        for held in group.fsdp_params
+        if group.mp_policy.param_dtype in (None, held.sharded_param.dtype) and not held.is_dtensor
+    }
+
+
+def whole_of_gathered(held: Any) -> nn.Parameter | None:
+    """What FSDP2 puts in modules once one of its parameters is gathered: the same object each time. None: never yet."""
+    return getattr(held, "_unsharded_param", None)
+
+
+def after_each_put(held: Any, call: Callable[[], None]) -> Callable[[], None]:
+    """Call this whenever FSDP2 has put a parameter's whole weight, or its shards, in modules; returns what ends that.
+
+    A private call: there is no public way to learn of a gather, which may come in any pass, and ahead of it.
+    """
+    put = held._setattr_on_modules
+
+    def put_and_call(parameter: nn.Parameter) -> None:
+        put(parameter)
+        call()
+
+    held._setattr_on_modules = put_and_call
+    return lambda: vars(held).pop("_setattr_on_modules", None)
 
 
 def gathered_dtype(groups: Iterable[Any]) -> torch.dtype | None:

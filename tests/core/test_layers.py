@@ -13,8 +13,6 @@ import pytest
 import torch
 from distributed import run
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -690,48 +688,6 @@ def test_replicas_stay_bit_equal_and_train_as_with_the_copy(static):
     assert all(map(torch.equal, drawn[0][0], copied[0][0]))
     assert not all(map(torch.equal, drawn[0][0], plain[0][0]))
     assert drawn[0][1] == copied[0][1]
-
-
-def on_shards(frozen):
-    """One replica of two processes: what is sharded takes the copy, of its shards."""
-    model = lora()
-    for layer in model:
-        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    own = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    base = {name: p.full_tensor() for name, p in model.named_parameters() if not p.requires_grad}
-    rwp = RWP(torch.optim.SGD(own, lr=0.1), model, frozen=frozen, gamma=0.1, accumulation_steps=2)
-    generator, losses = torch.Generator().manual_seed(0), []
-    for _ in range(4):
-        x = torch.randn(4, 16, generator=generator)
-        loss = (model(x) - x.roll(1, 1)).square().mean()
-        loss.backward()
-        losses.append(loss.item())
-        if len(losses) % 2 == 0:
-            rwp.step()
-            rwp.zero_grad()
-    assert all(torch.equal(p.full_tensor(), base[name]) for name, p in model.named_parameters() if name in base)
-    return losses, [parameter.full_tensor() for parameter in own]
-
-
-def test_sharded_weights_see_the_noise_of_whole_ones():
-    sharded, plain = run(2, on_shards, True)[0], run(2, on_shards, False)[0]
-    model, losses = lora(), []
-    own = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    rwp = RWP(torch.optim.SGD(own, lr=0.1), model, frozen=True, gamma=0.1, accumulation_steps=2)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(4):
-        x = torch.randn(4, 16, generator=generator)
-        loss = (model(x) - x.roll(1, 1)).square().mean()
-        loss.backward()
-        losses.append(loss.item())
-        if len(losses) % 2 == 0:
-            rwp.step()
-            rwp.zero_grad()
-    assert sharded[0] == pytest.approx(losses, rel=1e-5)
-    assert sharded[0] != pytest.approx(plain[0], rel=1e-3)
-    for one, other in zip(sharded[1], own, strict=True):
-        torch.testing.assert_close(one, other.detach(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.gpu
