@@ -3,7 +3,8 @@
 1. Trainer calls the factory with the model once it is placed, and with the options; it does not hand over itself. So
    the factory looks for it among its callers.
 2. A copy of it, which knows nothing of a factory, builds the optimizer that its arguments describe.
-3. A callback tells the wrapper how many batches Trainer fetched for the coming step: an epoch's last has fewer.
+3. A callback tells the wrapper how many batches Trainer fetched for the coming step: an epoch's last has fewer. It
+   makes buffers equal where Trainer is about to evaluate or save, and says what only RWPTrainerMixin does.
 """
 
 import copy
@@ -38,12 +39,13 @@ class RWPFactory:
     The rest is the Trainer's: learning rate, betas, weight decay, parameter groups, schedule, and how many batches a
     step accumulates. What only [`RWPTrainer`] and [`RWPTrainerMixin`] do, this cannot:
 
-    - halve a batch. On one process set `gradient_accumulation_steps` to 2 or more, or `alpha=1`; an epoch's last step,
-      if it has one batch, is an ordinary one, and a warning says so.
-    - mix by tokens. Where the loss is a mean over all tokens of a step, batches of more tokens have more of the mix.
-    - make buffers equal before evaluation and saving: with BatchNorm on many processes call `sync_buffers()` on
-      `trainer.optimizer.optimizer`, on all of them.
-    - end cleanly by itself if training is cut off: then call `eval()` on it before you use the weights.
+    - halve a batch. On one replica (one process, or those that hold the weights together) set
+      `gradient_accumulation_steps` to 2 or more, or `alpha=1`; an epoch's last step, if it has one batch, is an
+      ordinary one, and a warning says so.
+    - mix by tokens. Where the loss is a mean over all tokens of a step, batches of more tokens have more of the mix; a
+      warning says so as well.
+    - end cleanly by itself if training is cut off: then call `eval()` on `trainer.optimizer.optimizer` before you use
+      the weights, and `sync_buffers()`, on all processes, ahead of an evaluation that Trainer does not begin by itself.
     - move gamma along a schedule, or log `loss_clean`, `loss_perturbed` and `loss_gap`.
 
     Args:
@@ -56,7 +58,8 @@ class RWPFactory:
 
     Training then raises, as it begins, TypeError for an unknown option and where no Trainer is calling;
     ValueError for an unknown optimizer; NotImplementedError for one that steps inside the backward pass, and
-    whatever `RWP` refuses; at the first step RuntimeError where it has one gradient and nothing can be mixed.
+    whatever `RWP` refuses; RuntimeError where a step has one gradient and nothing can be mixed. An `"optimizer"` in
+    DeepSpeed's configuration takes the factory's place before it is asked: leave it out.
     """
 
     def __call__(self, opt_model: nn.Module, optim: str | None = None, **options: Any) -> RWP:
@@ -75,16 +78,31 @@ class RWPFactory:
 
 
 class _Windows(TrainerCallback):
-    """Tells the wrapper how many gradients the coming step has, and when training ends."""
+    """Tells the wrapper how many gradients the coming step has, and when training pauses and ends."""
 
     def __init__(self, trainer: Trainer, wrapper: RWP) -> None:
         self._trainer = weakref.ref(trainer)
         self._wrapper = wrapper
         self._alpha: float | None = None  # of the wrapper, while a step goes without
-        self._warned = False
+        self._said: set[str] = set()
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self._wrapper.train()  # an earlier training ended with `eval()`
+    def on_train_begin(self, args: Any, *_: Any, **__: Any) -> None:
+        trainer, wrapper = self._trainer(), self._wrapper
+        wrapper.train()  # an earlier training ended with `eval()`
+        if not (wrapper.active and mixes(wrapper.alpha)):
+            return
+        if wrapper.replicas.count == args.gradient_accumulation_steps == 1:
+            raise RuntimeError(
+                f"nothing to mix: alpha={wrapper.alpha} mixes a clean and a perturbed gradient, and a step on "
+                f"{args.world_size} process(es) that hold the weights once has one batch, which RWPFactory does not "
+                "halve. Set gradient_accumulation_steps=2, with half the batch size for the same step, or alpha=1; or "
+                "take RWPTrainerMixin, which does"
+            )
+        if trainer is not None and (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None):
+            self._say(
+                "the loss is a mean over all tokens of a step, and RWPFactory mixes by batch: batches of more tokens "
+                "have more of the mix than alpha says. RWPTrainerMixin mixes by token"
+            )
 
     def on_step_begin(self, args: Any, *_: Any, **__: Any) -> None:
         self._restore()  # an interrupt may have left it out
@@ -92,27 +110,34 @@ class _Windows(TrainerCallback):
         batches = args.gradient_accumulation_steps if trainer is None else trainer.current_gradient_accumulation_steps
         if batches == 1 < args.gradient_accumulation_steps and wrapper.replicas.count == 1 and mixes(wrapper.alpha):
             self._alpha, wrapper.alpha = wrapper.alpha, 0.0
-            self._warn()
+            self._say(
+                "an epoch ends with a step of one batch, an ordinary step: take a number of batches that "
+                "gradient_accumulation_steps divides to avoid it"
+            )
         else:
             wrapper.begin_window(batches)
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **__: Any) -> None:
         self._restore()
+        if control.should_evaluate or control.should_save:
+            self._wrapper.sync_buffers()
+
+    on_epoch_end = on_step_end
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
+        self._wrapper.sync_buffers()
         self._wrapper.eval()
 
     def _restore(self) -> None:
         if self._alpha is not None:
             self._wrapper.alpha, self._alpha = self._alpha, None
 
-    def _warn(self) -> None:
-        if not self._warned:
-            self._warned = True
-            logger.warning(
-                "an epoch ends with a step of one batch, an ordinary step: take a number of batches that "
-                "gradient_accumulation_steps divides to avoid it"
-            )
+    def _say(self, message: str) -> None:
+        """Once, on the main process."""
+        trainer = self._trainer()
+        if message not in self._said and (trainer is None or trainer.is_world_process_zero()):
+            logger.warning(message)
+        self._said.add(message)
 
 
 def _no_option(name: str) -> str:

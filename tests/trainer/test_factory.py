@@ -115,8 +115,20 @@ def test_a_last_step_of_one_batch_is_an_ordinary_one_and_said(tmp_path, caplog):
 
 
 def test_one_process_without_accumulation_has_nothing_to_mix(tmp_path):
-    with pytest.raises(RuntimeError, match=r"nothing to mix: alpha=0\.7"):
-        trainer_of(tmp_path, gradient_accumulation_steps=1).train()
+    trainer = trainer_of(tmp_path, gradient_accumulation_steps=1)
+    with pytest.raises(RuntimeError, match=r"nothing to mix: alpha=0\.7 .* gradient_accumulation_steps=2.*alpha=1"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("counts", [False, True])
+@pytest.mark.parametrize("given", [{}, {"alpha": 1.0}, {"gamma": 0.0}])
+def test_that_tokens_are_not_counted_is_said_once_where_it_matters(tmp_path, caplog, counts, given):
+    trainer = trainer_of(tmp_path, Tagger(counts), given=given)
+    trainer.train()
+    trainer.train()
+    said = [line for line in caplog.messages if "RWPFactory mixes by batch" in line]
+    assert len(said) == (counts and not given)
 
 
 def test_the_trainers_schedule_moves_the_bases_learning_rate(tmp_path):
@@ -231,6 +243,34 @@ def test_batch_norm_and_evaluation(tmp_path, caplog):
     assert [step.roles for step in steps] == 2 * [[False, True]]
     assert len(logged(trainer, "eval_loss")) == 1
     assert not [record for record in caplog.records if record.name.startswith("hf_rwp")]
+
+
+class Buffers(TrainerCallback):
+    """BatchNorm's statistics where Trainer has just evaluated or saved."""
+
+    def __init__(self):
+        self.seen = []
+
+    def look(self, args, state, control, model, **kwargs):
+        self.seen.append({name: buffer.clone() for name, buffer in model.named_buffers()})
+
+    on_evaluate = on_save = look
+
+
+def with_batch_norm(folder):
+    buffers = Buffers()
+    options = {"train_dataset": images(40), "eval_dataset": images(4), "eval_strategy": "steps", "eval_steps": 2}
+    options |= {"save_strategy": "steps", "save_steps": 1, "given": {"gamma": 0.01}, "ddp_broadcast_buffers": False}
+    trainer = trainer_of(folder, Classifier(), gradient_accumulation_steps=1, callbacks=[buffers], **options)
+    trainer.train()
+    return [*buffers.seen, {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}]
+
+
+def test_buffers_are_equal_on_two_ranks_wherever_they_are_evaluated_or_saved(tmp_path):
+    one, other = run(2, with_batch_norm, tmp_path)
+    assert len(one) == len(other) == 7  # four saved, two evaluated, and what training ends with
+    for mine, others in zip(one, other, strict=True):
+        assert same(mine, others)
 
 
 def on_ranks(folder, accumulation):
