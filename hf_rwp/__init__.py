@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # at run time a name is imported when it is asked for
+    from hf_rwp.analysis.finder import find_gamma
     from hf_rwp.core.losses import LossTracker
     from hf_rwp.core.optimizer import RWP
     from hf_rwp.hub.push import push_to_hub
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 _HOME = {
     "RWP": "core.optimizer",
     "LossTracker": "core.losses",
+    "find_gamma": "analysis.finder",
     "RWPArguments": "trainer.arguments",
     "RWPTrainingArguments": "trainer.arguments",
     "RWPFactory": "trainer.factory",
@@ -43,6 +45,7 @@ __all__ = [
     "RWPTrainerMixin",
     "RWPTrainingArguments",
     "__version__",
+    "find_gamma",
     "push_to_hub",
 ]
 

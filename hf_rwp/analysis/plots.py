@@ -39,6 +39,7 @@ _MODELS: list[dict[str, Any]] = [
     {"color": "#000000", "linestyle": (0, (1, 1)), "marker": "X"},
     {"color": "#F0E442", "linestyle": "-", "marker": "*", "markeredgecolor": "#777777"},
 ]
+_BESIDE: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "va": "bottom"}
 _HATCHES = ["", "//", "..", "xx", "\\\\", "++", "oo"]
 
 
@@ -109,6 +110,55 @@ def comparison(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: 
     epochs.set_ylabel("top-1 accuracy (%)")
     cost.margins(x=0.15)
     figure.legend(*epochs.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.savefig(path, format="png", dpi=150)
+
+
+def loss_over_gamma(proposals: Mapping[str, Mapping[str, Any]], path: StrPath) -> None:
+    """Write a PNG: how much the loss rises under noise, over gamma; a panel for each mode of noise.
+
+    proposals: for each mode what `find_gamma` found, as a mapping: levels with gamma, rise, low and high, and gamma and
+    allowed, which are marked.
+    """
+    figure = Figure(figsize=(4.5 * len(proposals), 3.6), layout="constrained")
+    for axes, (mode, found) in zip(
+        figure.subplots(1, len(proposals), squeeze=False)[0], proposals.items(), strict=True
+    ):
+        gammas = [level["gamma"] for level in found["levels"]]
+        rise, low, high = (_finite(level[key] for level in found["levels"]) for key in ("rise", "low", "high"))
+        axes.plot(gammas, rise, linewidth=2, markersize=5, **_MODELS[0])
+        axes.fill_between(gammas, low, high, color=_MODELS[0]["color"], alpha=0.15, linewidth=0)
+        axes.plot(found["gamma"], found["allowed"], "o", color="#D55E00", markersize=9, zorder=3)
+        axes.annotate(f"gamma {found['gamma']:.2g}", (found["gamma"], found["allowed"]), (-8, 6), **_BESIDE)
+        _tidy(axes, f"noise {mode}", "gamma")
+        axes.set_xscale("log")
+        _logarithmic_if_positive(axes)
+    figure.axes[0].set_ylabel("rise of the loss")
+    figure.savefig(path, format="png", dpi=150)
+
+
+def accuracy_over_gamma(models: Mapping[str, Mapping[str, Any]], path: StrPath) -> None:
+    """Write a PNG: accuracy after training over the gamma it was trained with, a panel for each model.
+
+    models: for each name `gammas`, ascending; `top1`, fractions, for each gamma one a seed; `plain`, those without
+    noise; `proposals`, gammas by the name of the rule that gave them. Lines are means over seeds, dots the seeds.
+    """
+    rows = -(-len(models) // 3)
+    figure = Figure(figsize=(13, 3.4 * rows), layout="constrained")
+    for axes, (name, found) in zip(figure.subplots(rows, 3, squeeze=False).flat, models.items(), strict=False):
+        top1 = [[100 * value for value in seeds] for seeds in found["top1"]]
+        axes.plot(found["gammas"], [np.mean(seeds) for seeds in top1], linewidth=2, color="#0072B2", label="RWP")
+        for gamma, seeds in zip(found["gammas"], top1, strict=True):
+            axes.plot([gamma] * len(seeds), seeds, ".", color="#0072B2")
+        axes.axhline(100 * np.mean(found["plain"]), color="#777777", linestyle=":", label="plain")
+        for look, (rule, gamma) in zip(itertools.cycle(_MODELS[1:]), found["proposals"].items(), strict=False):
+            axes.axvline(gamma, color=look["color"], linestyle=look["linestyle"], label=rule)
+        _tidy(axes, name, "gamma")
+        axes.set_xscale("log")
+    figure.axes[0].set_ylabel("held-out accuracy (%)")
+    handles = dict(zip(*figure.axes[0].get_legend_handles_labels()[::-1], strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
+    for axes in figure.axes[len(models) :]:
+        axes.remove()
     figure.savefig(path, format="png", dpi=150)
 
 

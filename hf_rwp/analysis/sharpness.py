@@ -8,29 +8,33 @@
 
 `batches` is anything that gives the same pairs of model input and labels (B,) in each of many passes, such as a list;
 every number is over all of them. A model gives logits (B, C), as a tensor or as `.logits`. `loss` is the mean over one
-batch; only for integer labels is there an accuracy (nan elsewhere). The model is in eval mode meanwhile (BatchNorm's
-statistics are fixed, dropout is off); afterwards its weights, buffers, gradients and modes are what they were, to the
-bit, after an interrupt too, and the global random numbers are untouched. Weights are trainable floating-point
-parameters, each once, and moving them takes one copy of them. Equal seeds give models of one architecture, on one kind
-of device, equal draws.
+batch; only for integer labels is there an accuracy (nan elsewhere). A batch may also be a mapping, as transformers'
+collators make them: the model's arguments, `labels` among them. The loss is then the model's own, the mean over labels
+that are not -100 (for a causal language model without each text's first), and there is no accuracy. The model is in
+eval mode meanwhile (BatchNorm's statistics are fixed, dropout is off); afterwards its weights, buffers, gradients and
+modes are what they were, to the bit, after an interrupt too, and the global random numbers are untouched. Weights are
+trainable floating-point parameters, each once, and moving them takes one copy of them. Equal seeds give models of one
+architecture, on one kind of device, equal draws.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_rwp.core.noise import Source, add_noise_, filter_norms, noise_seeds, std_factor
 from hf_rwp.core.sharding import block_of
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+Batch = tuple[Tensor, Tensor] | Mapping[str, Any]
+Batches = Iterable[Batch]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -96,10 +100,43 @@ def loss_under_noise(
     """
     if draws < 3:
         raise ValueError(f"draws must be at least 3, for an interval of their mean, got {draws}")
+    at_weights, found = measure_draws(
+        model, batches, gammas, draws=draws, noise=noise, noise_1d=noise_1d, seed=seed, loss=loss
+    )
     levels = []
-    perturbed = [(position, weight) for position, weight in _positions(model) if noise_1d or weight.ndim > 1]
+    for gamma, points in found:
+        rise = estimate([point.loss - at_weights.loss for point in points])
+        accuracy = estimate([point.accuracy for point in points])
+        accuracy = replace(accuracy, low=max(accuracy.low, 0.0), high=min(accuracy.high, 1.0))
+        levels.append(UnderNoise(gamma, rise, accuracy))
+    return levels
+
+
+def measure_draws(
+    model: nn.Module,
+    batches: Batches,
+    gammas: Iterable[float],
+    *,
+    draws: int,
+    noise: str = "filter",
+    noise_1d: bool = True,
+    frozen: bool = False,
+    seed: int = 0,
+    loss: Loss = cross_entropy,
+    batch_statistics: bool = False,
+    enough: Callable[[Measured, list[Measured]], bool] | None = None,
+) -> tuple[Measured, list[tuple[float, list[Measured]]]]:
+    """Loss and accuracy of the weights as they are, and, for every gamma, under each draw of the noise.
+
+    frozen: whether frozen floating-point weights are perturbed as well. batch_statistics: whether BatchNorm takes those
+    of each batch, as the noisy passes of training do, and not its running ones. enough: whether larger gammas can be
+    left out, by what was measured at the weights and at the last one.
+    """
+    levels = []
+    perturbed = [(at, weight) for at, weight in _positions(model, frozen) if noise_1d or weight.ndim > 1]
     positions = [position for position, _ in perturbed]
-    with _evaluating(model), _restored([weight for _, weight in perturbed]) as clean:
+    weights = [weight for _, weight in perturbed]
+    with _evaluating(model, batch_statistics), _restored(weights) as clean:
         sources = {weight.dtype: Source(weight) for weight in clean}
         at_weights = _measured(model, batches, loss)
         for gamma in gammas:
@@ -111,11 +148,10 @@ def loss_under_noise(
                     std = filter_norms(block).mul_(std_factor(block, gamma, noise))
                     add_noise_(block, std, number, sources[weight.dtype])
                 points.append(_measured(model, batches, loss))
-            rise = estimate([point.loss - at_weights.loss for point in points])
-            accuracy = estimate([point.accuracy for point in points])
-            accuracy = replace(accuracy, low=max(accuracy.low, 0.0), high=min(accuracy.high, 1.0))
-            levels.append(UnderNoise(gamma, rise, accuracy))
-    return levels
+            levels.append((gamma, points))
+            if enough is not None and enough(at_weights, points):
+                break
+    return at_weights, levels
 
 
 def worst_case(model: nn.Module, batches: Batches, rho: float = 0.05, loss: Loss = cross_entropy) -> float:
@@ -253,9 +289,10 @@ def _rounded(weight: Tensor, levels: int) -> Tensor:
     return (filters / scale).round().mul(scale).where(scale > 0, filters).reshape(weight.shape)
 
 
-def _positions(model: nn.Module) -> list[tuple[int, nn.Parameter]]:
-    """Weights with their position in `named_parameters()`, which seeds a draw."""
-    found = [(i, p) for i, p in enumerate(model.parameters()) if p.requires_grad and p.is_floating_point()]
+def _positions(model: nn.Module, frozen: bool = False) -> list[tuple[int, nn.Parameter]]:
+    """Weights with their position in `named_parameters()`, which seeds a draw. frozen: those that do not learn, too."""
+    weights = [(i, p) for i, p in enumerate(model.parameters()) if p.is_floating_point()]
+    found = [(i, p) for i, p in weights if p.requires_grad or frozen]
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no trainable floating-point parameter to move: call requires_grad_(True)"
@@ -272,15 +309,21 @@ def _weights(model: nn.Module) -> list[nn.Parameter]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: nn.Module, batch_statistics: bool = False) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
+    norms = [module for module in modes if batch_statistics and isinstance(module, _BatchNorm)]
+    buffers = {buffer: buffer.clone() for norm in norms for buffer in norm.buffers(recurse=False)}
     try:
         model.eval()
+        for norm in norms:
+            norm.train()
         with torch.no_grad():
             yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for buffer, value in buffers.items():
+            buffer.copy_(value)
 
 
 @contextmanager
@@ -305,28 +348,46 @@ def _move(clean: dict[nn.Parameter, Tensor], steps: Sequence[tuple[float, Sequen
         weight.copy_(moved)
 
 
-def _outputs(model: nn.Module, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits in float32 or better, and labels, of each batch."""
+def _losses(model: nn.Module, batches: Batches, loss: Loss) -> Iterator[tuple[Tensor, int, float]]:
+    """Of each batch: the mean loss, in float32 or better; over how many labels; how many are right, or nan."""
     torch.clear_autocast_cache()  # autocast may hold a low-precision copy of weights that have moved
     device, empty = next(model.parameters()).device, True
-    for inputs, labels in batches:
+    for batch in batches:
         empty = False
+        if isinstance(batch, Mapping):
+            moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            value = getattr(model(**moved), "loss", None)
+            if value is None:
+                raise ValueError(
+                    f"{type(model).__name__} gave no loss for a batch with {', '.join(batch)}: a mapping needs "
+                    "`labels`, and a model that computes its loss from them. Else give pairs of inputs and labels"
+                )
+            yield value.to(_wide(value)), counted_labels(batch["labels"]).numel(), math.nan
+            continue
+        inputs, labels = batch[0], batch[1].to(device)
         output = model(inputs.to(device))
         logits = getattr(output, "logits", output)
-        yield logits.to(_wide(logits)), labels.to(device)
+        logits = logits.to(_wide(logits))
+        right = (logits.argmax(-1) == labels) & ~logits.isnan().any(-1)  # argmax would find a class in nans
+        yield loss(logits, labels), len(labels), math.nan if labels.is_floating_point() else right.sum().item()
     if empty:
         raise ValueError(
             "batches gave nothing: they are read in many passes, and a generator gives one. Pass a list, or a loader"
         )
 
 
+def counted_labels(labels: Tensor) -> Tensor:
+    """Those that a model's own loss is the mean over: not -100, nor the first of each text, which nothing predicts."""
+    labels = labels[:, 1:] if labels.ndim > 1 else labels
+    return labels[labels != -100]
+
+
 def _measured(model: nn.Module, batches: Batches, loss: Loss) -> Measured:
     total, correct, count = 0.0, 0.0, 0
-    for logits, labels in _outputs(model, batches):
-        count += len(labels)
-        total += loss(logits, labels).item() * len(labels)
-        right = (logits.argmax(-1) == labels) & ~logits.isnan().any(-1)  # argmax would find a class in nans
-        correct += math.nan if labels.is_floating_point() else right.sum().item()
+    for value, size, right in _losses(model, batches, loss):
+        count += size
+        total += value.item() * size
+        correct += right
     return Measured(total / count, correct / count)
 
 
@@ -337,12 +398,12 @@ def _mean_over(
     totals: list[Tensor] = []
     count = 0
     with torch.enable_grad():
-        for logits, labels in _outputs(model, batches):
-            parts = [part.detach() * len(labels) for part in derivative(loss(logits, labels))]
+        for value, size, _ in _losses(model, batches, loss):
+            parts = [part.detach() * size for part in derivative(value)]
             parts = [part.to(_wide(part)) for part in parts]
             if totals:
                 torch._foreach_add_(totals, parts)
-            totals, count = totals or parts, count + len(labels)
+            totals, count = totals or parts, count + size
     torch._foreach_div_(totals, count)
     return totals
 
@@ -371,6 +432,8 @@ def _top_of_tridiagonal(diagonal: list[float], off_diagonal: list[float], length
 
 def estimate(values: Sequence[float]) -> Estimate:
     """The mean of draws of one law, at least 2, with its 95 % confidence interval by Student's t."""
+    from scipy.special import stdtrit  # of an extra that find_gamma does without
+
     count = len(values)
     mean = sum(values) / count
     spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))

@@ -68,6 +68,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=128, **_SPECIAL)
 
 
+def small_llama(tokenizer: Any, **options: Any) -> LlamaForCausalLM:
+    """A Llama of 0.6 million weights, as the random numbers have them. options: of LlamaConfig, to change that."""
+    sizes: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    sizes |= {"intermediate_size": 384, "vocab_size": len(tokenizer), "max_position_embeddings": 128}
+    return LlamaForCausalLM(LlamaConfig(**{"tie_word_embeddings": True, **sizes, **ids, **options}))
+
+
 def make_base(folder: Path, steps: int, seed: int) -> Path:
     """A folder with the base and its tokenizer, trained for `steps` of 64 texts: what `folder` has, or made anew."""
     said = {"steps": steps, "seed": seed}
@@ -77,10 +85,7 @@ def make_base(folder: Path, steps: int, seed: int) -> Path:
     generator = torch.random.get_rng_state()
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
-    sizes: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    sizes |= {"intermediate_size": 384, "vocab_size": len(tokenizer), "max_position_embeddings": 128}
-    model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **sizes, **ids))
+    model = small_llama(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     dice = random.Random(seed)
     for step in tqdm(range(steps), desc="a small language model, made once", disable=None):
