@@ -16,6 +16,7 @@ from imagenet import RECIPES, few_digits, load_recipe
 from torch.nn.functional import cross_entropy
 
 from hf_rwp.experiments import training as experiment
+from hf_rwp.runs.methods import CONTROLS
 from hf_rwp.runs.parsing import parse_arguments
 from hf_rwp.runs.records import read_records
 
@@ -59,7 +60,7 @@ def test_the_terms_are_equal(compare, tmp_path, capsys):
     """Steps, images and gradients of each method under two protocols, and what RWP really did."""
     records = start(compare, tmp_path, "--protocols", "images", "gradients", "--evaluations=1")
     found = {(record["protocol"], record["method"]): record for record in records}
-    assert len(found) == len(records) == 2 * len(compare.METHODS)
+    assert len(found) == len(records) == 2 * len(set(compare.METHODS) - set(CONTROLS))
     for (protocol, name), record in found.items():
         passes = {"sam": 2, "asam": 2, "sam10": 1.1}.get(name, 1)
         halves = name in ("rwp", "arwp", "rwp_antithetic", "rwp_normalized")
@@ -226,7 +227,7 @@ class Cut(BaseException):
     pass
 
 
-@pytest.mark.parametrize("name", ["sam10", "rwp", "arwp"])
+@pytest.mark.parametrize("name", ["sam10", "rwp", "arwp", "base_ema"])
 def test_a_run_that_was_cut_ends_in_the_same_figures(compare, tmp_path, monkeypatch, name):
     (whole,) = start(compare, tmp_path / "whole", f"--methods={name}", "--evaluations=4")
     step = compare.Training.step
@@ -316,6 +317,131 @@ def test_training_is_plain_before_the_noise_starts(compare):
     assert torch.equal(weights(late), weights(plain))
     late.step(5)
     assert late.rwp.report()["slots"]["perturbed"] == 1
+
+
+def test_noise_of_the_last_steps_is_a_method(compare):
+    late, _ = training(compare, "rwp_late20", "--rwp_gamma=0.03")
+    assert {group["rwp_gamma"] for group in late.rwp.param_groups} == {0.03}
+    for number in range(10):
+        late.step(number)
+    assert late.rwp.report()["slots"] == {"clean": 2, "perturbed": 2}
+
+
+# What a practitioner would do instead, and the controls
+
+
+def test_smoothed_labels_are_torchs(compare):
+    ours, _ = training(compare, "base_smooth")
+    images, labels = ours.batch(0)
+    ours.module.eval()
+    expected = torch.nn.CrossEntropyLoss(label_smoothing=0.2)(ours.module(images), labels)
+    assert torch.equal(ours.loss_of(images, labels), expected)
+    assert ours.judged is ours.module
+
+
+def test_averaged_weights_are_judged_and_the_training_stays_plain(compare):
+    """By hand: the average of the weights and buffers reaches back two epochs of five steps, a decay of 0.9."""
+    (ours, data), (plain, _) = training(compare, "base_ema"), training(compare, "base")
+    mean = None
+    for number in range(4):
+        for each in (ours, plain):
+            each.step(number)
+        mean = weights(plain) if mean is None else 0.9 * mean + 0.1 * weights(plain)
+    assert torch.equal(weights(ours), weights(plain))
+    averaged = torch.cat([value.detach().flatten().float() for value in ours.judged.state_dict().values()])
+    counters = torch.cat([value.flatten() == 4 for value in plain.module.state_dict().values()])  # batches tracked
+    torch.testing.assert_close(averaged[~counters], mean[~counters], rtol=1e-5, atol=1e-6)
+    plain.module.load_state_dict(ours.judged.state_dict())
+    assert ours.evaluate(data["test"]) == plain.evaluate(data["test"])
+
+
+def test_halves_without_noise_are_the_mean_of_their_gradients(compare):
+    ours, _ = training(compare, "base_halves", "--momentum=0", "--opt=momentum", "--weight_decay_1d=true")
+    model = experiment.create_model(arguments(compare), 10, 16)
+    model.load_state_dict(ours.module.state_dict())
+    images, labels = ours.batch(0)
+    halves = zip(images.chunk(2), labels.chunk(2), strict=True)
+    loss = sum(cross_entropy(model(half), own) for half, own in halves) / 2
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    clean = [p.detach().clone() for p in model.parameters()]
+    ours.step(0)
+    for w, g, p in zip(clean, gradients, ours.module.parameters(), strict=True):
+        torch.testing.assert_close(p.detach(), w - 0.02 * (g + 5e-4 * w), rtol=1e-4, atol=1e-6)
+
+
+def test_the_unmixed_noise_is_rwps_in_every_gradient(compare):
+    unmixed, _ = training(compare, "rwp_unmixed", "--rwp_gamma=0.02")
+    for number in range(3):
+        unmixed.step(number)
+    assert unmixed.rwp.report()["slots"] == {"clean": 0, "perturbed": 3}
+    assert {group["rwp_gamma"] for group in unmixed.rwp.param_groups} == {0.02}
+
+
+def test_a_run_says_what_early_stopping_would_have_chosen(compare, tmp_path, monkeypatch):
+    figures = iter([0.2, 0.5, 0.4, 0.9, 0.6, 0.9, 0.3, 0.1])  # test, held out, test, ...
+    monkeypatch.setattr(compare.Training, "evaluate", lambda *_: {"top1": next(figures), "eval_loss": 1.0})
+    flags = ["--methods=base", "--early_stopping=true", "--train_images=60", "--validation_images=40"]
+    (record,) = start(compare, tmp_path, *flags, "--evaluations=4")
+    assert record["early"] == {"step": record["history"][1]["step"], "held_out": 0.9, "top1": 0.4}
+    assert (record["peak"], record["top1"]) == (0.6, 0.3)
+    assert [row["held_out"] for row in record["history"]] == [0.5, 0.9, 0.9, 0.1]
+
+
+def test_early_stopping_needs_images_that_train_nothing(compare, tmp_path):
+    with pytest.raises(ValueError, match=r"early_stopping needs held-out images .* 20 of them are to train on"):
+        start(compare, tmp_path, "--methods=base", "--early_stopping=true", "--validation_images=20")
+
+
+def test_what_noise_rounding_and_pruning_leave_is_measured_at_no_cost_to_the_run(compare, tmp_path):
+    (plain,) = start(compare, tmp_path / "plain", "--methods=rwp")
+    (measured,) = start(compare, tmp_path / "measured", "--methods=rwp", "--robustness_images=30")
+    assert measured["top1"] == plain["top1"]
+    assert measured["task"] == plain["task"]
+    assert set(measured["robustness"]) == {"as_they_are", "noise", "bits", "pruned", "train", "rise"}
+    assert "robustness" not in plain
+
+
+def test_methods_begin_from_the_same_trained_weights(compare, tmp_path, monkeypatch):
+    begun = {}
+    step = compare.Training.step
+
+    def spied(self, number):
+        if number == 0:
+            begun.setdefault(self.method.title, []).append(weights(self))
+        step(self, number)
+
+    monkeypatch.setattr(compare.Training, "step", spied)
+    flags = ["--pretrain_epochs=2", "--pretrain_lr=0.05", "--methods", "base", "rwp", "--robustness_images=20"]
+    records = start(compare, tmp_path, *flags, "--evaluations=1")
+    fresh, first = begun["plain"]  # pretraining is plain, and made once
+    (second,) = begun["RWP"]
+    assert torch.equal(first, second)
+    assert not torch.equal(fresh, first)
+    assert records[0]["before"] == records[1]["before"]
+    assert 0 <= records[0]["before"]["robustness"]["noise"]["0.01"] <= 1
+    assert records[0]["task"]["pretrain_epochs"] == 2
+    assert {record["steps"] for record in records} == {STEPS}
+
+
+def test_the_search_of_another_comparison_chooses_settings(compare, tmp_path):
+    first = ["--methods=base", "--search=true", "--lrs", "0.01", "--weight_decays", "1e-3", "--seeds=3"]
+    AcceleratorState._reset_state(True)
+    places = [f"--results={tmp_path}/first.jsonl", f"--output_dir={tmp_path}/first"]
+    compare.main(parse_arguments(compare.Arguments, [*TINY, *places, *first]))
+    *_, record = start(compare, tmp_path, "--methods=base", "--settings_from=first", "--label_noise=0.5")
+    assert (record["settings"]["lr"], record["settings"]["weight_decay"]) == (0.01, 1e-3)
+    assert "--settings_from first" in record["command"]
+    with pytest.raises(ValueError, match=r"first.jsonl has no search for the settings of rwp: leave settings_from out"):
+        start(compare, tmp_path, "--methods=rwp", "--settings_from=first", "--label_noise=0.5")
+
+
+def test_checkpoints_are_apart_by_the_seconds_that_were_asked_for(compare, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(compare, "save_checkpoint", lambda *given: saved.append(given))
+    start(compare, tmp_path / "often", "--methods=base", "--evaluations=4")
+    assert len(saved) == 3
+    start(compare, tmp_path / "never", "--methods=base", "--evaluations=4", "--checkpoint_seconds=1e6")
+    assert len(saved) == 3
 
 
 def test_two_processes_cannot_share_an_output_folder(compare, tmp_path):
