@@ -19,8 +19,9 @@ The terms are one of three protocols:
 Every run is a whole schedule; with `--pretrain_epochs` it begins from weights that were trained plainly. With
 `--search true` each method first tries one grid of the same size on images held out from the training split: all pairs
 of `--lrs` and `--weight_decays`, with `--strengths` (factors on the method's rho or gamma) spread over them as in a
-Latin square. Accuracy is that of the last epoch, on images that chose nothing; with `--early_stopping` also that of the
-evaluation that held-out images choose.
+Latin square. Where `--rwp_gamma` is not given they are factors on what `hf_rwp.find_gamma` proposes after 200 plain
+steps, which the records have as `middle`. Accuracy is that of the last epoch, on images that chose nothing; with
+`--early_stopping` also that of the evaluation that held-out images choose.
 
 Runs and trials become lines of `--results`; those that are there are not run again, and one that was cut goes on from
 its last checkpoint. Images are decoded once and lie on the device, where they are augmented in batches.
@@ -49,7 +50,15 @@ from hf_rwp.core.buffers import sync_buffers
 from hf_rwp.core.checks import check_all
 from hf_rwp.core.placement import mixes
 from hf_rwp.experiments.arguments import PAIRS, SmallArguments
-from hf_rwp.experiments.training import Data, Training, default_settings, load_data, options_of
+from hf_rwp.experiments.training import (
+    Data,
+    Training,
+    default_settings,
+    found_gamma,
+    load_data,
+    needs_gamma,
+    options_of,
+)
 from hf_rwp.images.memory import Images
 from hf_rwp.runs.checkpoints import remove_checkpoints, save_checkpoint
 from hf_rwp.runs.comparison import (
@@ -73,6 +82,7 @@ from hf_rwp.runs.parsing import start
 from hf_rwp.runs.records import append_record, command_of, environment, scrub_paths, without_nan
 
 RECIPE = Path(__file__)
+FINDER_STEPS = 200  # of plain training, ahead of a search for gamma
 
 
 @dataclass
@@ -114,10 +124,11 @@ def main(args: Arguments) -> None:
     torch._dynamo.config.recompile_limit = 256  # each model is compiled anew
     results, output_dir, replicas = Path(args.results), Path(args.output_dir), accelerator.num_processes
     data = load_data(args, accelerator.device, held_out=args.search or args.early_stopping)
-    refuse_other_records(args, accelerator, data["digest"])
-    lock = lock_output(output_dir, results) if accelerator.is_main_process else None
     launcher = "python" if replicas == 1 else "accelerate launch"
     facts = {"command": command_of(f"{launcher} recipes/{RECIPE.name}", *described_arguments(args))}
+    facts |= find_middle(args, accelerator, data)
+    refuse_other_records(args, accelerator, data["digest"])
+    lock = lock_output(output_dir, results) if accelerator.is_main_process else None
     facts |= environment(accelerator) | {"load_average": os.getloadavg()[0], "data_sha256": data["digest"]}
     per_step = args.batch_size * replicas
     if args.early_stopping and len(data["held_in"]) < len(data["train"]):
@@ -159,6 +170,22 @@ def main(args: Arguments) -> None:
         print(f"\nWrote {results} and {', '.join(map(str, pictures.values()))}")
         lock.release()
     accelerator.end_training()
+
+
+def find_middle(args: Arguments, accelerator: Accelerator, data: Data) -> dict[str, Any]:
+    """Set the gamma that a search is around, where the flags leave it open: that of the trials that are there, else
+    what `find_gamma` proposes. Returns it for the records."""
+    if not (args.search and any(needs_gamma(args, name) for name in args.methods)):
+        return {}
+    trials = [record for record in comparison_records(Path(args.results)) if record["kind"] == "trial"]
+    known = [trial.get("middle") for trial in trials if needs_gamma(args, trial["method"])]
+    if not known:
+        held_in = data["held_in"]
+        known = [{"gamma": found_gamma(accelerator, args, data, held_in, FINDER_STEPS), "steps": FINDER_STEPS}]
+    if known[0] is None:  # of a search that was around the default
+        return {}
+    args.rwp_gamma = known[0]["gamma"]
+    return {"middle": known[0]}
 
 
 def grid(args: Arguments, name: str) -> list[Settings]:

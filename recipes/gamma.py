@@ -49,7 +49,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_rwp import RWP
-from hf_rwp.analysis.finder import SHARE, GammaProposal, find_gamma
+from hf_rwp.analysis.finder import SHARE, GammaProposal, NothingLearnedError, find_gamma
 from hf_rwp.analysis.plots import loss_over_gamma
 from hf_rwp.core.checks import check_all
 from hf_rwp.core.noise import MODES
@@ -364,7 +364,7 @@ def proposed(task: Task, args: Arguments, module: nn.Module, mode: str) -> dict[
         found = find_gamma(
             module, task.batches(), noise=mode, share=args.share, draws=args.draws, num_batches=args.num_batches
         )
-    except ValueError:
+    except NothingLearnedError:
         return None
     elements = {name: weight.numel() for name, weight in module.named_parameters() if weight.ndim > 1}
     squares = sum(elements[name] * size**2 for name, size in found.sizes.items() if name in elements)

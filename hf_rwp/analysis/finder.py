@@ -32,6 +32,10 @@ SHARE = 0.125
 LEARNED = 0.95  # a loss that is at least so much of a guess's tells nothing
 
 
+class NothingLearnedError(ValueError):
+    """A model's loss is no better than that of a guess."""
+
+
 @dataclass(frozen=True)
 class NoiseLevel:
     """How much the loss rises under noise of size gamma: the mean over draws, the least and the most."""
@@ -100,8 +104,8 @@ def find_gamma(
         The proposal, with all that was measured.
 
     Raises:
-        ValueError: for an option out of range, for no batches, for a loss that is not finite or not of integer labels,
-            and where the weights have learned nothing yet.
+        ValueError: for an option out of range, for no batches, for labels that are not integers without `rise`.
+        NothingLearnedError: a ValueError, where the loss is no better than that of a guess, or no number.
     """
     check_noise(noise)
     for name, value, valid, allowed in (
@@ -158,9 +162,9 @@ def _loss_of_a_guess(batches: Sequence[Batch]) -> float:
 
 
 def _allowed(loss: float, baseline: float, share: float) -> float:
-    """Raises ValueError for a loss that leaves nothing to take back."""
+    """Raises NothingLearnedError for a loss that leaves nothing to take back."""
     if not loss < LEARNED * baseline:
-        raise ValueError(
+        raise NothingLearnedError(
             f"the loss is {loss:.4g}, and a guess from the labels' frequencies has {baseline:.4g}: the weights have "
             "not learned enough for noise to take anything back. Load trained ones, train without noise for a few "
             "hundred steps first, or set rise, how much the loss may rise"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
 from timm.data import resolve_data_config  # type: ignore[attr-defined]
 from timm.optim import create_optimizer_v2  # type: ignore[attr-defined]
 from timm.scheduler import CosineLRScheduler  # type: ignore[attr-defined]
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from hf_rwp.analysis.finder import NothingLearnedError, find_gamma
 from hf_rwp.analysis.robustness import robustness
 from hf_rwp.core.buffers import sync_buffers
 from hf_rwp.core.losses import LossTracker
@@ -72,6 +73,31 @@ def default_settings(args: SmallArguments, name: str) -> Settings:
     if METHODS[name].rwp is not None and strength is None:
         strength = DEFAULT_GAMMA[args.rwp_noise] if args.rwp_gamma is None else args.rwp_gamma
     return {"lr": args.lr, "weight_decay": args.weight_decay, "strength": strength}
+
+
+def needs_gamma(args: SmallArguments, name: str) -> bool:
+    """Whether a method has the gamma of the flags, and they leave it open."""
+    method = METHODS[name]
+    return method.rwp is not None and method.strength is None and args.rwp_gamma is None
+
+
+def found_gamma(accelerator: Accelerator, args: SmallArguments, data: Data, images: Images, steps: int) -> float:
+    """What `find_gamma` proposes after so many steps of plain training on the images; its default gamma where that has
+    learned nothing. Collective."""
+    settings, size = {"lr": args.lr, "weight_decay": args.weight_decay, "strength": None}, args.batch_size
+    plain = Training(accelerator, args, data, images, "base", settings, args.data_seed, steps, size)
+    for number in range(steps):
+        plain.step(number)
+    sync_buffers([plain.module])
+    some = Images(images.pixels[:512], images.labels[:512])
+    try:
+        gamma = find_gamma(
+            plain.module, plain.as_they_are(some), noise=args.rwp_noise, noise_1d=args.rwp_noise_1d
+        ).gamma
+    except NothingLearnedError:
+        gamma = DEFAULT_GAMMA[args.rwp_noise]
+    accelerator.free_memory()
+    return float(broadcast(torch.tensor(gamma, dtype=torch.float64, device=accelerator.device)))
 
 
 class Training:

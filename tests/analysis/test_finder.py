@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hf_rwp import RWP, find_gamma
-from hf_rwp.analysis.finder import DOWN, UP
+from hf_rwp.analysis.finder import DOWN, UP, NothingLearnedError
 from hf_rwp.core.noise import DEFAULT_GAMMA
 
 
@@ -225,7 +225,7 @@ def test_an_option_out_of_range_is_refused_by_name(options, said):
 def test_weights_that_have_learned_nothing_are_refused_with_what_to_do():
     torch.manual_seed(0)
     with pytest.raises(
-        ValueError, match=r"have not learned enough .* train without noise for a few hundred steps first"
+        NothingLearnedError, match=r"have not learned enough .* train without noise for a few hundred steps first"
     ):
         find_gamma(Classifier().eval(), list(images(4)))
 
@@ -244,5 +244,5 @@ def test_no_batches_and_a_frozen_model_are_refused():
 
 def test_a_loss_that_is_no_number_is_refused(classifier):
     classifier.out.bias.data[0] = math.nan
-    with pytest.raises(ValueError, match="the loss is nan"):
+    with pytest.raises(NothingLearnedError, match="the loss is nan"):
         find_gamma(classifier, list(images(1)))

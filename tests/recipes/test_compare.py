@@ -28,6 +28,7 @@ STEPS = 10  # 100 images, two epochs
 def compare(monkeypatch):
     loaded = load_recipe(RECIPES / "compare.py")
     monkeypatch.setattr(experiment, "load_images", few_digits)
+    monkeypatch.setattr(loaded, "FINDER_STEPS", 3)
     return loaded
 
 
@@ -300,6 +301,39 @@ def test_a_search_has_one_grid(compare, tmp_path):
     start(compare, tmp_path, *flags, "--methods=base", "--lrs", "0.01")
     with pytest.raises(ValueError, match="one of this grid"):
         start(compare, tmp_path, *flags, "--methods=rwp", "--lrs", "0.02")
+
+
+def test_a_search_is_around_the_gamma_that_the_finder_proposes(compare, tmp_path, monkeypatch):
+    """Once: whoever goes on with the search has the same grid; with a gamma of the flags none is looked for."""
+    found = []
+    monkeypatch.setattr(compare, "found_gamma", lambda *given: found.append(given[3:]) or 0.03)
+    flags = ["--search=true", "--lrs", "0.01", "--weight_decays", "1e-3", "--strengths", "2", "--evaluations=1"]
+    flags += ["--validation_images=20", "--methods", "base", "rwp"]
+    start(compare, tmp_path, *flags)
+    records = start(compare, tmp_path, *flags, "--seeds", "0", "1")
+    ((images, steps),) = found
+    assert (len(images), steps) == (80, 3)
+    trial, *runs = [record for record in records if record["method"] == "rwp"]
+    assert (trial["kind"], trial["settings"]["strength"]) == ("trial", 0.06)
+    assert [run["settings"]["strength"] for run in runs] == [0.06, 0.06]
+    assert {str(record["middle"]) for record in records} == {"{'gamma': 0.03, 'steps': 3}"}
+    assert "rwp_gamma" not in trial["command"]
+    given = start(compare, tmp_path / "given", *flags, "--rwp_gamma=0.02")
+    assert {record["settings"]["strength"] for record in given} == {None, 0.04}
+    assert len(found) == 1
+
+
+def test_the_gamma_of_a_search_is_of_plain_training_and_the_default_where_that_learned_nothing(compare, monkeypatch):
+    args = arguments(compare, "--lr=0.05")
+    accelerator = Accelerator(cpu=True)
+    data = compare.load_data(args, accelerator.device)
+    assert compare.found_gamma(accelerator, args, data, data["train"], 1) == 0.01
+    seen = []
+    find = experiment.find_gamma
+    monkeypatch.setattr(experiment, "find_gamma", lambda *a, **k: seen.append(find(*a, **k)) or seen[0])
+    gamma = compare.found_gamma(accelerator, args, data, data["train"], 60)
+    assert gamma == seen[0].gamma != 0.01
+    assert seen[0].loss < 0.9 * seen[0].baseline
 
 
 def test_an_inert_wrapper_does_not_pass_for_a_result(compare, tmp_path):
