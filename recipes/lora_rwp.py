@@ -28,6 +28,7 @@ in `adapter`, what PEFT loads, with its card.
 """
 
 import json
+import os
 import resource
 import sys
 import time
@@ -43,7 +44,9 @@ refuse_missing("lora", __name__)  # ahead of the imports that would fail
 
 import torch
 from datasets import Dataset, load_dataset
-from transformers import TrainerCallback, set_seed
+from datasets import disable_progress_bars as hide_bars_of_datasets
+from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers.utils.logging import disable_progress_bar as hide_bars_of_transformers
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from hf_rwp import RWPArguments, RWPTrainerMixin
@@ -53,15 +56,18 @@ from hf_rwp.core.refusals import refuse_lone_processes
 from hf_rwp.hub.card import add_card
 from hf_rwp.hub.push import PushError, push
 from hf_rwp.runs.files import write
+from hf_rwp.runs.given import Given, save_flags
 from hf_rwp.runs.parsing import start
-from hf_rwp.runs.records import aligned, environment, hub_id, scrub_paths
+from hf_rwp.runs.records import append_record, environment, hub_id, scrub_paths
 from hf_rwp.runs.resuming import RESULTS, check_writable
+from hf_rwp.trainer.adapters import History, Measured, command_of_run, last_screen
 from hf_rwp.trainer.checkpoints import find_trainer_checkpoint, remove_later_checkpoints
-from hf_rwp.trainer.language import exact_match, known_texts, make_base, mean_loss, sums_in_words
+from hf_rwp.trainer.language import known_texts, make_base, sums_in_words
 
 
 @dataclass
 class Arguments(ModelConfig, RWPArguments, SFTConfig):
+    given = Given()  # no flag: those that were typed, as `parse_arguments` notes them
     # Model
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "An id on the Hub or a folder; a small language model made here if not set."}
@@ -130,6 +136,9 @@ class Arguments(ModelConfig, RWPArguments, SFTConfig):
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder for all that is written; outputs/DATA_lora_METHOD_seedN if not set."}
     )
+    records: str | None = field(
+        default=None, metadata={"help": "A file of records, .jsonl, that the run's figures are appended to as a line."}
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Whether a run that output_dir holds may be deleted for this one."}
     )
@@ -170,6 +179,11 @@ class Arguments(ModelConfig, RWPArguments, SFTConfig):
         return "rwp" if self.rwp else "base"
 
     @property
+    def arm(self) -> str:
+        """What of the model is perturbed: nothing (plain), the adapters, or the frozen base as well."""
+        return "plain" if not self.rwp else "frozen" if self.rwp_frozen else "adapters"
+
+    @property
     def data_name(self) -> str:
         return Path(self.data_file or self.dataset or "sums").stem
 
@@ -182,68 +196,32 @@ class Arguments(ModelConfig, RWPArguments, SFTConfig):
 class RWPSFTTrainer(RWPTrainerMixin, SFTTrainer): ...
 
 
-@dataclass
-class Measured:
-    """What is measured beside the loss. rows: held-out prompts and completions. known: text that the base knew."""
-
-    rows: Sequence[Mapping[str, str]]
-    known: Sequence[str]
-    max_new_tokens: int
-
-    def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
-        found = {}
-        if self.rows:
-            found["accuracy"] = exact_match(model, tokenizer, self.rows, max_new_tokens=self.max_new_tokens)
-        if self.known:
-            found["known_loss"] = mean_loss(model, tokenizer, self.known)
-        return found
-
-
-class History(TrainerCallback):
-    """A row of figures for every evaluation; before: of the base, without adapters."""
-
-    def __init__(self, measure: Measured, tokenizer: Any) -> None:
-        self.measure, self.tokenizer, self.rows = measure, tokenizer, list[dict[str, Any]]()
-        self.before: dict[str, float] = {}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
-        if args.use_peft:
-            with seen["model"].disable_adapter():
-                self.before = self.measure(seen["model"], self.tokenizer)
-        elif not state.global_step:
-            self.before = self.measure(seen["model"], self.tokenizer)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
-        logs = [entry for entry in state.log_history if "loss" in entry]
-        losses = logs[-1] if logs else {}
-        row = {"epoch": state.epoch or 0.0, "step": state.global_step, "eval_loss": seen["metrics"]["eval_loss"]}
-        row |= {"train_loss": losses["loss"]} if losses else {}
-        row |= {name: losses[name] for name in ("loss_clean", "loss_perturbed", "loss_gap") if name in losses}
-        row |= self.measure(seen["model"], self.tokenizer)
-        self.rows.append(row)
-        if state.is_world_process_zero:
-            told = {"eval_loss": ".4f", "accuracy": ".2%", "known_loss": ".4f"}
-            print(f"step {row['step']}: " + ", ".join(f"{n} {row[n]:{f}}" for n, f in told.items() if n in row))
-
-
 def main(args: Arguments) -> None:
     refuse_lone_processes()
-    vars(args).pop("given", None)
+    given = vars(args).pop("given", args.given)  # which Trainer need not pickle
     output_dir, flags = Path(args.output_dir), scrub_paths(args.to_dict())
     checkpoint = find_trainer_checkpoint(args)
     check_writable(output_dir)
     set_seed(args.seed)
+    if args.disable_tqdm:
+        hide_bars_of_datasets()
+        hide_bars_of_transformers()
     trainer = create_trainer(args)
     tokenizer, is_main = trainer.processing_class, trainer.is_world_process_zero()
     measure = measured(args, trainer.held_out)
     history = History(measure, tokenizer)
     trainer.add_callback(history)
+    for shows in (PrinterCallback, ProgressCallback):  # History does
+        trainer.remove_callback(shows)
     if is_main:
+        print("\n".join([*given.lines(), f"writes to: {output_dir}"]), flush=True)
+        save_flags(output_dir, given.flags)
         remove_later_checkpoints(output_dir, checkpoint)
         write(output_dir / "arguments.json", json.dumps(flags, indent=2, default=str))
-    begin = time.perf_counter()
+    begin, busy = time.perf_counter(), time.process_time()
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     seconds, memory = time.perf_counter() - begin, peak_memory()
+    busy = time.process_time() - busy
     if not history.rows or history.rows[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
     final = dict(history.rows[-1])
@@ -261,6 +239,10 @@ def main(args: Arguments) -> None:
     results = {
         "final": final | {"peak_memory_bytes": memory},
         "seconds": seconds,
+        "cpu_seconds": busy,
+        "command": command_of_run(given.flags),
+        "adapters": args.use_peft,
+        "max_new_tokens": args.max_new_tokens,
         "arguments": {name: value for name, value in flags.items() if value != -1} | {"method": args.method},
         "base_model": hub_id(args.model_name_or_path),
         "data": {
@@ -272,6 +254,13 @@ def main(args: Arguments) -> None:
     }
     results["versions"] |= {name: version(name) for name in ("trl", "peft")}
     finish(args, results, adapter)
+    if args.records:
+        own = {"arm": args.arm, "seed": args.seed, "load_average": os.getloadavg()[0]}
+        append_record(Path(args.records), own | {name: value for name, value in results.items() if name != "arguments"})
+    base = trainer.model.get_base_model().name_or_path if args.use_peft else ""
+    prompt = next((row["prompt"] for row in trainer.held_out if isinstance(row.get("prompt"), str)), None)
+    written = [output_dir / RESULTS, output_dir / "curves.png", adapter]
+    print(last_screen(results, given.flags, adapter, base, prompt, written))
     if args.push_to_hub:
         try:
             print(f"Pushed to {push(adapter, trainer.hub_model_id, private=args.hub_private_repo)}")
@@ -352,7 +341,7 @@ def peak_memory() -> int:
 
 
 def finish(args: Arguments, results: dict[str, Any], adapter: Path) -> None:
-    """Write the results, the picture and the card, and print what came out."""
+    """Write the results, the picture and the card."""
     output_dir, final = adapter.parent, results["final"]
     config = adapter / "adapter_config.json"
     if config.is_file() and Path(args.model_name_or_path or "/").is_absolute():
@@ -384,13 +373,6 @@ def finish(args: Arguments, results: dict[str, Any], adapter: Path) -> None:
         dataset=args.dataset,
         note=" ".join([*told, f"Training took {memory} at its peak."]),
     )
-    texts = {"held-out loss": f"{final['eval_loss']:.4f}"}
-    if "accuracy" in final:
-        texts["exact match"] = f"{final['accuracy']:.2%}"
-    if "forgetting" in final:
-        texts["known text"] = f"loss {final['known_loss']:.4f}, {final['known_loss_before']:.4f} before"
-    print(aligned(texts | {"peak memory": memory, "seconds": f"{results['seconds']:.1f}"}))
-    print(f"Wrote {output_dir / RESULTS}, {curves} and {adapter}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,156 @@
+"""A fine-tuned language model, evaluation by evaluation: what it has learned, what it forgot, and what comes next."""
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from hf_rwp.runs.closing import with_comments
+from hf_rwp.runs.given import OF_A_SESSION, Flags, join_flags
+from hf_rwp.runs.progress import Progress
+from hf_rwp.runs.records import aligned, scrub_paths
+from hf_rwp.trainer.language import exact_match, mean_loss
+
+_PLACES = {"base_dir", "output_dir", "records", "report_to", "push_to_hub", *OF_A_SESSION}  # not what a run is
+_SUFFERS = 0.1  # nats a token: what was right is a tenth less likely
+
+
+@dataclass
+class Measured:
+    """What is measured beside the loss. rows: held-out prompts and completions. known: text that the base knew."""
+
+    rows: Sequence[Mapping[str, str]]
+    known: Sequence[str]
+    max_new_tokens: int
+
+    def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
+        found = {}
+        if self.rows:
+            found["accuracy"] = exact_match(model, tokenizer, self.rows, max_new_tokens=self.max_new_tokens)
+        if self.known:
+            found["known_loss"] = mean_loss(model, tokenizer, self.known)
+        return found
+
+
+class History(TrainerCallback):
+    """A row of figures for every evaluation, and how far training is. before: of the base, without adapters."""
+
+    def __init__(self, measure: Measured, tokenizer: Any) -> None:
+        self.measure, self.tokenizer, self.rows = measure, tokenizer, list[dict[str, Any]]()
+        self.before: dict[str, float] = {}
+        self._progress = Progress(1, shown=False)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
+        if args.use_peft:
+            with seen["model"].disable_adapter():
+                self.before = self.measure(seen["model"], self.tokenizer)
+        elif not state.global_step:
+            self.before = self.measure(seen["model"], self.tokenizer)
+        samples = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        part = max(1, round(state.max_steps / max(1, state.num_train_epochs)))
+        counts = {"part": part, "done": state.global_step, "images": samples, "unit": "samples"}
+        self._progress = Progress(state.max_steps, **counts, shown=state.is_world_process_zero)
+        self._progress.begin("training")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._progress.advance()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:
+        if "loss" in logs:
+            self._progress.note(**{name: logs[name] for name in ("loss", "loss_gap") if name in logs})
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
+        logs = [entry for entry in state.log_history if "loss" in entry]
+        losses = logs[-1] if logs else {}
+        row = {"epoch": state.epoch or 0.0, "step": state.global_step, "eval_loss": seen["metrics"]["eval_loss"]}
+        row |= {"train_loss": losses["loss"]} if losses else {}
+        row |= {name: losses[name] for name in ("loss_clean", "loss_perturbed", "loss_gap") if name in losses}
+        row |= self.measure(seen["model"], self.tokenizer)
+        self.rows.append(row)
+        told = {
+            "eval_loss": "held-out loss {:.4f}",
+            "accuracy": "exact match {:.2%}",
+            "known_loss": "known text {:.4f}",
+        }
+        figures = ", ".join(text.format(row[name]) for name, text in told.items() if name in row)
+        self._progress.say(f"step {row['step']:,}/{state.max_steps:,}: {figures}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._progress.close()
+
+
+def command_of_run(given: Flags) -> str:
+    """The command line that gives the same run, without the places that it read and wrote."""
+    kept = {n: v for n, v in given.items() if n not in _PLACES and not n.startswith("hub_")}
+    return shlex.join(["accelerate", "launch", "recipes/lora_rwp.py", *scrub_paths(join_flags(kept))])
+
+
+def last_screen(
+    results: Mapping[str, Any], given: Flags, folder: Path, base: str, prompt: str | None, written: Sequence[Path]
+) -> str:
+    """Its figures, what they say, what was written, and the commands to generate, compare and push.
+
+    folder: what PEFT or transformers loads, with its tokenizer. base: the model under the adapters. prompt: of one of
+    the held-out samples.
+    """
+    final = results["final"]
+    rows = {"held-out loss": f"{final['eval_loss']:.4f}"}
+    if "accuracy" in final:
+        rows["exact match"] = f"{final['accuracy']:.2%}"
+    if "forgetting" in final:
+        rows["known text"] = f"loss {final['known_loss']:.4f}, {final['known_loss_before']:.4f} before"
+    rows |= {"peak memory": f"{final['peak_memory_bytes'] / 2**20:,.0f} MiB", "seconds": f"{results['seconds']:.1f}"}
+    names = [shlex.quote(str(path)) for path in written]
+    parts = [aligned(rows), in_words(results), f"Wrote {', '.join(names[:-1])} and {names[-1]}"]
+    return "\n\n".join([*parts, with_comments(next_commands(results, given, folder, base, prompt))])
+
+
+def in_words(results: Mapping[str, Any]) -> str:
+    """What RWP did, and what was forgotten, for someone who does not know the terms."""
+    final, said = results["final"], ["Plain training: no weight was perturbed."]
+    if "rwp" in final:
+        slots, largest = final["rwp"]["slots"], final["rwp"]["relative_noise"].get("largest")
+        count = slots["clean"] + slots["perturbed"]
+        said = [f"RWP took {slots['perturbed']:,} of {count:,} gradients with noise in the weights."]
+        if largest:
+            said.append(f"It is {100 * largest['size']:.2g} % of the largest of them, {largest['name']}.")
+    if "forgetting" in final:
+        more = final["forgetting"]
+        said.append(
+            f"The base's own text costs {abs(more):.2f} nats a token {'more' if more > 0 else 'less'} than before: "
+            + (
+                "what it knew is hurt."
+                if more > 0.1
+                else "little is forgotten."
+                if more > 0
+                else "nothing is forgotten."
+            )
+        )
+    return "\n".join(said)
+
+
+def next_commands(
+    results: Mapping[str, Any], given: Flags, folder: Path, base: str, prompt: str | None
+) -> dict[str, str]:
+    """By what it is for; see `last_screen`."""
+    place, quoted = json.dumps(str(folder)), json.dumps(prompt or "Hello")
+    code, model = (
+        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; ",
+        f"M.from_pretrained({place})",
+    )
+    if results["adapters"]:
+        code = f"from peft import PeftModel; {code}"
+        model = f"PeftModel.from_pretrained(M.from_pretrained({json.dumps(base)}), {place})"
+    code += f't = T.from_pretrained({place}); i = t({quoted}, return_tensors="pt").input_ids; '
+    code += f"print(t.decode({model}.generate(i, max_new_tokens={results['max_new_tokens']})[0]))"
+    own = {n: v for n, v in given.items() if n not in OF_A_SESSION | {"rwp", "records"} and not n.startswith("rwp_")}
+    other = "true" if results["arguments"]["method"] == "base" else "false"
+    return {
+        "generate": shlex.join(["python", "-c", code]),
+        "compare": shlex.join(["hf-rwp", "lora", f"--rwp={other}", *join_flags(own)]),
+        "push": shlex.join(["hf-rwp", "push", str(folder), "USER/NAME"]),
+    }
