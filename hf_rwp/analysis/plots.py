@@ -162,6 +162,56 @@ def accuracy_over_gamma(models: Mapping[str, Mapping[str, Any]], path: StrPath) 
     figure.savefig(path, format="png", dpi=150)
 
 
+def demonstration(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: StrPath, title: str = "") -> None:
+    """Write a PNG of methods on one task: accuracy over the epochs, what it cost, and the loss around the weights.
+
+    runs: for the name of each method its runs, one a seed: mappings with `history` as `comparison` takes it, gradients
+    and seconds at the end, and `landscape`: `losses` at `coordinates`, steps from the weights in norms of the filters.
+    Lines and bars are means over seeds, bands a standard deviation either way. Accuracies start where those of the
+    second half of the training do.
+    """
+    figure = Figure(figsize=(13, 4.4), layout="constrained")
+    places = figure.add_gridspec(2, 3, width_ratios=(1.3, 0.8, 1.3))
+    accuracy, losses = figure.add_subplot(places[:, 0]), figure.add_subplot(places[:, 2])
+    gradients, seconds = (figure.add_subplot(places[row, 1]) for row in (0, 1))
+    looks = dict(zip(runs, itertools.cycle(_MODELS), strict=False))
+    lowest = 100.0
+    for name, mine in runs.items():
+        length = max(len(run["history"]) for run in mine)
+        whole = [run["history"] for run in mine if len(run["history"]) == length]  # the others diverged on the way
+        epochs = [row["epoch"] for row in whole[0]]
+        top1 = np.array([[100 * row["top1"] for row in history] for history in whole])
+        _mean_and_deviation(accuracy, epochs, top1, name, looks[name])
+        lowest = min(lowest, top1[:, length // 2 :].min())
+        around = np.array([_finite(run["landscape"]["losses"]) for run in mine])
+        around = around[np.isfinite(around).all(1)]
+        if len(around):
+            _mean_and_deviation(losses, mine[0]["landscape"]["coordinates"], around, name, looks[name])
+    accuracy.set_ylim(lowest - 1, min(100, accuracy.get_ylim()[1]) + 0.5)
+    _tidy(accuracy, "Held-out accuracy (%)", "epoch")
+    _tidy(losses, "Training loss on lines through the weights", "step in random directions, in norms of the filters")
+    for axes, key, what in (
+        (gradients, "gradients", "Gradients of each image"),
+        (seconds, "seconds", "Seconds of training"),
+    ):
+        _bars(axes, {name: [float(np.mean([run[key] for run in mine]))] for name, mine in runs.items()}, looks)
+        _tidy(axes, what, "")
+    if title:
+        figure.suptitle(title)
+    handles, names = accuracy.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+    figure.savefig(path, format="png", dpi=150)
+
+
+def _mean_and_deviation(axes: Axes, at: Sequence[float], values: Any, name: str, look: dict[str, Any]) -> None:
+    """A line through the means of `values` (seeds, len(at)), in a band of their standard deviation."""
+    mean = values.mean(0)
+    axes.plot(at, mean, label=name, linewidth=2, markersize=4, **look)
+    if len(values) > 1:
+        spread = values.std(0, ddof=1)
+        axes.fill_between(at, mean - spread, mean + spread, color=look["color"], alpha=0.15, linewidth=0)
+
+
 def landscape(losses: Mapping[str, Any], coordinates: Sequence[float], path: StrPath, label: str = "loss") -> None:
     """Write a PNG: the loss on a plane through the weights, as contours above and as a surface below, for each model.
 

@@ -239,3 +239,30 @@ def test_sharpness_of_a_diverged_model_can_be_drawn(figure_of, value):
     figures["train"]["largest_eigenvalue"]["value"] = figures["train"]["worst_case"]["rise"] = value
     figure_of(sharpness_curves, {"diverged": figures})
     figure_of(sharpness_curves, {"base": figures_of(1.0), "diverged": figures})
+
+
+def test_a_demonstration_shows_accuracy_cost_and_the_loss_around(figure_of):
+    def run(top1, cost, depth):
+        history = [{"epoch": i + 1, "top1": value} for i, value in enumerate(top1)]
+        around = {"coordinates": COORDINATES, "losses": [depth + a * a for a in COORDINATES]}
+        return {"history": history, "gradients": 2 * cost, "seconds": 9 * cost, "landscape": around}
+
+    runs = {
+        "plain": [run([0.1, 0.6, 0.7], 1, 1.0), run([0.3, 0.8, 0.9], 1, 2.0)],
+        "RWP": [run([0.2, 0.8, 0.9], 2, 0.5), run([0.2], 2, math.nan)],  # the second diverged in its first epoch
+    }
+    figure = figure_of(lambda *given: plots.demonstration(*given, title="two seeds"), runs)
+    accuracy, losses, gradients, seconds = figure.axes
+    assert figure.get_suptitle() == "two seeds"
+    found = lines(accuracy)
+    assert found["plain"] == ([1, 2, 3], pytest.approx([20, 70, 80]))
+    assert found["RWP"] == ([1, 2, 3], pytest.approx([20, 80, 90]))
+    assert accuracy.get_ylim()[0] == pytest.approx(59)  # the first epoch would squeeze all others
+    assert lines(losses)["plain"] == (COORDINATES, pytest.approx([1.5 + a * a for a in COORDINATES]))
+    assert lines(losses)["RWP"] == (COORDINATES, pytest.approx([0.5 + a * a for a in COORDINATES]))
+    (band,) = accuracy.collections
+    low, high = band.get_paths()[0].get_extents().intervaly
+    assert (low, high) == pytest.approx((20 - math.sqrt(200), 80 + math.sqrt(200)))
+    assert [bar.get_height() for bar in gradients.patches] == [2, 4]
+    assert [bar.get_height() for bar in seconds.patches] == [9, 18]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["plain", "RWP"]

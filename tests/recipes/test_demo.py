@@ -1,0 +1,187 @@
+"""`hf-rwp demo` as a person meets it: on a terminal, in a pipe, a second time, interrupted, without SAM's package."""
+
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+
+import pytest
+from imagenet import RECIPES, load_recipe
+
+from hf_rwp.experiments.demonstration import best_of_search
+from hf_rwp.runs.parsing import start
+from hf_rwp.runs.records import read_records
+
+ROOT = RECIPES.parent
+TINY = ["--epochs=2", "--train_images=64"]
+METHODS = ("plain", "SAM", "RWP")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture
+def demo(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    return load_recipe(RECIPES / "demo.py")
+
+
+def run(demo, folder, *flags):
+    start(demo.main, demo.Arguments, argv=[*TINY, f"--output_dir={folder}", *map(str, flags)])
+
+
+def command(folder):
+    return [sys.executable, "-m", "hf_rwp.cli", "demo", *TINY, "--output_dir", str(folder)]
+
+
+def test_in_a_pipe_it_says_what_it_does_and_what_it_saw(tmp_path):
+    folder = tmp_path / "demo"
+    shown = subprocess.run(command(folder), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
+    assert shown.returncode == 0, shown.stderr
+    lines = shown.stdout.splitlines()
+    assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80
+    assert "\r" not in shown.stdout
+    assert lines[0] == "A small ResNet learns handwritten digits; 40 % of its labels are random."
+    epochs = [line for line in lines if line.startswith("epoch ")]
+    assert [epoch.partition(":")[0] for epoch in epochs] == ["epoch  1/2", "epoch  2/2"]
+    for name in METHODS:
+        assert re.search(rf"{name} [\d.]+ %", epochs[-1])
+        assert any(line.startswith(f"{name:<5}  ") and len(line.split()) == 6 for line in lines)
+    text = " ".join(lines)
+    assert "RWP made " in text
+    assert "task where such methods help" in text
+    assert lines[-4] == ""
+    assert lines[-3].startswith("optimizer = RWP(optimizer, model, gamma=0.01) ")
+    assert lines[-2].startswith("hf-rwp train --data_dir path/to/images ")
+    assert lines[-1].startswith("hf-rwp gamma ")
+    assert f"Wrote {folder / 'demo.png'}" in shown.stdout
+    assert [path.name for path in folder.iterdir()] == ["demo.png"]
+    assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert "Traceback" not in shown.stderr
+    assert "nothing is learned" not in shown.stderr
+
+
+def on_a_terminal(words, until=None):
+    """What a program wrote on a terminal of 80 columns, and its status; Ctrl-C where it has written `until`."""
+    fcntl, pty, termios = (pytest.importorskip(name, reason="POSIX") for name in ("fcntl", "pty", "termios"))
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    with subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        seen = b""
+        while True:
+            try:
+                found = os.read(ours, 4096)
+            except OSError:  # the terminal's end
+                break
+            seen += found
+            if until is not None and until in seen:
+                process.send_signal(signal.SIGINT)
+                until = None
+            if not found:
+                break
+        os.close(ours)
+        return seen.decode(), process.wait(timeout=400)
+
+
+def test_on_a_terminal_each_method_has_a_line_in_place(tmp_path):
+    text, status = on_a_terminal(command(tmp_path / "demo"))
+    assert status == 0, text
+    assert "epoch  1/2" not in text  # which is for pipes
+    drawn = re.split(r"\r\n|\r|\n|\x1b\[A", text)
+    assert max(len(line) for line in drawn if str(tmp_path) not in line) <= 80
+    for name in METHODS:
+        bars = [line for line in drawn if line.startswith(f"{name:<5} ") and "/2" in line]
+        assert " 0/2" in bars[0]
+        assert re.search(r" 2/2, +[\d.]+ % right, [\d.]+ gradients, [\d.]+ s, 00:00 left", bars[-1])
+    table = text.index("top-1 (%)")
+    assert "\x1b[A" not in text[table:]
+    assert "/2" not in text[table:]
+
+
+def test_ctrl_c_ends_it_in_a_line_and_leaves_nothing(tmp_path):
+    text, status = on_a_terminal(command(tmp_path / "demo"), until=b" 1/2")
+    assert status == 130, text
+    assert "stopped by Ctrl-C" in text
+    assert "Traceback" not in text
+    assert not (tmp_path / "demo").exists()
+
+
+def test_a_second_run_has_a_folder_of_its_own_and_records_are_appended_once(demo, tmp_path, capsys):
+    results = tmp_path / "records.jsonl"
+    run(demo, tmp_path / "demo", "--results", results, "--seeds", 3)
+    first = capsys.readouterr().out
+    run(demo, tmp_path / "demo", "--results", results, "--seeds", 3, 4)
+    second = capsys.readouterr().out
+    assert (tmp_path / "demo" / "demo.png").exists()
+    assert (tmp_path / "demo" / "2" / "demo.png").exists()
+    records = read_records(results)
+    assert [(record["seed"], record["method"]) for record in records] == [
+        (seed, name) for seed in (3, 4) for name in ("base", "sam", "rwp")
+    ]
+    for record in records:
+        assert len(record["history"]) == 2
+        assert record["top1"] == record["history"][-1]["top1"]
+        assert record["landscape"]["coordinates"] == demo.COORDINATES
+        assert len(record["landscape"]["losses"]) == len(demo.COORDINATES)
+        assert record["settings"] == demo.SETTINGS[record["method"]]
+        assert record["data_seed"] == record["seed"]
+    assert records[0]["command"] == "hf-rwp demo --seeds 3 --epochs 2 --train_images 64"
+    digests = [record["data_sha256"] for record in records]
+    assert digests[0] == digests[2] != digests[3] == digests[5]  # of a seed all methods have the same labels
+    base, sam, rwp = records[:3]
+    assert sam["gradients"] == 2 * base["gradients"] == 2 * rwp["gradients"]
+    assert rwp["rwp"]["slots"] == {"clean": 2, "perturbed": 2}
+    for text, record in ((first, rwp), (second, records[5])):  # of this run, not of the whole file
+        wrong = round(360 * (1 - record["top1"]))
+        assert f"RWP made {wrong} errors on 360 held-out images; plain training" in " ".join(text.split())
+    run(demo, tmp_path / "demo", "--results", results, "--seeds", 3)
+    assert "holds all of these seeds already" in capsys.readouterr().out
+    assert not (tmp_path / "demo" / "3" / "demo.png").exists()
+    assert len(read_records(results)) == 6
+
+
+def test_turns_change_nothing(demo, tmp_path, capsys):
+    """A method by itself ends where it ends beside the others."""
+    both = tmp_path / "both.jsonl"
+    run(demo, tmp_path / "demo", "--results", both)
+    accelerator, small = demo.Accelerator(), demo.task(demo.Arguments(epochs=2, train_images=64), 0)
+    data = demo.load_data(small, accelerator.device)
+    alone = demo.Training(accelerator, small, data, data["train"], "rwp", demo.SETTINGS["rwp"], 0, 2, 64)
+    for number in range(2):
+        alone.step(number)
+    (beside,) = [record for record in read_records(both) if record["method"] == "rwp"]
+    assert alone.evaluate(data["test"])["eval_loss"] == beside["history"][-1]["eval_loss"]
+
+
+def test_without_sams_package_it_shows_two_methods_and_names_the_extra(demo, tmp_path, monkeypatch, capsys):
+    find = demo.importlib.util.find_spec
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: name != "pytorch_optimizer" and find(name))
+    run(demo, tmp_path / "demo")
+    text = capsys.readouterr().out
+    assert "SAM needs pytorch_optimizer, which is not installed: pip install 'hf-rwp[compare]'" in text
+    assert "RWP made " in text
+    assert "SAM made" not in text
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--epochs=1", "epochs must be at least 2"),
+        ("--seeds=-1", "seeds must be in [0, 2^32)"),
+        ("--train_images=10", "train_images must be at least 64"),
+    ],
+)
+def test_what_it_cannot_show_is_refused(demo, tmp_path, capsys, flag, said):
+    with pytest.raises(SystemExit):
+        run(demo, tmp_path / "demo", flag)
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
+def test_the_settings_are_the_best_of_the_search(demo):
+    files = sorted((RECIPES / "results" / "demo").glob("search_*.jsonl"))
+    records = [record for file in files for record in read_records(file)]
+    trials = [record for record in records if record["kind"] == "trial" and record["seed"] in (100, 101)]
+    for name, settings in demo.SETTINGS.items():
+        assert best_of_search(trials, name) == settings
