@@ -19,7 +19,6 @@ RECIPES = {
     "train": ("imagenet_rwp.py", "a timm model on images, with RWP, plainly or with SAM"),
     "vit": ("vit_rwp.py", "a vision transformer on images, with Trainer"),
     "lora": ("lora_rwp.py", "a language model with LoRA, with TRL's SFTTrainer"),
-    "demo": ("demo.py", "what RWP does, beside plain training and SAM, in two minutes"),
     "compare": ("compare.py", "plain training, SAM and RWP under equal terms"),
     "landscape": ("landscape.py", "the loss around trained weights"),
     "benchmark": ("benchmark.py", "what a step costs on this machine"),

@@ -145,7 +145,7 @@ def side_by_side(accelerator: Accelerator, args: Arguments, names: Sequence[str]
     results = Path(args.results) if args.results else None
     if results and not all(is_new(what, read_records(results), results) for what in whats.values()):
         return []
-    facts = {"command": command_of("hf-rwp demo", *described_arguments(args))}
+    facts = {"command": command_of("python recipes/demo.py", *described_arguments(args))}
     facts |= environment(accelerator) | {"load_average": os.getloadavg()[0], "data_sha256": data["digest"]}
     trainings = {
         name: Training(accelerator, small, data, data["train"], name, SETTINGS[name], seed, steps, per_step)

@@ -31,7 +31,7 @@ def run(demo, folder, *flags):
 
 
 def command(folder):
-    return [sys.executable, "-m", "hf_rwp.cli", "demo", *TINY, "--output_dir", str(folder)]
+    return [sys.executable, str(RECIPES / "demo.py"), *TINY, "--output_dir", str(folder)]
 
 
 def test_in_a_pipe_it_says_what_it_does_and_what_it_saw(tmp_path):
@@ -126,7 +126,7 @@ def test_a_second_run_has_a_folder_of_its_own_and_records_are_appended_once(demo
         assert len(record["landscape"]["losses"]) == len(demo.COORDINATES)
         assert record["settings"] == demo.SETTINGS[record["method"]]
         assert record["data_seed"] == record["seed"]
-    assert records[0]["command"] == "hf-rwp demo --seeds 3 --epochs 2 --train_images 64"
+    assert records[0]["command"] == "python recipes/demo.py --seeds 3 --epochs 2 --train_images 64"
     digests = [record["data_sha256"] for record in records]
     assert digests[0] == digests[2] != digests[3] == digests[5]  # of a seed all methods have the same labels
     base, sam, rwp = records[:3]
