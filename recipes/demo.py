@@ -36,7 +36,7 @@ from hf_rwp.analysis.sharpness import loss_slice, random_directions
 from hf_rwp.analysis.timing import timed
 from hf_rwp.core.checks import check_all
 from hf_rwp.experiments.arguments import SmallArguments
-from hf_rwp.experiments.demonstration import table, words
+from hf_rwp.experiments.demonstration import table, title, words
 from hf_rwp.experiments.lanes import Lanes
 from hf_rwp.experiments.training import Data, Training, load_data, options_of
 from hf_rwp.runs.closing import COLUMNS, with_comments
@@ -84,7 +84,7 @@ class Arguments:
     def __post_init__(self) -> None:
         check_all(
             self,
-            ("seeds", 0 < len(set(self.seeds)) == len(self.seeds), "one or more, each once"),
+            ("seeds", 0 < len(set(self.seeds)) == len(self.seeds) <= 20, "1 to 20 of them, each once"),
             ("seeds", all(0 <= seed < 2**32 for seed in self.seeds), "in [0, 2^32)"),
             ("epochs", self.epochs >= 2, "at least 2, of which the first warms the learning rate up"),
             (
@@ -111,7 +111,7 @@ def main(args: Arguments) -> None:
             runs[record["method"]].append(record)
     if runs["rwp"]:
         picture = folder / "demo.png"
-        demonstration({METHODS[name].title: mine for name, mine in runs.items()}, picture, title(args, runs))
+        demonstration({METHODS[name].title: mine for name, mine in runs.items()}, picture, title(runs))
         said = [textwrap.fill(sentence, COLUMNS, break_on_hyphens=False) for sentence in words(runs)]
         print("\n".join(["", *table(runs), "", *said, "", f"Wrote {picture}", "", with_comments(NEXT)]))
     else:
@@ -121,7 +121,7 @@ def main(args: Arguments) -> None:
 
 def opening(args: Arguments, names: Sequence[str]) -> list[str]:
     """What is about to happen."""
-    noise = percent(task(args, args.seeds[0]).label_noise)
+    noise = f"{100 * task(args, args.seeds[0]).label_noise:g} %"
     lines = [
         f"A small ResNet learns handwritten digits; {noise} of its labels are random.",
         "The methods take turns, on the same images in the same order:",
@@ -230,19 +230,6 @@ def described_arguments(args: Arguments) -> tuple[Record, Record]:
     """The flags that make a run this one, as given, and their defaults."""
     facts, defaults = (asdict(arguments) for arguments in (args, Arguments()))
     return {name: facts[name] for name in ("seeds", "epochs", "train_images")}, defaults
-
-
-def title(args: Arguments, runs: Mapping[str, Sequence[Record]]) -> str:
-    """Of the picture: the task and the seeds."""
-    first, count = runs["rwp"][0], len(runs["rwp"])
-    seeds = f"mean ± standard deviation over {count} seeds" if count > 1 else f"seed {first['seed']}"
-    return (
-        f"Digits, {percent(first['task']['label_noise'])} of the training labels random, {args.epochs} epochs: {seeds}"
-    )
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:g} %"
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_rwp.analysis.plots import comparison, landscape, sharpness_curves
+from hf_rwp.analysis.plots import comparison, demonstration, landscape, sharpness_curves
 from hf_rwp.analysis.sharpness import Estimate, estimate
+from hf_rwp.experiments.demonstration import pairs_table, search_table, title, words
 from hf_rwp.runs.comparison import (
     accuracy_curves,
     by_method,
@@ -31,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"
 SHOWN = ("base", "sam", "sam10", "rwp", "rwp_1x")  # in README.md
 RIVALS = ("base", "sam", "sam10")
+SEARCH_SEEDS = (100, 101)  # of the demonstration, by its plan
 UNDECIDED = "not to be told apart"
 BEGIN, END = "<!-- results: python recipes/report.py -->", "<!-- end of results -->"
 
@@ -40,13 +42,19 @@ def main() -> None:
     for name, runs in comparisons.items():
         for protocol, mine in by_protocol(runs).items():
             comparison(accuracy_curves(mine), RESULTS / "compare" / f"{name}_{protocol}.png")
+    shown = read_demonstration(RESULTS)
+    if shown:
+        runs = by_method(record for record in shown if record["kind"] == "run")
+        demonstration(
+            {METHODS[name].title: mine for name, mine in runs.items()}, RESULTS / "demo" / "digits.png", title(runs)
+        )
     landscapes = read_landscapes(RESULTS)
     for name, record in landscapes.items():
         planes = {model: found["train"]["plane"] for model, found in record["models"].items()}
         coordinates = next(iter(record["models"].values()))["train"]["plane_coordinates"]
         landscape(planes, coordinates, RESULTS / "landscape" / f"{name}.png")
         sharpness_curves(record["models"], RESULTS / "landscape" / f"{name}_sharpness.png")
-    (RESULTS / "README.md").write_text(details(comparisons, benchmarks, landscapes), encoding="utf-8")
+    (RESULTS / "README.md").write_text(details(comparisons, benchmarks, landscapes, shown), encoding="utf-8")
     readme = ROOT / "README.md"
     section = brief(comparisons, benchmarks)
     readme.write_text(with_section(readme.read_text(encoding="utf-8"), section), encoding="utf-8")
@@ -67,6 +75,14 @@ def read_benchmarks(folder: Path) -> list[dict[str, Any]]:
 def read_landscapes(folder: Path) -> dict[str, dict[str, Any]]:
     """The last record of each file of landscapes, by its name."""
     return {file.stem: read_records(file)[-1] for file in sorted((folder / "landscape").glob("*.jsonl"))}
+
+
+def read_demonstration(folder: Path) -> list[dict[str, Any]]:
+    """The runs of the demonstration, and the trials of its search that chose; none where it has not run."""
+    runs = read_records(folder / "demo" / "digits.jsonl")
+    files = sorted((folder / "demo").glob("search_*.jsonl"))
+    searched = [record for file in files for record in read_records(file) if record["kind"] == "trial"]
+    return runs and [*runs, *(trial for trial in searched if trial["seed"] in SEARCH_SEEDS)]
 
 
 def with_section(text: str, section: str) -> str:
@@ -153,6 +169,7 @@ def details(
     comparisons: Mapping[str, Sequence[Mapping[str, Any]]],
     benchmarks: Sequence[Mapping[str, Any]],
     landscapes: Mapping[str, Mapping[str, Any]],
+    shown: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """For recipes/results/README.md: every table and picture, and what stood behind it."""
     parts = [
@@ -165,6 +182,8 @@ def details(
     ]
     if comparisons or benchmarks:
         parts += ["## In short", summary(comparisons, benchmarks).strip()]
+    if shown:
+        parts += demonstrated(shown)
     for name, records in comparisons.items():
         parts.append(f"## {described(records)}")
         parts.append(conditions(records))
@@ -190,6 +209,30 @@ def details(
         parts.append(f"![the loss on a plane through the weights](landscape/{name}.png)")
         parts.append(f"![weight noise, rounding, curvature](landscape/{name}_sharpness.png)")
     return "\n\n".join(parts) + "\n"
+
+
+def demonstrated(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What `hf-rwp demo` shows, over seeds: records as `read_demonstration` gives."""
+    runs = by_method(record for record in records if record["kind"] == "run")
+    trials = [record for record in records if record["kind"] == "trial"]
+    first, seeds = runs["rwp"][0], sorted(run["seed"] for run in runs["rwp"])
+    busy = [record["load_average"] for mine in runs.values() for record in mine]
+    hardware = f"{first['hardware']['device']}, {first['hardware']['threads']} thread(s)"
+    return [
+        "## The demonstration",
+        f"What `hf-rwp demo` shows with one seed, by its [plan](plans/demo.md): {described(records)}, seeds {seeds[0]} "
+        f"to {seeds[-1]}, each with wrong labels of its own. `{first['command']}`, {first['date']}, {hardware}, load "
+        f"average when the runs began {min(busy):.1f} to {max(busy):.1f}; the methods took turns, so that it was alike "
+        "for all. Accuracy is that of the last epoch.",
+        comparison_table(record for mine in runs.values() for record in mine),
+        "![accuracy, cost, and the loss around the weights](demo/digits.png)",
+        " ".join(words(runs)),
+        f"p is that of a two-sided exact sign-flip test over the {len(seeds)} seeds; the plan's test is the first:",
+        pairs_table(runs),
+        f"Settings were chosen by accuracy on {trials[0]['images']['evaluated']} held-out training images, the mean "
+        f"over seeds {' and '.join(map(str, SEARCH_SEEDS))}, which judge nothing:",
+        search_table(trials),
+    ]
 
 
 def machine(record: Mapping[str, Any]) -> str:

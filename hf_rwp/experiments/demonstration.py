@@ -1,16 +1,15 @@
 """What a demonstration says at its end: a table, and sentences whose figures are those of the runs that it is given.
 
 runs, here: for the name of each method, `base`, `rwp` and perhaps `sam`, its runs, one for each of the same seeds, as
-recipes/demo.py records them: mappings with seed, top1, gradients, seconds, images (`evaluated`) and landscape.
+recipes/demo.py records them: mappings with task, seed, top1, gradients, seconds, images (`evaluated`) and landscape.
 """
 
-import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hf_rwp.runs.comparison import markdown_table, mean_and_deviation
+from hf_rwp.runs.comparison import markdown_table, mean_and_deviation, paired_gains, sign_flip_p
 from hf_rwp.runs.methods import METHODS, Settings
 
 _Settings = tuple[tuple[str, float | None], ...]
@@ -54,6 +53,14 @@ def words(runs: Runs) -> list[str]:
         said.append(made)
     said += [_flatness(runs), *([ONE_SEED] if seeds == 1 else []), CAVEAT]
     return said
+
+
+def title(runs: Runs) -> str:
+    """The task and the seeds, for the picture."""
+    first, count = runs["rwp"][0], len(runs["rwp"])
+    seeds = f"mean ± standard deviation over {count} seeds" if count > 1 else f"seed {first['seed']}"
+    noise, epochs = f"{100 * first['task']['label_noise']:g} %", first["task"]["epochs"]
+    return f"Digits, {noise} of the training labels random, {epochs} epochs: {seeds}"
 
 
 def pairs_table(runs: Runs) -> str:
@@ -108,15 +115,6 @@ def loss_rise(mine: Sequence[Mapping[str, Any]]) -> float:
     return statistics.mean(rises)
 
 
-def sign_flip_p(differences: Sequence[float]) -> float:
-    """The two-sided p of an exact sign-flip test on paired differences: of all 2^n ways to choose their signs, the
-    share in which the sum is as far from 0 as it was, or farther."""
-    seen = abs(math.fsum(differences)) * (1 - 1e-9)
-    signs = itertools.product((-1, 1), repeat=len(differences))
-    sums = [abs(math.fsum(map(math.prod, zip(differences, own, strict=True)))) for own in signs]
-    return sum(found >= seen for found in sums) / len(sums)
-
-
 def _against(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]], rival: str) -> str:
     mine, other = statistics.mean(errors(ours)), statistics.mean(errors(theirs))
     if mine == other:
@@ -144,10 +142,9 @@ def _chance(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any
     return f"{seeds}, {verdict} (p = {p:.2g}, exact sign-flip test)."
 
 
-def _gains(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> list[int]:
+def _gains(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> list[float]:
     """Of each seed, how many errors fewer ours made than theirs."""
-    others = dict(zip((run["seed"] for run in theirs), errors(theirs), strict=True))
-    return [others[run["seed"]] - own for run, own in zip(ours, errors(ours), strict=True)]
+    return paired_gains(ours, theirs, lambda run: -errors([run])[0])
 
 
 def _tried(trials: Sequence[Mapping[str, Any]]) -> dict[tuple[str, _Settings], list[float]]:

@@ -1,7 +1,5 @@
 """The words of a demonstration say what its figures do, whichever way they go."""
 
-import itertools
-
 import pytest
 
 from hf_rwp.experiments.demonstration import (
@@ -12,8 +10,8 @@ from hf_rwp.experiments.demonstration import (
     loss_rise,
     pairs_table,
     search_table,
-    sign_flip_p,
     table,
+    title,
     words,
 )
 
@@ -24,6 +22,7 @@ def runs(wrong, gradients=30.0, seconds=10.0, rise=0.5):
     return [
         {
             "seed": seed,
+            "task": {"label_noise": 0.4, "epochs": 30},
             "top1": 1 - count / 100,
             "images": {"evaluated": 100},
             "gradients": gradients,
@@ -90,17 +89,6 @@ def test_seeds_are_paired_by_their_number():
     assert "Fewer with RWP on 6 seeds, more on 0," in said(ours, theirs[::-1])
 
 
-def test_the_sign_flip_test_is_exact():
-    assert sign_flip_p([1.0] * 10) == 2 / 1024
-    assert sign_flip_p([0.0, 0.0]) == 1
-    assert sign_flip_p([-0.3, 0.1]) == 1  # |-0.2| is the least that there is
-    differences = [0.1, 0.2, 0.3, 0.4, -0.1, 0.7]
-    sums = [
-        sum(a * b for a, b in zip(differences, signs, strict=True)) for signs in itertools.product((1, -1), repeat=6)
-    ]
-    assert sign_flip_p(differences) == sum(abs(total) > 1.6 - 1e-6 for total in sums) / 64
-
-
 def test_a_loss_that_is_no_number_is_told():
     broken = runs([4])
     broken[0]["landscape"]["losses"][1] = None
@@ -143,3 +131,8 @@ def test_the_best_of_a_search_is_that_of_the_mean_over_its_seeds():
         "| RWP | 0.2, 0.0005, 0.02 | 65.00 ± 7.07 |",
     ]
     assert best_of_search([trial(0.5, 0.2, 0), trial(0.5, 0.1, 0)], "rwp")["lr"] == 0.2
+
+
+def test_the_title_has_the_task_and_the_seeds():
+    assert title({"rwp": runs([4])}) == "Digits, 40 % of the training labels random, 30 epochs: seed 0"
+    assert title({"rwp": runs([4, 5])}).endswith("30 epochs: mean ± standard deviation over 2 seeds")

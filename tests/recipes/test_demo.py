@@ -1,5 +1,6 @@
 """`hf-rwp demo` as a person meets it: on a terminal, in a pipe, a second time, interrupted, without SAM's package."""
 
+import json
 import os
 import re
 import signal
@@ -185,3 +186,36 @@ def test_the_settings_are_the_best_of_the_search(demo):
     trials = [record for record in records if record["kind"] == "trial" and record["seed"] in (100, 101)]
     for name, settings in demo.SETTINGS.items():
         assert best_of_search(trials, name) == settings
+
+
+def test_its_record_has_a_section_among_the_results(tmp_path):
+    report = load_recipe(RECIPES / "report.py")
+    common = {"kind": "run", "task": {"data_dir": None, "model": "test_resnet", "epochs": 30, "label_noise": 0.4}}
+    common |= {
+        "images": {"evaluated": 360},
+        "gradients": 30.0,
+        "seconds": 9.0,
+        "load_average": 1.5,
+        "date": "2026-11-30",
+    }
+    common |= {"hardware": {"device": "x86_64", "threads": 1}, "command": "python recipes/demo.py --seeds 10 11"}
+    common |= {"landscape": {"coordinates": [-0.25, 0.0, 0.25], "losses": [1.5, 1.0, 1.5]}}
+    common |= {"history": [{"train_loss": 0.1}]}
+    settings = {"lr": 0.1, "weight_decay": 5e-4, "strength": None}
+    records = [
+        common | {"method": name, "seed": seed, "top1": top1, "settings": settings}
+        for name, top1 in (("base", 0.9), ("rwp", 0.95))
+        for seed in (10, 11)
+    ]
+    (tmp_path / "demo").mkdir()
+    for name, kept in (("digits", records), ("search_100", [records[0] | {"kind": "trial", "seed": 100}])):
+        (tmp_path / "demo" / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
+    other = records[1] | {"kind": "trial", "seed": 102, "top1": 0.1}
+    (tmp_path / "demo" / "search_102.jsonl").write_text(json.dumps(other) + "\n")
+    text = "\n".join(report.demonstrated(report.read_demonstration(tmp_path)))
+    assert "digits, test_resnet, 30 epochs, 40% of labels random, seeds 10 to 11" in text
+    assert "`python recipes/demo.py --seeds 10 11`, 2026-11-30, x86_64, 1 thread(s), load average when" in text
+    assert "RWP made 18.0 errors on 360 held-out images, on average over 2 seeds; plain training made 36.0" in text
+    assert "| RWP over plain | +5.00 ± 0.00 | 2, 0 | 0.5 |" in text
+    assert "| plain | 0.1, 0.0005 | **90.00** |" in text  # without the seed that chose nothing
+    assert report.read_demonstration(tmp_path / "nothing") == []
