@@ -69,15 +69,17 @@ from hf_rwp.images.found import found_in
 from hf_rwp.images.loaders import ImageDataset
 from hf_rwp.images.orders import in_order_of
 from hf_rwp.images.transforms import image_transforms
+from hf_rwp.runs.closing import commands, last_screen
 from hf_rwp.runs.evaluation import write_evaluation
 from hf_rwp.runs.files import as_json, write
 from hf_rwp.runs.given import Given, save_flags
 from hf_rwp.runs.opening import data_facts, model_facts, opening, say, step_facts
 from hf_rwp.runs.parsing import start
-from hf_rwp.runs.records import Results, base_of, environment, scrub_paths, summary, weights_digest
-from hf_rwp.runs.resuming import RESULTS, check_writable, refuse_other_flags
+from hf_rwp.runs.records import Results, base_of, environment, scrub_paths, weights_digest
+from hf_rwp.runs.resuming import RESULTS, check_writable, refuse_other_flags, settle_folder
 from hf_rwp.runs.sharded import gathered, refuse_sharded, replicas_of_run, shard_blocks, whole_copy
 from hf_rwp.runs.signals import Signals
+from hf_rwp.runs.tracking import track_trainer
 from hf_rwp.trainer.checkpoints import find_trainer_checkpoint, remove_later_checkpoints
 from hf_rwp.trainer.history import Record, evaluated, rows_by_epoch
 from hf_rwp.trainer.images import EvaluationMetrics, ImageTrainer, collate, ranks_and_losses
@@ -91,6 +93,7 @@ from hf_rwp.trainer.models import (
     timm_model_of,
     unwrapped,
 )
+from hf_rwp.trainer.watching import watch
 
 # Flags whose old values come back with a checkpoint's optimizer and schedule, or change what was trained.
 KEPT_BY_CHECKPOINTS = ("rwp", "rwp_gamma", "rwp_seed", "learning_rate", "lr_scheduler_type", "optim", "weight_decay")
@@ -100,6 +103,7 @@ KEPT_BY_CHECKPOINTS += ("adam_beta1", "adam_beta2", "adam_epsilon", "seed", "lor
 @dataclass
 class Arguments(ModelArguments, RWPTrainingArguments):
     given = Given()  # no flag: those that were typed, as `parse_arguments` notes them
+    numbered = False  # no flag: whether output_dir is the first of a row of folders, `settle_folder`
     rwp: bool = field(default=True, metadata={"help": "`--rwp false` is plain Trainer."})
     hub_strategy: str = field(
         default="end",
@@ -129,7 +133,10 @@ class Arguments(ModelArguments, RWPTrainingArguments):
     # Output
     output_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder for all that is written; outputs/DATA_vit_METHOD_seedN if not set."},
+        metadata={
+            "help": "Folder for all that is written. If not set, a new one for each run: "
+            "outputs/DATA_vit_METHOD_seedN, then .../2, .../3."
+        },
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Whether a run that output_dir holds may be deleted for this one."}
@@ -177,7 +184,7 @@ class Arguments(ModelArguments, RWPTrainingArguments):
             self.learning_rate = 5e-5 if self.weights else 2e-3
         if self.output_dir is None:
             data = Path(self.data_dir or self.dataset or "digits").name
-            self.output_dir = f"outputs/{data}_vit_{self.method}_seed{self.seed}"
+            self.output_dir, self.numbered = f"outputs/{data}_vit_{self.method}_seed{self.seed}", True
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
         if self.label_names is None:
@@ -205,6 +212,9 @@ class Arguments(ModelArguments, RWPTrainingArguments):
 def main(args: Arguments) -> None:
     refuse_lone_processes()
     given = vars(args).pop("given", args.given)  # which Trainer need not pickle beside the weights
+    if args.numbered and args.push_to_hub and args.hub_model_id is None:
+        args.hub_model_id = Path(args.output_dir).name  # and not the number of the run
+    settle_folder(args)
     output_dir = Path(args.output_dir)
     results_file, flags_file, curves = (output_dir / name for name in (RESULTS, "arguments.json", "curves.png"))
     checkpoint, flags = find_trainer_checkpoint(args), scrub_paths(args.to_dict())
@@ -245,6 +255,7 @@ def main(args: Arguments) -> None:
     accelerator.wait_for_everyone()
     shard_blocks(accelerator, model)
     whole = whole_copy(accelerator, model)  # takes sharded weights when they are written
+    track_trainer(trainer, output_dir, resumed=checkpoint is not None)
     with signals:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
 
@@ -283,8 +294,10 @@ def main(args: Arguments) -> None:
         library=library,
         architecture=model.config.architecture if timm_model_of(model) is not None else type(model).__name__,
     )
-    print(summary(results))
-    print(f"Wrote {results_file}, {curves} and {folder}" + (f", {pushed}" if args.lora_r else ""))
+    waits, logs = None if args.push_to_hub else args.hub_model_id, output_dir / "logs"
+    where = {"logs": logs if "tensorboard" in args.report_to else None, "processes": accelerator.num_processes}
+    then = commands(output_dir, "vit", results, given.flags, **where, repo_id=waits)
+    print(last_screen(results, [results_file, curves, folder, *([pushed] if args.lora_r else [])], then))
     if args.push_to_hub:
         where = {"revision": args.hub_revision, "private": args.hub_private_repo, "token": args.hub_token}
         try:
@@ -307,11 +320,12 @@ def create_trainer(
         eval_dataset=ImageDataset(splits["validation"], eval_transform, training=False, **shared),
         data_collator=collate,
         processing_class=None if timm_model else image_processor(data_config),
-        compute_metrics=EvaluationMetrics(),
+        compute_metrics=EvaluationMetrics(splits["train"].features["label"].num_classes),
         preprocess_logits_for_metrics=ranks_and_losses,
     )
     trainer.mix(splits["train"].features["label"].num_classes)
     trainer.add_callback(Record(trainer, signals))
+    watch(trainer)
     return trainer
 
 

@@ -42,6 +42,8 @@ class Progress:
             What a step is called.
         shown (`bool`, *optional*, defaults to `True`):
             Whether anything is shown: on one process of many.
+        bar (`bool`, *optional*):
+            Whether it is a bar; where stderr is a terminal if not set.
         clock (`Callable`, *optional*):
             Seconds, from any beginning.
     """
@@ -56,12 +58,14 @@ class Progress:
         unit: str = "images",
         step: str = "step",
         shown: bool = True,
+        bar: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.steps, self.done, self.images, self.unit, self.step, self.shown = steps, done, images, unit, step, shown
         self.part = part or steps
         self._clock, self._figures, self.label = clock, dict[str, str](), ""
         self._bar: tqdm[Any] | None = None
+        self._has_bar = shown and (sys.stderr.isatty() if bar is None else bar)
         now = clock()
         self._session = now, done  # whose pace the rest is foretold from: evaluations and what else comes between count
         self._begun = self._said = now, done
@@ -69,7 +73,7 @@ class Progress:
     def begin(self, label: str) -> None:
         """What comes next; the speed is that of steps from here on."""
         self.label, self._begun = label, (self._clock(), self.done)
-        if self._bar is None and self.shown and sys.stderr.isatty():
+        if self._bar is None and self._has_bar:
             form = "{desc}: {percentage:3.0f}%|{bar}| {remaining} left{postfix}"
             options: dict[str, Any] = {"smoothing": 0, "leave": False, "dynamic_ncols": True, "bar_format": form}
             self._bar = tqdm(total=self.steps, initial=self.done, desc=label, file=sys.stderr, **options)
@@ -119,13 +123,15 @@ class Progress:
             self._bar.close()
             self._bar = None
 
-    def _shown(self) -> list[str]:
+    def speed(self) -> float:
+        """Images per second, or of another unit, since `begin`."""
         began, before = self._begun
         seconds = self._clock() - began
-        if seconds <= 0:
-            return [*self._figures.values()]
-        speed = (self.done - before) * self.images / seconds
-        return [*self._figures.values(), f"{speed:,.0f} {self.unit}/s" if speed >= 10 else f"{speed:.2g} {self.unit}/s"]
+        return (self.done - before) * self.images / seconds if seconds > 0 else 0.0
+
+    def _shown(self) -> list[str]:
+        speed = self.speed()
+        return [*self._figures.values(), *([_per_second(speed, self.unit)] if speed else [])]
 
     def _is_due(self) -> bool:
         when, at = self._said
@@ -134,9 +140,15 @@ class Progress:
         return since >= LATEST or (since >= EARLIEST and enough)
 
 
-def epoch_figures(row: Row) -> dict[str, str]:
-    """The figures of an epoch that its line has; images per second are those of its training."""
+def epoch_figures(row: Row, unit: str = "images") -> dict[str, str]:
+    """The figures of an epoch that its line has; those per second are of its training. unit: what a second has."""
     shown = {"train_loss": "loss {:.4f}", "top1": "top-1 {:.2%}", "top1_ema": "of averaged weights {:.2%}"}
-    shown["images_per_second"] = "{:,.0f} images/s"
+    shown |= {} if row.get("top1") is not None else {"eval_loss": "held-out loss {:.4f}"}
     values: dict[str, Any] = {**row}
-    return {name: text.format(values[name]) for name, text in shown.items() if values.get(name) is not None}
+    figures = {name: text.format(values[name]) for name, text in shown.items() if values.get(name) is not None}
+    speed = row.get("images_per_second")
+    return figures | ({"images_per_second": _per_second(speed, unit)} if speed else {})
+
+
+def _per_second(speed: float, unit: str) -> str:
+    return f"{speed:,.0f} {unit}/s" if speed >= 10 else f"{speed:.2g} {unit}/s"

@@ -40,11 +40,14 @@ def begin_tracking(accelerator: Accelerator, folder: Path, flags: Mapping[str, A
 
 def track_trainer(trainer: Any, folder: Path, resumed: bool) -> None:
     """The same for transformers' Trainer: one folder for TensorBoard, `logs`, and one run elsewhere."""
-    name, own = identity(folder, resumed, trainer.is_world_process_zero())
-    os.environ.setdefault("WANDB_RUN_ID", own)
-    os.environ.setdefault("WANDB_RESUME", "allow")
+    main = trainer.is_world_process_zero()
+    name, own = identity(folder, resumed, main)
     if trainer.args.run_name is None:
         trainer.args.run_name = f"{name}-{own}"  # Trackio goes by it
+    if main and "wandb" in trainer.args.report_to:
+        import wandb
+
+        wandb.init(project=os.getenv("WANDB_PROJECT", PROJECT), id=own, name=name, resume="allow")
     for callback in trainer.callback_handler.callbacks:
         if type(callback).__name__ == "TensorBoardCallback" and callback.logging_dir is None:
             callback.logging_dir = str(folder / "logs")

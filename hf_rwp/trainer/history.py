@@ -62,8 +62,8 @@ class Record(TrainerCallback):
             return
         accelerator = self.trainer.accelerator
         accelerator.wait_for_everyone()  # a launcher ends the others with the first
+        self.trainer.callback_handler.on_train_end(args, state, control)  # whoever writes logs or shows them ends that
         accelerator.print(self.signals.saved(state.global_step, args.output_dir), file=sys.stderr)
-        self.trainer.callback_handler.on_train_end(args, state, control)  # whoever writes logs closes them
         raise SystemExit(self.signals.status)
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -95,6 +95,7 @@ class Record(TrainerCallback):
             report = self.trainer.rwp.report()
             slots = {kind: self.slots[kind] + count for kind, count in report["slots"].items()}
             entry["rwp"] = {**report, "slots": slots, "gamma": self.trainer.rwp.defaults["rwp_gamma"]}
+            self.trainer.noise = report["relative_noise"]
         state.log_history.append(entry)
 
     def agree(self, images: Any, stop: bool = False) -> tuple[bool, int]:

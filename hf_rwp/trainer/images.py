@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ class ImageTrainer(RWPTrainer):
 
     mixup: Mixup | None = None
     rows: ShuffledRows | None = None  # the order of the training images
+    noise: Mapping[str, Any] = {}  # of `RWP.report`, as `Record` last noted it
+    _losses_taken: tuple[Any, int] = (0.0, 0)  # the sum of this process's steps' losses, and how many
 
     def mix(self, num_classes: int) -> None:
         """Mix from now on, if the arguments say so. Raises ValueError for a batch that does not make pairs."""
@@ -76,6 +78,27 @@ class ImageTrainer(RWPTrainer):
         images: Any = self.train_dataset
         self.rows = ShuffledRows(len(images), seed, together)
         return self.rows
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        total, steps = self._losses_taken
+        self._losses_taken = total, steps + 1  # it is called once a step
+        return super().get_batch_samples(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        loss, (total, steps) = super().training_step(*args, **kwargs), self._losses_taken
+        self._losses_taken = total + loss.detach(), steps
+        return loss
+
+    def take_losses(self) -> tuple[float, int]:
+        """The mean loss of this process's steps since the last call, and how many these were."""
+        (total, steps), self._losses_taken = self._losses_taken, (0.0, 0)
+        return (float(total) / steps if steps else 0.0), steps
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.rwp is not None and {"loss", "learning_rate"} <= logs.keys():
+            logs["gamma"] = max(group["rwp_gamma"] for group in self.rwp.param_groups)
+            logs |= {f"noise_size_{which}": layer["size"] for which, layer in self.noise.items()}
+        super().log(logs, *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The cross-entropy with mixed targets in training, Trainer's loss otherwise: the place for another loss."""
@@ -134,10 +157,14 @@ def ranks_and_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class EvaluationMetrics:
-    """Trainer's `compute_metrics`, over what `ranks_and_losses` made of logits: top1, top5 and loss."""
+    """Trainer's `compute_metrics`, over what `ranks_and_losses` made of logits: top1, top5 and loss.
 
-    def __init__(self) -> None:
-        self._metrics = (Top1(), Top5())
+    num_classes: no top5 for up to five, of which it is 1 always.
+    """
+
+    def __init__(self, num_classes: int | None = None) -> None:
+        few = num_classes is not None and num_classes <= 5
+        self._metrics: tuple[Top1 | Top5, ...] = (Top1(),) if few else (Top1(), Top5())
         self._losses: list[Tensor] = []
 
     def __call__(self, predicted: EvalPrediction, compute_result: bool = True) -> dict[str, float]:

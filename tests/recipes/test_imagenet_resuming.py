@@ -312,7 +312,9 @@ def test_a_run_begins_with_what_it_found(loaded, pictures, tmp_path, capsys):
     assert found["found"]["classes"]["train"] == {"dark": 12, "light": 12}
     assert sum(found["found"]["ignored"].values()) == 1
     assert found["images_per_step"] == {"images": 8, "images_per_process": 8, "parts": 2, "gradients": "by turns"}
+    assert "top5" not in found["final"]  # of two classes
     card = (tmp_path / "out" / "model" / "README.md").read_text()
+    assert "top-5" not in said.lower() + card.lower()
     assert "| Classes, and training images of each | 2: dark 12, light 12 |" in card
     assert f"| Weights in the model | {weights_in_it:,} |" in card
     assert "| Files left out | 1 " in card

@@ -17,6 +17,7 @@ from datasets import Image
 from imagenet import few_digits, launch, results, weights
 from safetensors.torch import load_file
 from sklearn.metrics import log_loss, top_k_accuracy_score
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.data import Mixup, create_transform, resolve_data_config
 from torch.nn.functional import log_softmax
 from transformers import (
@@ -500,3 +501,48 @@ def test_a_folder_of_photos_without_a_model_trains_the_small_vit_on_32_pixels(tm
     assert json.loads((tmp_path / "run/model/config.json").read_text())["image_size"] == 32
     assert found["found"]["images"] == {"train": 8, "validation": 2}
     assert "held out" in found["found"]["splits"]["validation"]
+
+
+# What it shows
+
+
+def test_in_a_pipe_it_says_how_far_it_is_and_at_last_what_it_did(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hf_rwp.runs.progress.LATEST", 0.0)  # a line after every step
+    recipe = load_vit_recipe()
+    monkeypatch.setattr(recipe, "load_images", few_digits)
+    flags, first = [*SCRATCH, "--report_to=tensorboard", "--rwp_gamma=0.02"], Path("outputs/digits_vit_rwp_seed0")
+    for folder in (first, first / "2"):
+        recipe.main(parse_arguments(recipe.Arguments, flags))
+        said = capfd.readouterr()
+        assert f"writes to: {folder}\n" in said.out
+        lines = [line for line in said.out.splitlines() if line.startswith("epoch ")]
+        steps = [re.match(r"epoch (\d)/2, step (\d)/8: loss \d\.\d{4}, [\d,.]+ images/s", line) for line in lines]
+        assert [(step[1], step[2]) for step in steps if step] == [("12"[step > 4], str(step)) for step in range(1, 9)]
+        done = [re.match(r"epoch (\d)/2 done: loss (\S+), top-1 (\S+)%, ", line) for line in lines]
+        history = results(folder)["history"]
+        assert [float(found[2]) for found in done if found] == [
+            pytest.approx(row["train_loss"], abs=1e-3) for row in history
+        ]
+        assert [found[3] for found in done if found] == [f"{100 * row['top1']:.2f}" for row in history]
+        assert all(line.endswith(" left") for line in lines[:-2])
+        assert not any(line.startswith("{") for line in said.out.splitlines())  # none of Trainer's own
+        assert "%|" not in said.err
+        assert "\n\nRWP took 8 of 16 gradients with noise" in said.out
+        assert f"\nhf-rwp predict {folder} IMAGE " in said.out
+        assert f"\ntensorboard --logdir {folder}/logs " in said.out
+        assert "\nhf-rwp vit --rwp=false --per_device_train_batch_size=32" in said.out
+        assert {file.parent for file in folder.rglob("events.*")} == {folder / "logs"}
+    assert not list(first.glob("runs"))
+    events = EventAccumulator(str(first / "logs")).Reload()
+    assert [event.value for event in events.Scalars("train/gamma")] == pytest.approx([0.02, 0.02])
+    sizes = [row["rwp"]["relative_noise"]["largest"]["size"] for row in results(first)["history"]]
+    assert [event.value for event in events.Scalars("train/noise_size_largest")] == pytest.approx(sizes)
+
+
+def test_top_5_of_few_classes_is_nowhere(tmp_path, capsys):
+    pictures = write_pictures(tmp_path / "pictures")
+    found = results_of(tmp_path / "out", *SCRATCH, f"--data_dir={pictures}", few=False)
+    assert all("top5" not in row for row in found["history"])
+    assert "top-5" not in capsys.readouterr().out.lower()
+    assert "top-5" not in (tmp_path / "out" / "model" / "README.md").read_text().lower()

@@ -1,7 +1,6 @@
 """Trackers of a run that goes on: the same run there, with stand-ins for Weights & Biases and Trackio."""
 
 import json
-import os
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -85,22 +84,20 @@ def test_tensorboard_has_one_run_with_its_flags(tmp_path):
     assert any("hparams" in tag for tag in events.summary_metadata)
 
 
-def test_the_same_for_trainer(tmp_path, monkeypatch):
-    for name in ("WANDB_RUN_ID", "WANDB_RESUME"):
-        monkeypatch.delenv(name, raising=False)
-
+def test_the_same_for_trainer(trackers, tmp_path):
     class TensorBoardCallback:
         logging_dir = None
 
     def trainer():
         callbacks = SimpleNamespace(callbacks=[TensorBoardCallback()])
-        args = SimpleNamespace(run_name=None)
+        args = SimpleNamespace(run_name=None, report_to=["tensorboard", "wandb", "trackio"])
         return SimpleNamespace(args=args, callback_handler=callbacks, is_world_process_zero=lambda: True)
 
     first, again = trainer(), trainer()
     tracking.track_trainer(first, tmp_path / "run", resumed=False)
-    own = os.environ.pop("WANDB_RUN_ID")
     tracking.track_trainer(again, tmp_path / "run", resumed=True)
-    assert (os.environ.pop("WANDB_RUN_ID"), os.environ.pop("WANDB_RESUME")) == (own, "allow")
-    assert first.args.run_name == again.args.run_name == f"run-{own}"
+    (_, of_first), (_, of_again) = trackers.begun
+    assert of_first == of_again
+    assert (of_first["run"], of_first["resume"]) == ("run", "allow")
+    assert first.args.run_name == again.args.run_name == f"run-{of_first['id']}"
     assert again.callback_handler.callbacks[0].logging_dir == str(tmp_path / "run" / "logs")
