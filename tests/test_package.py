@@ -17,7 +17,7 @@ import hf_rwp
 HEAVY = {"torch", "transformers", "accelerate", "matplotlib", "huggingface_hub", "timm", "datasets", "evaluate"}
 HEAVY |= {"sklearn", "numpy", "PIL", "yaml"}
 # The rooms, which are the folders of hf_rwp: each may import only from its own modules and from those on floors below.
-FLOORS = [{"core"}, {"images", "runs", "analysis"}, {"hub"}, {"trainer"}, {"experiments"}]
+FLOORS = [{"core"}, {"images", "runs", "analysis"}, {"hub"}, {"trainer"}, {"experiments", "integrations"}]
 TOP = "cli"  # the one module outside of them, above all
 ALONE = {  # the rooms, and the modules of others, that may import a package of their own choice
     "transformers": {"trainer", "runs.parsing"},
@@ -25,6 +25,8 @@ ALONE = {  # the rooms, and the modules of others, that may import a package of 
     "matplotlib": {"analysis"},
     "timm": {"images", "experiments", "hub.export", "trainer.images", "trainer.models"},
     "datasets": {"images"},
+    "axolotl": {"integrations"},
+    "pydantic": {"integrations"},
     "evaluate": {"images"},
     "triton": {"core.kernels"},
     "accelerate": {"core.refusals", "core.accumulation", "core.optimizer", "trainer", "experiments", "runs", "cli"},
@@ -145,8 +147,9 @@ def normal(name: str) -> str:
 
 # The rooms of an extra; what accelerate and torch need themselves cannot be missing.
 NEEDS = {"core": (), "trainer": ("trainer",), "hub": ("hub",), "images": ("recipes",), "runs": ("recipes",)}
-NEEDS |= {"analysis": ("recipes",), "experiments": ("recipes",)}
-LATER = {"core.kernels", "trainer.images", "trainer.models"}  # these need more than their room: Triton, timm
+NEEDS |= {"analysis": ("recipes",), "experiments": ("recipes",), "integrations": ("trainer",)}
+# These need more than their room: Triton, timm, the program that they plug into.
+LATER = {"core.kernels", "trainer.images", "trainer.models", "integrations.axolotl"}
 ALWAYS = {"filelock", "huggingface_hub", "jinja2", "safetensors", "tqdm", "yaml"}
 
 
@@ -160,6 +163,7 @@ def test_a_room_needs_the_packages_of_its_extra_alone(room):
     packages = set(itertools.chain(*hf_rwp.EXTRAS.values()))
     blocked = packages - ALWAYS - {package for extra in NEEDS[room] for package in hf_rwp.EXTRAS[extra]}
     modules = [f"hf_rwp.{module}" for module in MODULES if room_of(module) == room and module not in LATER]
+    modules.append(f"hf_rwp.{room}")
     run = subprocess.run(
         [sys.executable, "-c", without(blocked) + "import " + ", ".join(modules)], capture_output=True, text=True
     )

@@ -85,7 +85,9 @@ def is_online(kind: type) -> bool:
 
 
 def is_packed(args: Any) -> bool:
-    """Whether TRL's collator lays all samples of a batch out in one row."""
+    """Whether the collator of TRL, or of Axolotl, lays all samples of a batch out in one row."""
+    if getattr(args, "sample_packing", False):
+        return True
     packs = getattr(args, "packing", False) and getattr(args, "packing_strategy", "") != "wrapped"
     return bool(packs or getattr(args, "padding_free", False))
 

@@ -92,10 +92,10 @@ class RWPTrainerMixin(_AnyTrainer):
                 if isinstance(given, TrainingArguments):
                     check_batches(given, type(self))
         super().__init__(*args, **kwargs)
-        self._check_rwp()
+        self.check_rwp()
 
-    def _check_rwp(self) -> None:
-        """Refuse, or say, what is known once there is a Trainer."""
+    def check_rwp(self) -> None:
+        """Refuse, or say, what is known once there is a Trainer; raises as the class does."""
         if not isinstance(self.args, RWPArguments):
             raise TypeError(
                 f"{type(self.args).__name__} has no flags of RWP: use RWPTrainingArguments, or a dataclass that "
@@ -104,7 +104,7 @@ class RWPTrainerMixin(_AnyTrainer):
         if self.args.rwp:
             check_supported(self.args, self.model)
             if is_packed(self.args) and splits(self.args):
-                self._say_twice("packing=True, or padding_free=True, makes one row of a batch, which cannot be split")
+                self._say_twice("packing, or padding_free=True, makes one row of a batch, which cannot be split")
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's optimizer, or the one given as `optimizers`, wrapped in RWP."""
