@@ -16,6 +16,7 @@ from typing import Any
 
 from hf_rwp.analysis.plots import comparison, demonstration, landscape, sharpness_curves
 from hf_rwp.analysis.sharpness import Estimate, estimate
+from hf_rwp.experiments import forgetting
 from hf_rwp.experiments.demonstration import pairs_table, search_table, title, words
 from hf_rwp.runs.comparison import (
     accuracy_curves,
@@ -200,6 +201,7 @@ def details(
             "rounds. Limits are the project's own."
         )
         parts.append(costs(record["rows"]))
+    parts += forgetting.section(RESULTS / "lora")
     for name, record in landscapes.items():
         parts.append(f"## The loss around {' and '.join(record['models'])}")
         parts.append(

@@ -59,7 +59,8 @@ class History(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._progress.advance()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
+        logs = seen["logs"]
         if "loss" in logs:
             self._progress.note(**{name: logs[name] for name in ("loss", "loss_gap") if name in logs})
 
@@ -120,16 +121,10 @@ def in_words(results: Mapping[str, Any]) -> str:
             said.append(f"It is {100 * largest['size']:.2g} % of the largest of them, {largest['name']}.")
     if "forgetting" in final:
         more = final["forgetting"]
-        said.append(
-            f"The base's own text costs {abs(more):.2f} nats a token {'more' if more > 0 else 'less'} than before: "
-            + (
-                "what it knew is hurt."
-                if more > 0.1
-                else "little is forgotten."
-                if more > 0
-                else "nothing is forgotten."
-            )
-        )
+        what = "what it knew has suffered" if more > _SUFFERS else "little" if more > 0 else "nothing"
+        what = what if more > _SUFFERS else f"{what} is forgotten"
+        which = "more" if more > 0 else "less"
+        said.append(f"Text that the base knew costs {abs(more):.2f} nats a token {which} than before: {what}.")
     return "\n".join(said)
 
 
@@ -138,10 +133,8 @@ def next_commands(
 ) -> dict[str, str]:
     """By what it is for; see `last_screen`."""
     place, quoted = json.dumps(str(folder)), json.dumps(prompt or "Hello")
-    code, model = (
-        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; ",
-        f"M.from_pretrained({place})",
-    )
+    code = "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+    model = f"M.from_pretrained({place})"
     if results["adapters"]:
         code = f"from peft import PeftModel; {code}"
         model = f"PeftModel.from_pretrained(M.from_pretrained({json.dumps(base)}), {place})"

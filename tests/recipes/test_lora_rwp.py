@@ -1,9 +1,14 @@
 """recipes/lora_rwp.py: what it computes, writes and refuses."""
 
+import contextlib
 import getpass
+import io
 import json
 import re
+import shlex
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +24,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_rwp.runs.parsing import parse_arguments
+from hf_rwp.runs.records import read_records
 from hf_rwp.trainer import language
 
 CONFIGS = sorted((RECIPES / "configs" / "lora").glob("*.yaml"))
@@ -48,9 +54,17 @@ def run_main(recipe, folder, base, *flags):
 
 
 @pytest.fixture(scope="module")
-def run(recipe, base, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    return folder, train(recipe, folder, base)
+def said(recipe, base, tmp_path_factory):
+    """A run, and what it printed."""
+    folder, printed = tmp_path_factory.mktemp("run"), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        found = train(recipe, folder, base, f"--records={folder / 'own.jsonl'}", "--logging_strategy=steps")
+    return folder, found, printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def run(said):
+    return said[:2]
 
 
 def test_figures_are_those_of_the_adapter_that_it_leaves(run, base):
@@ -84,6 +98,61 @@ def test_a_run_perturbs_the_base_and_says_what_it_did(run):
     assert {"trl", "peft", "transformers", "torch"} <= set(found["versions"])
     assert found["data"] == {"train": {"samples": 24}, "validation": {"samples": 16}}
     assert [row["step"] for row in found["history"]] == [3]
+
+
+def test_progress_is_lines_in_a_pipe_and_the_end_has_figures_words_and_commands(said):
+    folder, found, text = said
+    lines = text.splitlines()
+    final = found["final"]
+    assert lines[0] == f"writes to: {folder}"
+    assert lines[1] == (
+        f"step 3/3: held-out loss {final['eval_loss']:.4f}, exact match {final['accuracy']:.2%}, "
+        f"known text {final['known_loss']:.4f}"
+    )
+    assert lines[2].split() == ["held-out", "loss", f"{final['eval_loss']:.4f}"]
+    assert "RWP took 3 of 6 gradients with noise in the weights." in lines
+    assert "It is 5 % of the largest of them" in text
+    assert f"Text that the base knew costs {abs(final['forgetting']):.2f} nats a token" in text
+    assert [line.rpartition("# ")[2] for line in lines if "  # " in line] == ["generate", "compare", "push"]
+    assert "it/s" not in text
+
+
+def commands(text):
+    return {
+        name: shlex.split(line) for line, _, name in (line.rpartition("  # ") for line in text.splitlines()) if line
+    }
+
+
+def test_the_next_commands_do_what_they_say(said, recipe):
+    folder, _, text = said
+    found = commands(text)
+    output = subprocess.run([sys.executable, *found["generate"][1:]], capture_output=True, text=True, check=True).stdout
+    assert re.match(r"\d+ plus \d+ is ", output)
+    assert found["compare"][:3] == ["hf-rwp", "lora", "--rwp=false"]
+    other = parse_arguments(recipe.Arguments, found["compare"][2:])
+    assert (other.method, other.train_samples, other.base_steps) == ("base", 24, 3)
+    assert found["push"] == ["hf-rwp", "push", str(folder / "adapter"), "USER/NAME"]
+
+
+def test_a_run_keeps_its_flags_its_command_and_a_record(said, recipe):
+    folder, found, _ = said
+    assert found["command"].startswith("accelerate launch recipes/lora_rwp.py --quick --train_samples=24")
+    assert str(folder) not in found["command"]
+    (record,) = read_records(folder / "own.jsonl")
+    assert (record["arm"], record["seed"], record["command"]) == ("frozen", 0, found["command"])
+    assert record["history"] == found["history"]
+    assert "arguments" not in record
+    (folder / "results.json").rename(folder / "kept.json")  # as if it were cut
+    again = parse_arguments(recipe.Arguments, [f"--resume_from_checkpoint={folder}"])
+    (folder / "kept.json").rename(folder / "results.json")
+    assert (again.train_samples, again.base_steps, again.output_dir) == (24, 3, str(folder))
+
+
+def test_an_arm_is_what_is_perturbed(recipe):
+    flags = {"plain": ["--rwp=false"], "adapters": ["--rwp_frozen=false"], "frozen": []}
+    assert {arm: parse_arguments(recipe.Arguments, [*own, "--use_cpu"]).arm for arm, own in flags.items()} == {
+        arm: arm for arm in flags
+    }
 
 
 def test_plain_lora_takes_no_noise(recipe, base, tmp_path, run):
