@@ -53,8 +53,8 @@ SETTINGS: Mapping[
     str, Mapping[str, float | None]
 ] = {  # each method's best of six by the search in recipes/results/demo
     "base": {"lr": 0.2, "weight_decay": 2e-2, "strength": None},
-    "sam": {"lr": 0.1, "weight_decay": 5e-3, "strength": 0.1},
-    "rwp": {"lr": 0.2, "weight_decay": 5e-4, "strength": 0.04},
+    "sam": {"lr": 0.2, "weight_decay": 2e-2, "strength": 0.1},
+    "rwp": {"lr": 0.1, "weight_decay": 4e-2, "strength": 0.04},
 }
 STEP = SmallArguments.batch_size
 COORDINATES = [step / 16 for step in range(-8, 9)]  # of the landscape, in norms of the filters
