@@ -63,7 +63,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from hf_rwp import RWP, LossTracker, RWPArguments
-from hf_rwp.analysis.plots import training_curves
+from hf_rwp.analysis.run_plots import pictures_of_run
 from hf_rwp.core.buffers import sync_buffers
 from hf_rwp.core.checks import check_all
 from hf_rwp.core.placement import fewest_micro_steps, mixes
@@ -190,7 +190,7 @@ def main(args: Arguments) -> None:
     eval_loader = create_loader(args, splits, data_config, accelerator, training=False)
     normalize = BatchTransform(data_config, device, memory_format=memory_format)
 
-    def evaluate(weights: nn.Module) -> dict[str, float]:
+    def evaluate(weights: nn.Module) -> dict[str, Any]:
         return validate(accelerator, weights, eval_loader, normalize, args.max_bad_images)
 
     step = None if args.eval_only else step_facts(accelerator, args.batch_size, micro_steps, mixes(alpha))
@@ -352,13 +352,13 @@ def create_criterion(args: Arguments, mixed: bool) -> Callable[[Tensor, Tensor],
 @torch.no_grad()
 def validate(
     accelerator: Accelerator, module: nn.Module, loader: ImageLoader, normalize: BatchTransform, max_bad_images: int
-) -> dict[str, float]:
-    """Top-1, top-5 and mean cross-entropy over all replicas, each image once, and how many could not be read.
+) -> dict[str, Any]:
+    """Top-1, top-5, mean cross-entropy, figures by class and unreadable images, over all replicas, each image once.
 
     Replicas may hold any number of images, and wait for each other at the end only; under FSDP2, with each batch.
     """
     module.eval()
-    accuracy = Accuracy(accelerator.device)
+    accuracy = Accuracy(accelerator.device, loader.label_names)
     for images, labels in in_lockstep(accelerator, loader, normalize.nothing):
         with accelerator.autocast():
             logits = module(normalize(images))
@@ -419,11 +419,10 @@ def describe_run(args: Arguments, accelerator: Accelerator, module: nn.Module, s
 def write_model(args: Arguments, model: nn.Module, parts: dict, folder: Path, results: Results) -> None:
     """Write a folder with the model's weights as they are, and their card: all that goes to the Hub."""
     save_model(model, folder, **parts)
-    curves = Path(args.output_dir) / "curves.png"
-    training_curves(results["history"], curves)
+    pictures = pictures_of_run(results, folder if "chosen" in results else Path(args.output_dir))
     logs = Path(args.output_dir) / "logs" if args.hub_logs else None
     architecture = model.pretrained_cfg["architecture"]
-    add_card(folder, results, pictures=[curves], logs=logs, repo_id=args.hub_model_id, architecture=architecture)
+    add_card(folder, results, pictures=pictures, logs=logs, repo_id=args.hub_model_id, architecture=architecture)
 
 
 if __name__ == "__main__":

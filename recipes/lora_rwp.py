@@ -50,10 +50,11 @@ from transformers.utils.logging import disable_progress_bar as hide_bars_of_tran
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 
 from hf_rwp import RWPArguments, RWPTrainerMixin
-from hf_rwp.analysis.plots import training_curves
+from hf_rwp.analysis.run_plots import title_of, training_curves
 from hf_rwp.core.checks import check_all
 from hf_rwp.core.refusals import refuse_lone_processes
 from hf_rwp.hub.card import add_card
+from hf_rwp.hub.export import class_name
 from hf_rwp.hub.push import PushError, push
 from hf_rwp.runs.files import write
 from hf_rwp.runs.given import Given, save_flags
@@ -234,7 +235,8 @@ def main(args: Arguments) -> None:
     state = trainer.accelerator.get_state_dict(trainer.model)  # collective under FSDP2
     if not is_main:
         return
-    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(adapter, state_dict=state)
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    trained.save_pretrained(adapter, state_dict=state)
     tokenizer.save_pretrained(adapter)
     results = {
         "final": final | {"peak_memory_bytes": memory},
@@ -253,7 +255,7 @@ def main(args: Arguments) -> None:
         "history": history.rows,
     }
     results["versions"] |= {name: version(name) for name in ("trl", "peft")}
-    finish(args, results, adapter)
+    finish(args, results, adapter, class_name(trained.get_base_model() if args.use_peft else trained))
     if args.records:
         own = {"arm": args.arm, "seed": args.seed, "load_average": os.getloadavg()[0]}
         append_record(Path(args.records), own | {name: value for name, value in results.items() if name != "arguments"})
@@ -340,15 +342,15 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def finish(args: Arguments, results: dict[str, Any], adapter: Path) -> None:
-    """Write the results, the picture and the card."""
+def finish(args: Arguments, results: dict[str, Any], adapter: Path, architecture: str) -> None:
+    """Write the results, the picture and the card. architecture: the base model's class."""
     output_dir, final = adapter.parent, results["final"]
     config = adapter / "adapter_config.json"
     if config.is_file() and Path(args.model_name_or_path or "/").is_absolute():
         write(config, json.dumps(scrub_paths(json.loads(config.read_text())), indent=2))
     curves = output_dir / "curves.png"
     rows = [row | ({"top1": row["accuracy"]} if "accuracy" in row else {}) for row in results["history"]]
-    training_curves(rows, curves, "Held-out prompts completed exactly (%)")
+    training_curves(rows, curves, title_of(results), "Held-out prompts completed exactly (%)")
     write(output_dir / RESULTS, json.dumps(results, indent=2, default=str))
     memory, told = f"{final['peak_memory_bytes'] / 2**20:,.0f} MiB", []
     if "accuracy" in final:
@@ -366,7 +368,8 @@ def finish(args: Arguments, results: dict[str, Any], adapter: Path) -> None:
         pictures=[curves],
         repo_id=args.hub_model_id,
         library="peft" if args.use_peft else "transformers",
-        architecture="LoRA" if args.use_peft else "Causal language model",
+        architecture=architecture,
+        evaluated_on="held out of the training samples",
         task="text-generation",
         name=f"{args.data_name}_lora_{args.method}" if args.hub_model_id is None else None,
         data="sums in words, generated" if args.embedded else args.data_name,

@@ -57,7 +57,7 @@ from datasets import DatasetDict
 from transformers import set_seed
 
 from hf_rwp import RWPTrainingArguments
-from hf_rwp.analysis.plots import training_curves
+from hf_rwp.analysis.run_plots import pictures_of_run
 from hf_rwp.core.checks import check_all
 from hf_rwp.core.placement import mixes
 from hf_rwp.core.refusals import refuse_lone_processes
@@ -75,7 +75,7 @@ from hf_rwp.runs.files import as_json, write
 from hf_rwp.runs.given import Given, save_flags
 from hf_rwp.runs.opening import data_facts, model_facts, opening, say, step_facts
 from hf_rwp.runs.parsing import start
-from hf_rwp.runs.records import Results, base_of, environment, scrub_paths, weights_digest
+from hf_rwp.runs.records import Results, base_of, environment, scrub_paths, weights_digest, with_by_class
 from hf_rwp.runs.resuming import RESULTS, check_writable, refuse_other_flags, settle_folder
 from hf_rwp.runs.sharded import gathered, refuse_sharded, replicas_of_run, shard_blocks, whole_copy
 from hf_rwp.runs.signals import Signals
@@ -216,7 +216,7 @@ def main(args: Arguments) -> None:
         args.hub_model_id = Path(args.output_dir).name  # and not the number of the run
     settle_folder(args)
     output_dir = Path(args.output_dir)
-    results_file, flags_file, curves = (output_dir / name for name in (RESULTS, "arguments.json", "curves.png"))
+    results_file, flags_file = output_dir / RESULTS, output_dir / "arguments.json"
     checkpoint, flags = find_trainer_checkpoint(args), scrub_paths(args.to_dict())
     if checkpoint and (saved := checkpoint.parent / flags_file.name).is_file():
         refuse_other_flags(flags, json.loads(saved.read_text()), KEPT_BY_CHECKPOINTS, "--model_name_or_path .../model")
@@ -274,7 +274,6 @@ def main(args: Arguments) -> None:
         model.save_pretrained(pushed)
         model = copy.deepcopy(model).merge_and_unload()
     save_whole(model, folder, label_names, data_config, model_args)
-    training_curves(history, curves)
     results: Results = {
         "final": history[-1],
         **({"best": best} if best else {}),
@@ -285,11 +284,14 @@ def main(args: Arguments) -> None:
         **facts,
         "history": history,
     }
+    results = with_by_class(results)
+    curves, *_ = pictures = pictures_of_run(results, output_dir)
     write(results_file, as_json(results))
+    of_pushed = results_of_pushed(results, trainer.state.best_global_step)
     add_card(
         pushed,
-        results_of_pushed(results, trainer.state.best_global_step),
-        pictures=[curves],
+        of_pushed,
+        pictures=pictures_of_run(of_pushed, pushed) if best else pictures,
         repo_id=trainer.hub_model_id or args.hub_model_id,
         library=library,
         architecture=model.config.architecture if timm_model_of(model) is not None else type(model).__name__,
@@ -320,7 +322,7 @@ def create_trainer(
         eval_dataset=ImageDataset(splits["validation"], eval_transform, training=False, **shared),
         data_collator=collate,
         processing_class=None if timm_model else image_processor(data_config),
-        compute_metrics=EvaluationMetrics(splits["train"].features["label"].num_classes),
+        compute_metrics=EvaluationMetrics(splits["train"].features["label"].names),
         preprocess_logits_for_metrics=ranks_and_losses,
     )
     trainer.mix(splits["train"].features["label"].num_classes)
@@ -361,7 +363,7 @@ def results_of_pushed(results: Results, best_step: int | None) -> Results:
     if "best" in results:
         row = next((row for row in results["history"] if row["step"] == best_step), {"step": best_step})
         best = {name: value for name, value in results["best"].items() if name != "checkpoint"}
-        pushed |= {"final": row | best, "chosen": "best"}
+        pushed = with_by_class(pushed | {"final": row | best, "chosen": "best"})
     if results["arguments"]["lora_r"]:
         del pushed["weights_sha256"]  # of the whole model
     return pushed

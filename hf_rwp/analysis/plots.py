@@ -1,4 +1,4 @@
-"""Pictures of a training run, and of how flat the loss is around what it ended in."""
+"""Pictures of methods side by side, and of how flat the loss is around what they ended in."""
 
 import itertools
 import math
@@ -18,18 +18,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 StrPath = str | os.PathLike[str]
 
 # Okabe and Ito's palette, apart for every kind of colour vision; lines and markers are apart in grey, too.
-_LOSSES: dict[str, dict[str, Any]] = {
-    "train_loss": {"label": "mean", "color": "#777777", "linestyle": ":", "marker": "."},
-    "loss_perturbed": {"label": "perturbed weights", "color": "#D55E00", "linestyle": "--", "marker": "s"},
-    "loss_clean": {"label": "clean weights", "color": "#0072B2", "linestyle": "-", "marker": "o"},
-    "known_loss": {"label": "text known before", "color": "#CC79A7", "linestyle": "-.", "marker": "^"},
-}
-_TOP1: dict[str, dict[str, Any]] = {
-    "top1": {"label": "weights", "color": "#009E73", "linestyle": "-", "marker": "o"},
-    "top1_ema": {"label": "average of weights", "color": "#CC79A7", "linestyle": "--", "marker": "s"},
-}
 # One look for each model or method, in every panel.
-_MODELS: list[dict[str, Any]] = [
+LOOKS: list[dict[str, Any]] = [
     {"color": "#0072B2", "linestyle": "-", "marker": "o"},
     {"color": "#D55E00", "linestyle": "--", "marker": "s"},
     {"color": "#009E73", "linestyle": "-.", "marker": "^"},
@@ -43,36 +33,6 @@ _BESIDE: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "va": "
 _HATCHES = ["", "//", "..", "xx", "\\\\", "++", "oo"]
 
 
-def training_curves(
-    history: Sequence[Mapping[str, Any]], path: StrPath, accuracy_title: str = "Held-out top-1 accuracy (%)"
-) -> None:
-    """Write a PNG: losses on the left, held-out top-1 accuracy in percent on the right, over the epochs.
-
-    history: one mapping an epoch with epoch, train_loss and, where they exist, loss_clean, loss_perturbed, known_loss
-    (on text that the model knew before), top1 and top1_ema (fractions in [0, 1]); other keys are ignored. Losses that
-    span more than a factor of ten get a logarithmic axis. The last accuracy is written out, top1_ema's if there is one.
-    """
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    losses, accuracy = figure.subplots(1, 2)
-
-    for key, style in _LOSSES.items():
-        _plot(losses, history, key, style)
-    _finish(losses, "Training loss")
-    if len(losses.lines) > 1:
-        losses.legend(frameon=False, reverse=True)
-    if _span(history) > 10:
-        _logarithmic(losses)
-
-    for key, style in _TOP1.items():
-        _plot(accuracy, history, key, style, scale=100)
-    if len(accuracy.lines) > 1:
-        accuracy.legend(frameon=False)
-    _finish(accuracy, accuracy_title)
-    for point in [(x, y) for line in accuracy.lines for x, y in line.get_xydata()][-1:]:
-        accuracy.annotate(f"{point[1]:.2f} %", point, (0, -8), textcoords="offset points", ha="right", va="top")
-    figure.savefig(path, format="png", dpi=150)
-
-
 def comparison(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: StrPath) -> None:
     """Write a PNG that sets training methods side by side: accuracy over epochs, over time, and at the end over cost.
 
@@ -83,7 +43,7 @@ def comparison(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     epochs, seconds, cost = figure.subplots(1, 3, sharey=True)
     costs = [float(np.mean([history[-1]["gradients"] for history in histories])) for histories in runs.values()]
-    for index, ((name, histories), style) in enumerate(zip(runs.items(), itertools.cycle(_MODELS), strict=False)):
+    for index, ((name, histories), style) in enumerate(zip(runs.items(), itertools.cycle(LOOKS), strict=False)):
         length = max(map(len, histories))
         whole = [history for history in histories if len(history) == length]  # the others diverged on the way
         top1 = np.array([[100 * row["top1"] for row in history] for history in whole])
@@ -106,7 +66,7 @@ def comparison(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: 
         (seconds, "Accuracy over training time", "seconds of training"),
         (cost, "Accuracy at the end, over cost", "gradient evaluations of each image"),
     ):
-        _tidy(axes, title, unit)
+        tidy(axes, title, unit)
     epochs.set_ylabel("top-1 accuracy (%)")
     cost.margins(x=0.15)
     figure.legend(*epochs.get_legend_handles_labels(), loc="outside right center", frameon=False)
@@ -281,7 +241,7 @@ def sharpness_curves(models: Mapping[str, Mapping[str, Any]], path: StrPath) -> 
     """
     figure = Figure(figsize=(13, 7.6), layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12))
     (rise, accuracy, line), (rounded, eigenvalue, step) = figure.subplots(2, 3)
-    looks = dict(zip(models, itertools.cycle(_MODELS), strict=False))
+    looks = dict(zip(models, itertools.cycle(LOOKS), strict=False))
 
     for name, figures in models.items():
         train, held_out = figures["train"], figures["held_out"]
@@ -294,7 +254,7 @@ def sharpness_curves(models: Mapping[str, Mapping[str, Any]], path: StrPath) -> 
         (accuracy, "Held-out accuracy under weight noise (%)", "gamma, size of the noise"),
         (line, "Training loss along a random direction", "step, in norms of the filters"),
     ):
-        _tidy(axes, title, label)
+        tidy(axes, title, label)
         axes.xaxis.set_major_locator(MaxNLocator(5))
     for axes in (rise, line):
         _logarithmic_if_positive(axes)
@@ -307,12 +267,12 @@ def sharpness_curves(models: Mapping[str, Mapping[str, Any]], path: StrPath) -> 
         for name, figures in held_out.items()
     }
     _bars(rounded, accuracies, looks, ["as it is", *(f"int{number}" for number in bits)])
-    _tidy(rounded, "Held-out accuracy, rounded weights (%)", "")
+    tidy(rounded, "Held-out accuracy, rounded weights (%)", "")
     _bars(eigenvalue, {name: [figures["largest_eigenvalue"]["value"]] for name, figures in trained.items()}, looks)
-    _tidy(eigenvalue, "Largest eigenvalue of the Hessian", "")
+    tidy(eigenvalue, "Largest eigenvalue of the Hessian", "")
     _bars(step, {name: [figures["worst_case"]["rise"]] for name, figures in trained.items()}, looks)
     rho = next(iter(trained.values()))["worst_case"]["rho"]
-    _tidy(step, f"Loss rise by SAM's step, rho = {rho:g}", "")
+    tidy(step, f"Loss rise by SAM's step, rho = {rho:g}", "")
     handles, names = rise.get_legend_handles_labels()
     columns = min(4, len(names))
     figure.legend(handles, names, loc="outside upper center", ncols=columns, handlelength=3, frameon=False)
@@ -350,7 +310,7 @@ def _bars(
     axes.margins(y=0.13)  # room for the numbers
 
 
-def _tidy(axes: Axes, title: str, label: str) -> None:
+def tidy(axes: Axes, title: str, label: str) -> None:
     axes.set_title(title, loc="left")
     axes.set_xlabel(label)
     axes.grid(axis="y", color="#E5E5E5")
@@ -368,24 +328,7 @@ def _logarithmic_if_positive(axes: Axes) -> None:
     drawn = drawn[np.isfinite(drawn)]
     if drawn.size and drawn.min() > 0 and drawn.max() > 10 * drawn.min():
         axes.set_ylim(drawn.min() / 2, drawn.max() * 2)  # a band may reach below 0
-        _logarithmic(axes)
-
-
-def _plot(axes: Axes, history: Sequence[Mapping[str, Any]], key: str, style: dict[str, Any], scale: float = 1) -> None:
-    points = [(row["epoch"], scale * row[key]) for row in history if row.get(key) is not None]
-    if points:
-        axes.plot(*zip(*points, strict=True), linewidth=2, markersize=5 if len(points) <= 30 else 0, **style)
-
-
-def _span(history: Sequence[Mapping[str, Any]]) -> float:
-    """The largest loss over the smallest; 1 where no loss is above 0."""
-    losses = [row[key] for row in history for key in _LOSSES if (row.get(key) or 0) > 0]
-    return max(losses) / min(losses) if losses else 1.0
-
-
-def _finish(axes: Axes, title: str) -> None:
-    _tidy(axes, title, "epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        logarithmic_axis(axes)
 
 
 def _decades(low: float, high: float) -> list[float]:
@@ -395,7 +338,7 @@ def _decades(low: float, high: float) -> list[float]:
     return [f * 10.0**e for e in exponents for f in ((1, 3) if few else (1,)) if low < f * 10.0**e < high]
 
 
-def _logarithmic(axes: Axes) -> None:
+def logarithmic_axis(axes: Axes) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub.utils import yaml_dump  # type: ignore[attr-defined]
 
 from hf_rwp.hub.facts import PAPER, PICTURES, Facts, build_facts, plain
 from hf_rwp.runs.files import as_json, write
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
-RESULTS = "results.json"
+RESULTS, EVALUATIONS = "results.json", ".eval_results"
 
 
 def render_card(facts: Facts) -> str:
@@ -36,6 +37,9 @@ def add_card(
 ) -> None:
     """Complete a folder with weights: README.md, results.json and pictures, which the card shows by their names.
 
+    Beside the `model-index` of the card, the accuracy on the held-out part of a data set of the Hub goes into a file of
+    .eval_results, from which the Hub makes leaderboards: https://huggingface.co/docs/hub/eval-results.
+
     logs: a folder with TensorBoard's files, which the Hub shows; copied without the machine's name, which they carry in
     theirs. facts: as `build_facts` takes them.
     """
@@ -50,7 +54,12 @@ def add_card(
             shutil.copyfile(file, copied)
     shown = [name for name in PICTURES if (folder / name).exists()]
     write(folder / RESULTS, as_json(plain(results)))
-    write(folder / "README.md", render_card(build_facts(results, pictures=shown, **facts)))
+    known = build_facts(results, pictures=shown, **facts)
+    write(folder / "README.md", render_card(known))
+    if known.benchmark is not None:
+        name = str(known.dataset).split("/")[-1]
+        entries = eval_result_entries_to_yaml([EvalResultEntry(**known.benchmark)])
+        write(folder / EVALUATIONS / f"{name}.yaml", yaml_dump(entries))
 
 
 def card_of_record(records: Path) -> str:
@@ -64,7 +73,7 @@ def with_picture(card: str, file: str) -> str:
     if f"]({file})" in card:
         return card
     before, section, after = card.partition("\n## Training\n")
-    return f"{before.rstrip()}\n\n![{PICTURES[file]}]({file})\n{section}{after}"
+    return f"{before.rstrip()}\n\n![{PICTURES[file].format(kind='images')}]({file})\n{section}{after}"
 
 
 def cell(text: Any) -> str:

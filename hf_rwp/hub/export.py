@@ -98,7 +98,7 @@ def save_any(
         how |= {"model_args": model_args or arguments, "weights": weights}
         if writes:
             save_model(model, folder, label_names=label_names, **how)
-        return {"library": "timm", "architecture": config.get("architecture") or _architecture(model)}
+        return {"library": "timm", "architecture": config.get("architecture") or class_name(model)}
     adapted = hasattr(model, "get_base_model")
     library = "peft" if adapted else "transformers" if hasattr(model, "save_pretrained") else "pytorch"
     if writes:
@@ -113,7 +113,7 @@ def save_any(
                 save_weights(model, file) if weights is None else save_file(weights, file)
             else:
                 _save_pretrained(model, partial, weights)
-    return {"library": library, "architecture": _architecture(model.get_base_model() if adapted else model)}
+    return {"library": library, "architecture": class_name(model.get_base_model() if adapted else model)}
 
 
 def writes_here(model: Any) -> bool:
@@ -141,7 +141,7 @@ def _save_pretrained(model: Any, folder: Path, weights: Mapping[str, Any] | None
             config.distributed_config = loaded_in_parts
 
 
-def _architecture(model: Any) -> str:
+def class_name(model: Any) -> str:
     """The name of a model's class, as it was before fully_shard made another one of it."""
     kind = type(model)
     return (kind.__bases__[-1] if kind.__bases__[0].__name__ == "FSDPModule" else kind).__name__
@@ -160,7 +160,7 @@ def _replacing_model(folder: Path) -> Iterator[Path]:
     """`replacing_folder`, and FileExistsError where `folder` holds something other than an earlier model."""
     found = list(folder.iterdir()) if folder.is_dir() else []
     written = any(path.suffix in (".safetensors", ".bin") for path in found)
-    foreign = [path.name for path in found if path.is_dir() and path.name != "logs"]
+    foreign = [path.name for path in found if path.is_dir() and path.name not in ("logs", ".eval_results")]
     if found and (foreign or not written):
         raise FileExistsError(
             f"{folder} holds {(foreign or [found[0].name])[0]}, which is not part of a model, and would be replaced: "

@@ -12,10 +12,22 @@ from typing import Any
 
 PAPER = "2211.11489"
 DIGITS = "Handwritten digits (scikit-learn)"
-PICTURES = {  # files that a card shows if its repository has them
-    "curves.png": "Training loss and held-out accuracy over the epochs",
-    "landscape.png": "The loss around the trained weights",
+PICTURES = {  # files that a card shows if its repository has them, and what they show, for those who cannot see it
+    "curves.png": "Losses in training and on held-out {kind}, and held-out accuracy, over the epochs",
+    "confusion.png": "Confusion matrix: which classes the held-out images of each class are taken for",
+    "landscape.png": "The loss on a plane through the trained weights, as contours and as a surface",
 }
+_TASKS = {  # by the end of a model's class: what the Hub calls its task, and transformers' class that loads it
+    "ForCausalLM": ("text-generation", "AutoModelForCausalLM"),
+    "LMHeadModel": ("text-generation", "AutoModelForCausalLM"),
+    "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
+    "ForTokenClassification": ("token-classification", "AutoModelForTokenClassification"),
+    "ForQuestionAnswering": ("question-answering", "AutoModelForQuestionAnswering"),
+    "ForMaskedLM": ("fill-mask", "AutoModelForMaskedLM"),
+    "ForImageClassification": ("image-classification", "AutoModelForImageClassification"),
+}
+_OF_PEFT = ("text-generation", "text-classification", "token-classification", "question-answering")
+_HARDEST = 3  # classes on a card
 _METHODS = {"rwp": "Random Weight Perturbation", "sam": "sharpness-aware minimization (SAM)", "base": "plain training"}
 _METRICS = {"top1": "Top-1 accuracy", "top5": "Top-5 accuracy", "accuracy": "Accuracy"}
 _HYPER_PARAMETERS = (
@@ -41,6 +53,8 @@ class Facts:
     language: str | Sequence[str] | None = None
     base_model: str | None = None  # an id on the Hub
     dataset: str | None = None  # an id on the Hub
+    dataset_config: str | None = None
+    dataset_revision: str | None = None  # a commit
     note: str = ""
     tags: Sequence[str] = ()
 
@@ -56,6 +70,7 @@ class Facts:
     replicas: int | None = None
     slots: Mapping[str, int] | None = None
     data: str = ""
+    kind: str = "images"  # what was learned from
     split: str | None = None
     held_out: bool = True  # whether evaluation was on other images than training
     evaluated_on: str | None = None  # in words, where that is not a split of the data's source
@@ -80,6 +95,14 @@ class Facts:
     @property
     def is_timm(self) -> bool:
         return self.library == "timm"
+
+    @property
+    def auto_class(self) -> str:
+        """The class of transformers, or of PEFT, that loads it."""
+        found = next((name for task, name in _TASKS.values() if task == self.task), "AutoModel")
+        if self.library != "peft":
+            return found
+        return found.replace("AutoModel", "AutoPeftModel") if self.task in _OF_PEFT else "AutoPeftModel"
 
     @property
     def address(self) -> str:
@@ -122,6 +145,26 @@ class Facts:
         }
         return [common | {"metric_name": _METRICS[key], "metric_value": value} for key, value in self.metrics.items()]
 
+    @property
+    def benchmark(self) -> dict[str, Any] | None:
+        """The first result as `EvalResultEntry` takes it; None where it is not of a data set's own held-out part."""
+        if not self.evaluation or self.evaluated_on or not re.fullmatch(r"[\w.-]+/[\w.-]+", self.dataset or ""):
+            return None
+        first, on = self.evaluation[0], f", split {self.split}" if self.split else ""
+        entry = {
+            "dataset_id": self.dataset,
+            "task_id": self.dataset_config or "default",
+            "value": first["metric_value"],
+            "notes": f"{first['metric_name']} as a fraction{on}",
+            "date": self.date,
+        }
+        if re.fullmatch("[0-9a-f]{40}", self.dataset_revision or ""):
+            entry["dataset_revision"] = self.dataset_revision
+        if self.repo_id:
+            entry["source_url"] = f"https://huggingface.co/{self.repo_id}/blob/main/results.json"
+            entry["source_name"] = "results.json"
+        return entry
+
 
 def build_facts(
     results: Mapping[str, Any], *, architecture: str | None = None, pictures: Sequence[str] = (), **user: Any
@@ -139,14 +182,18 @@ def build_facts(
     metrics = {key: final.get(f"{key}_ema", final.get(key)) for key in _METRICS}
     metrics = {key: value for key, value in metrics.items() if value is not None and math.isfinite(value)}
     model = architecture or arguments.get("model") or ""
-    images = "top1" in metrics or user.get("library", "timm") == "timm" or "ForImageClassification" in model
+    known_task = next((task for ending, (task, _) in _TASKS.items() if model.endswith(ending)), None)
+    images = "top1" in metrics or user.get("library", "timm") == "timm" or known_task == "image-classification"
+    kind = "images" if images else "samples"
     split = results.get("found", {}).get("splits", {}).get("validation")
     data_split = results.get("data", {}).get("validation", {}).get("split")
     made = bool(split) and split.startswith("held out ")
     facts: dict[str, Any] = {
-        "task": "image-classification" if images else None,
+        "task": "image-classification" if images else known_task,
         "base_model": results.get("base_model") or _hub_id(arguments.get("pretrained")),
         "dataset": results.get("dataset") or arguments.get("dataset"),
+        "dataset_config": arguments.get("dataset_config"),
+        "dataset_revision": arguments.get("dataset_revision"),
         "name": (user.get("repo_id") or "").split("/")[-1] or f"{model or 'model'}_{method}",
         "architecture": model,
         "method": method,
@@ -156,6 +203,7 @@ def build_facts(
         "replicas": results.get("hardware", {}).get("replicas", rwp.get("replicas")),
         "slots": rwp.get("slots"),
         "data": results.get("dataset") or _data(arguments),
+        "kind": kind,
         "split": None if made else split or data_split or arguments.get("validation_split"),
         "evaluated_on": split if made else None,
         "held_out": results.get("found", {}).get("held_out", True),
@@ -168,8 +216,8 @@ def build_facts(
         "command": results.get("command"),
         "date": results.get("date"),
         "by_epoch": bool(results.get("history")),
-        "figures": _figures(results, metrics, averaged, "images" if images else "samples"),
-        "pictures": {file: text for file, text in PICTURES.items() if file in pictures},
+        "figures": _figures(results, metrics, averaged, kind),
+        "pictures": {file: _said_of(file, results, metrics, kind) for file in PICTURES if file in pictures},
     }
     return Facts(**(facts | {name: value for name, value in user.items() if value is not None}))
 
@@ -220,6 +268,9 @@ def _figures(results: Mapping[str, Any], metrics: Mapping[str, float], averaged:
     rows = {f"{_METRICS[key]}{on}": f"{value:.2%}".replace("%", " %") for key, value in metrics.items()}
     loss = final.get("eval_loss_ema" if averaged else "eval_loss")
     rows |= _row(f"Loss, {which}", loss, ".4f")
+    hardest = _hardest(results)
+    if hardest:
+        rows["Hardest classes, and the accuracy on each"] = hardest
     rows |= _row("Training loss", final.get("train_loss"), ".4f")
     rows |= _row("Training loss at clean weights", final.get("loss_clean"), ".4f")
     rows |= _row("Training loss at perturbed weights", final.get("loss_perturbed"), ".4f")
@@ -245,6 +296,24 @@ def _figures(results: Mapping[str, Any], metrics: Mapping[str, float], averaged:
     rows |= _row("Training time, seconds", results.get("seconds"), ",.1f")
     rows |= _row("Images per second", final.get("images_per_second"), ",.0f")
     return rows
+
+
+def _hardest(results: Mapping[str, Any]) -> str:
+    """The classes of the lowest accuracy, without those that have no mistakes."""
+    by_class = results.get("by_class") or {"names": (), "accuracy": ()}
+    known = zip(by_class["names"], by_class["accuracy"], strict=True)
+    wrong = sorted([pair for pair in known if pair[1] is not None and pair[1] < 1], key=lambda pair: pair[1])
+    return ", ".join(f"{name} {100 * right:.1f} %" for name, right in wrong[:_HARDEST])
+
+
+def _said_of(file: str, results: Mapping[str, Any], metrics: Mapping[str, float], kind: str) -> str:
+    """What a picture shows, in words: the figures of its end, too."""
+    text, hardest = PICTURES[file].format(kind=kind), _hardest(results)
+    if file == "curves.png" and metrics and results.get("chosen") != "best":
+        text += f"; {100 * next(iter(metrics.values())):.2f} % at the end"
+    if file == "confusion.png" and hardest:
+        text += f"; hardest are {hardest}"
+    return re.sub(r"[\[\]()\\<>`]+", " ", " ".join(text.split()))
 
 
 def _classes(counts: Mapping[str, Any]) -> str:

@@ -255,7 +255,7 @@ class BatchPlan(torch.utils.data.Sampler[list[Key]]):
 
 class ImageLoader:
     """One replica's batches: images (B, 3, H, W) as the transform makes them, labels (B,), int64; on the CPU, pinned
-    if there is a GPU. `unreadable`: the images that could not be read so far.
+    if there is a GPU. `unreadable`: the images that could not be read so far. `label_names`: of the classes.
 
     Iterating gives the epoch last set, from its start on. It moves no global random generator.
     """
@@ -266,6 +266,7 @@ class ImageLoader:
         self.images = images
         self.plan = plan
         self.unreadable = images.unreadable
+        self.label_names: list[str] = getattr((images.split.features or {}).get("label"), "names", [])
         self._batches = batches
         self._epoch = self._start = 0
         self._loader: DataLoader[Any] = DataLoader(

@@ -1,9 +1,11 @@
-"""Top-1 and top-5 accuracy and cross-entropy over a split: `Accuracy`, exact on replicas with any number of images.
+"""Top-1 and top-5 accuracy, cross-entropy and which classes are taken for which, over a split: `Accuracy`, exact on
+replicas with any number of images.
 
 `Top1` and `Top5` are the same accuracies as `evaluate` metrics that need neither the Hub nor files, for
 evaluate.combine.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import evaluate
@@ -13,6 +15,8 @@ import torch.distributed as dist
 from datasets import Features, Value
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+
+MOST_CLASSES = 100  # that are told apart one by one, in figures and pictures
 
 
 def label_rank(logits: Tensor, labels: Tensor) -> Tensor:
@@ -26,14 +30,9 @@ def label_rank(logits: Tensor, labels: Tensor) -> Tensor:
     return (~(logits <= own) | ((logits == own) & later)).sum(1)
 
 
-def scores(logits: Tensor, labels: Tensor) -> Tensor:
-    """What `Accuracy` counts of each image: whether top-1 and top-5 are right, and the cross-entropy: (B, 3), float32.
-
-    logits: (B, C). labels: (B,); one below 0 stands for an image that could not be read, and its scores for nothing.
-    """
-    known, logits = labels.clamp(min=0), logits.float()
-    ranks = label_rank(logits, known)
-    return torch.stack([ranks < 1, ranks < 5, cross_entropy(logits, known, reduction="none")], 1)
+def predicted_class(logits: Tensor) -> Tensor:
+    """The class that `label_rank` puts first, of the logits (B, C): (B,); the last of those that are equal."""
+    return logits.shape[1] - 1 - logits.flip(1).argmax(1)
 
 
 def refuse_nothing_read(count: float) -> None:
@@ -42,40 +41,76 @@ def refuse_nothing_read(count: float) -> None:
         raise ValueError("no image for evaluation could be read: see the warnings above for what is wrong with them")
 
 
+class Confusion:
+    """How often images of each class were taken for each other one, of at most `MOST_CLASSES` classes; of more nothing.
+
+    names: of the classes, by index. device: where `counts` are, (C, C), int64: row i, column j is images of class i
+    that were taken for class j.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device | str = "cpu") -> None:
+        self.names = list(names) if len(names) <= MOST_CLASSES else []
+        self.counts = torch.zeros(len(self.names), len(self.names), dtype=torch.int64, device=device)
+
+    def add(self, predicted: Tensor, labels: Tensor) -> None:
+        """Count images by the classes that they were taken for (B,), and their own (B,)."""
+        if self.names:
+            cells = labels.long() * len(self.names) + predicted.long()
+            self.counts += torch.bincount(cells, minlength=self.counts.numel()).view_as(self.counts)
+
+    def by_class(self) -> dict[str, Any]:
+        """What `hf_rwp.runs.records.ByClass` says, {} where there is nothing to say; and begins anew."""
+        counts, self.counts = self.counts, torch.zeros_like(self.counts)
+        images, right = counts.sum(1).tolist(), counts.diagonal().tolist()
+        accuracy = [hits / count if count else None for hits, count in zip(right, images, strict=True)]
+        found = {"names": self.names, "images": images, "accuracy": accuracy, "confusion": counts.tolist()}
+        return found if self.names else {}
+
+
 class Accuracy:
     """Top-1 and top-5 accuracy, fractions in [0, 1], and mean cross-entropy over a split, each image counted once.
 
     Replicas may have any number of images, none of them too, and meet only in `compute`. device: where the sums are.
+    names: of the classes, to count each of them by itself as well (`Confusion`).
 
         accuracy = Accuracy(device)
         accuracy.add(model(images), labels)    # for every batch
         accuracy.compute()                     # {"top1": ..., "top5": ..., "eval_loss": ...}, and begins anew
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)  # of the scores, and how many images
+    def __init__(self, device: torch.device | str = "cpu", names: Sequence[str] = ()) -> None:
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)  # right at 1 and at 5, losses; how many images
+        self._confusion = Confusion(names, device)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Count a batch: logits (B, C), labels (B,), of which those below 0 do not count."""
-        self.add_scores(scores(logits, labels), labels)
+        read = labels >= 0
+        logits, labels = logits[read].float(), labels[read]
+        ranks = label_rank(logits, labels)
+        scores = torch.stack([ranks < 1, ranks < 5, cross_entropy(logits, labels, reduction="none")], 1)
+        self._sums[:3] += scores.double().sum(0)
+        self._sums[3] += len(labels)
+        self._confusion.add(predicted_class(logits), labels)
 
-    def add_scores(self, scores: Tensor, labels: Tensor) -> None:
-        """`add`, of what the function `scores` made of the logits."""
-        read = scores[labels >= 0].double()
-        self._sums[:3] += read.sum(0)
-        self._sums[3] += len(read)
-
-    def compute(self, over_replicas: bool = True) -> dict[str, float]:
-        """Of all images since the last call. Collective, unless `over_replicas` is false.
+    def compute(self, over_replicas: bool = True) -> dict[str, Any]:
+        """Of all images since the last call; with the classes' names also "by_class". Collective, unless
+        `over_replicas` is false.
 
         Raises ValueError, on all replicas, where no image could be read.
         """
         sums, self._sums = self._sums, torch.zeros_like(self._sums)
         if over_replicas and dist.is_initialized():
-            dist.all_reduce(sums)
+            counts = self._confusion.counts
+            together = torch.cat([sums, counts.flatten().double()])  # whole numbers are exact up to 2^53
+            dist.all_reduce(together)
+            sums, self._confusion.counts = together[:4], together[4:].long().view_as(counts)
         *totals, count = sums.tolist()
+        by_class = self._confusion.by_class()
         refuse_nothing_read(count)
-        return dict(zip(("top1", "top5", "eval_loss"), (total / count for total in totals), strict=True))
+        figures: dict[str, Any] = dict(
+            zip(("top1", "top5", "eval_loss"), (total / count for total in totals), strict=True)
+        )
+        return figures | ({"by_class": by_class} if by_class else {})
 
 
 class _TopK(evaluate.Metric):

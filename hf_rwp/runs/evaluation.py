@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
@@ -11,7 +12,7 @@ from hf_rwp.runs.divergence import refuse_meaningless
 from hf_rwp.runs.files import as_json, write
 from hf_rwp.runs.records import aligned
 
-Evaluate = Callable[[nn.Module], dict[str, float]]
+Evaluate = Callable[[nn.Module], dict[str, Any]]
 
 
 def evaluate_only(
@@ -32,7 +33,8 @@ def evaluate_only(
         write_evaluation(folder, figures)
 
 
-def write_evaluation(folder: Path, figures: Mapping[str, float]) -> None:
-    """eval.json in the folder, and two columns on the screen."""
+def write_evaluation(folder: Path, figures: Mapping[str, Any]) -> None:
+    """eval.json in the folder, and two columns on the screen: all but the figures by class."""
     write(folder / "eval.json", as_json(figures))
-    print(aligned({name.removeprefix("eval_"): f"{value:.4f}" for name, value in figures.items()}))
+    shown = {name.removeprefix("eval_"): value for name, value in figures.items() if "by_class" not in name}
+    print(aligned({name: f"{value:.4f}" for name, value in shown.items()}))

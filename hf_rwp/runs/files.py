@@ -2,11 +2,14 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_NUMBERS = re.compile(r"\[\n(?:null|[-+.\deE,\s])*\]")  # in a string a line's end is two characters
 
 
 @contextmanager
@@ -42,8 +45,9 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 def as_json(value: Any) -> str:
-    """JSON that any reader takes, indented: `without_nan`."""
-    return json.dumps(without_nan(value), indent=2, allow_nan=False)
+    """JSON that any reader takes, indented, a list of numbers in one line: `without_nan`."""
+    text = json.dumps(without_nan(value), indent=2, allow_nan=False)
+    return _NUMBERS.sub(lambda found: f"[{' '.join(found[0][1:-1].split())}]", text)
 
 
 def without_nan(value: Any) -> Any:

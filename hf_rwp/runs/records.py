@@ -32,6 +32,15 @@ _PRIVATE = re.compile(r"(^|_)(token|url|host|hostname|endpoint|address|addr|ip|p
 _PACKAGES = ("accelerate", "timm", "transformers", "datasets", "hf-rwp")
 
 
+class ByClass(TypedDict):
+    """How the held-out images of each class fared, in the classes' order; not kept of more than 100 classes."""
+
+    names: list[str]
+    images: list[int]  # that could be read
+    accuracy: list[float | None]  # top-1, a fraction in [0, 1]; None for a class without images
+    confusion: list[list[int]]  # row i, column j: images of class i that were taken for class j
+
+
 class Row(TypedDict, total=False):
     """An epoch of a run. Accuracies are fractions in [0, 1], losses means; `_ema` stands for averaged weights."""
 
@@ -54,6 +63,8 @@ class Row(TypedDict, total=False):
     top5_ema: float
     eval_loss_ema: float
     unreadable_eval_images_ema: int
+    by_class: ByClass  # only while a run is under way, of its last epoch and the best one
+    by_class_ema: ByClass
     rwp: dict[str, Any]  # `RWP.report()` since the run began, and `gamma`
 
 
@@ -64,6 +75,7 @@ class Results(TypedDict, total=False):
     best: dict[str, Any]  # `checkpoint`, and its figures, where another one than the last was chosen
     chosen: str  # `best`, where `final` is of the best weights
     history: list[Row]
+    by_class: ByClass  # of the weights that are described
     seconds: float  # of training, without evaluation
     weights_sha256: str  # `weights_digest` of the weights that are described
     replicas_sha256: list[str]  # that of each replica's, each value once: one, as long as all are bit-equal
@@ -199,6 +211,23 @@ def command_of(start: str, arguments: Mapping[str, Any], defaults: Mapping[str, 
             values = value if isinstance(value, list) else [value]
             words += [f"--{name}", *(str(item) for item in values)]
     return shlex.join(words)
+
+
+def with_by_class(results: Results) -> Results:
+    """`results` with the figures by class of what `final` describes, an average where there is one, beside the rows.
+
+    Those of the rows themselves, which hold them while a run is under way, are left out.
+    """
+    final = results["final"]
+    found = final.get("by_class_ema", final.get("by_class"))
+    rows = {"final": without_by_class(final), "history": [without_by_class(row) for row in results["history"]]}
+    others = {name: value for name, value in results.items() if name != "by_class"}  # may be of other weights
+    return {**others, **rows, **({"by_class": found} if found else {})}  # type: ignore[typeddict-item]
+
+
+def without_by_class(row: Row) -> Row:
+    """A row without its figures by class."""
+    return {name: value for name, value in row.items() if not name.startswith("by_class")}  # type: ignore[return-value]
 
 
 def aligned(rows: Mapping[str, Any]) -> str:

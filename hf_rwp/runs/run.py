@@ -38,7 +38,7 @@ from hf_rwp.runs.divergence import refuse_meaningless
 from hf_rwp.runs.files import as_json, write
 from hf_rwp.runs.given import save_flags
 from hf_rwp.runs.progress import Progress, epoch_figures
-from hf_rwp.runs.records import Results, Row, weights_digest
+from hf_rwp.runs.records import Results, Row, weights_digest, with_by_class, without_by_class
 from hf_rwp.runs.resuming import RESULTS
 from hf_rwp.runs.sharded import gather_into, is_mesh, processes_per_replica
 from hf_rwp.runs.signals import Signals
@@ -257,6 +257,8 @@ class Run:
         """
         refuse_meaningless(row, self.step, "lr or rwp_gamma" if self.rwp else "lr")
         self.history.append(row)
+        best = self._best()
+        self.history = [kept if kept is row or kept is best else without_by_class(kept) for kept in self.history]
         self.images, self.seconds = 0, 0.0
         self.tracker.reset()
         figures = {name: value for name, value in row.items() if isinstance(value, float)}
@@ -280,7 +282,7 @@ class Run:
     def results(self) -> Results:
         """What results.json would hold now. The main process calls it by itself."""
         last = self.history[-1] if self.history else Row()
-        return {
+        results: Results = {
             "final": last if last.get("step") == self.step else {"step": self.step},
             "seconds": sum(row["seconds"] for row in self.history) + self.seconds,
             "weights_sha256": weights_digest(self.trained if self.whole is None else self.whole),
@@ -288,6 +290,7 @@ class Run:
             **self.facts,  # type: ignore[typeddict-item]
             "history": self.history,
         }
+        return with_by_class(results)
 
     def finish(self, recipe: str) -> None:
         """Write the model and the results, which are those of the last epoch, and print the last screen.
@@ -332,7 +335,7 @@ class Run:
                 load_model(of, checkpoint / f"{name}.safetensors")
         results = self.results()
         results["final"], results["chosen"] = best, "best"
-        self.write_model(self.best_folder, results)
+        self.write_model(self.best_folder, with_by_class(results))
         return self.best_folder
 
     def _slots(self) -> dict[str, int]:

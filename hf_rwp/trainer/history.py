@@ -141,7 +141,7 @@ def rows_by_epoch(log_history: Sequence[Mapping[str, Any]], images: int) -> list
 
 
 def evaluated(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Of Trainer's evaluation: top1, top5, eval_loss and, where there are any, unreadable_eval_images."""
-    names = {"eval_top1": "top1", "eval_top5": "top5", "eval_loss": "eval_loss"}
+    """Of Trainer's evaluation: top1, top5, eval_loss and, where there are any, unreadable_eval_images and by_class."""
+    names = {"eval_top1": "top1", "eval_top5": "top5", "eval_loss": "eval_loss", "eval_by_class": "by_class"}
     names["eval_unreadable_images"] = "unreadable_eval_images"
     return {name: figures[key] for key, name in names.items() if key in figures}

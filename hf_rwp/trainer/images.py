@@ -14,7 +14,7 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from hf_rwp.core.placement import mixes
 from hf_rwp.images.loaders import BatchPlan
-from hf_rwp.images.metrics import Top1, Top5, label_rank, refuse_nothing_read
+from hf_rwp.images.metrics import Confusion, Top1, Top5, label_rank, predicted_class, refuse_nothing_read
 from hf_rwp.runs.distributed_checkpoints import is_sharded_checkpoint, load_weights
 from hf_rwp.runs.sharded import is_sharded_model
 from hf_rwp.trainer.trainer import RWPTrainer
@@ -108,10 +108,19 @@ class ImageTrainer(RWPTrainer):
         logits = model(pixel_values=images).logits
         return -(targets * log_softmax(logits.float(), dim=1)).sum(1).mean()
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Trainer's, without a draw from the generator of training, before or after which a checkpoint may be made."""
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Trainer's, with the figures by class as `eval_by_class`, and without a draw from the generator of training.
+
+        Before or after such a draw a checkpoint may be made.
+        """
         with torch.random.fork_rng(devices=[]):
-            return super().evaluate(*args, **kwargs)
+            figures: dict[str, Any] = super().evaluate(*args, **kwargs)
+        by_class, log = getattr(self.compute_metrics, "by_class", None), self.state.log_history
+        if by_class and log:  # beside what Trainer logged, which is numbers, and of the last evaluation only
+            for entry in log:
+                entry.pop("eval_by_class", None)
+            log[-1]["eval_by_class"] = figures["eval_by_class"] = by_class
+        return figures
 
     def load_checkpoint(self, folder: Path) -> None:
         """Take a checkpoint's weights, LoRA's too, and nothing else of it."""
@@ -148,29 +157,35 @@ def collate(items: Sequence[tuple[Tensor, int]]) -> dict[str, Tensor]:
 
 
 def ranks_and_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """What `EvaluationMetrics` needs of each image, (B, 2): how many classes are ahead of its label, the cross-entropy.
+    """What `EvaluationMetrics` needs of each image, (B, 3): how many classes are ahead of its label, the cross-entropy,
+    and the class that it is taken for.
 
-    logits: (B, C). labels: (B,); of one below 0 the two mean nothing.
+    logits: (B, C). labels: (B,); of one below 0 these mean nothing.
     """
     known, logits = labels.clamp(min=0), logits.float()
-    return torch.stack([label_rank(logits, known).float(), cross_entropy(logits, known, reduction="none")], 1)
+    losses = cross_entropy(logits, known, reduction="none")
+    return torch.stack([label_rank(logits, known).float(), losses, predicted_class(logits).float()], 1)
 
 
 class EvaluationMetrics:
     """Trainer's `compute_metrics`, over what `ranks_and_losses` made of logits: top1, top5 and loss.
 
-    num_classes: no top5 for up to five, of which it is 1 always.
+    label_names: of the classes; `by_class` are then the figures of each, of the last evaluation. No top5 for up to five
+    of them, of which it is 1 always.
     """
 
-    def __init__(self, num_classes: int | None = None) -> None:
-        few = num_classes is not None and num_classes <= 5
+    def __init__(self, label_names: Sequence[str] = ()) -> None:
+        few = 0 < len(label_names) <= 5
         self._metrics: tuple[Top1 | Top5, ...] = (Top1(),) if few else (Top1(), Top5())
         self._losses: list[Tensor] = []
+        self._confusion = Confusion(label_names)
+        self.by_class: dict[str, Any] = {}
 
     def __call__(self, predicted: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
         """compute_result: Trainer's, for `--batch_eval_metrics`. Raises ValueError where no image could be read."""
         scored, labels = (torch.as_tensor(part).cpu() for part in (predicted.predictions, predicted.label_ids))
-        ranks, losses = scored[labels >= 0].unbind(1)
+        ranks, losses, classes = scored[labels >= 0].unbind(1)
+        self._confusion.add(classes, labels[labels >= 0])
         if len(losses):
             self._losses.append(losses.double())
             for metric in self._metrics:
@@ -181,4 +196,5 @@ class EvaluationMetrics:
         figures = {name: value for metric in self._metrics for name, value in (metric.compute() or {}).items()}
         figures["loss"] = torch.cat(self._losses).mean().item()
         self._losses = []
+        self.by_class = self._confusion.by_class()
         return figures

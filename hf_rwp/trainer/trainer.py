@@ -11,6 +11,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from hf_rwp.core.losses import LossTracker
 from hf_rwp.core.optimizer import RWP
 from hf_rwp.core.placement import mixes
 from hf_rwp.core.refusals import refuse_lone_processes
-from hf_rwp.runs.records import base_of, environment, scrub_paths
+from hf_rwp.runs.records import base_of, environment, scrub_paths, with_by_class
 from hf_rwp.runs.sharded import is_sharded_model
 from hf_rwp.trainer.arguments import RWPArguments
 from hf_rwp.trainer.checks import check_batches, check_supported, is_online, is_packed, splits, whole
@@ -368,15 +369,23 @@ class RWPTrainerMixin(_AnyTrainer):
             final["rwp"] = {**self._report, "gamma": self.rwp.defaults["rwp_gamma"]}
         arguments = scrub_paths(self.args.to_dict())
         arguments = {name: value for name, value in arguments.items() if not name.endswith("_dir")}
-        return {
+        around = environment(self.accelerator)
+        results: Any = {
             "final": final,
             **({} if best is None else {"chosen": "best"}),
             "seconds": next((row["train_runtime"] for row in history if "train_runtime" in row), None),
             "arguments": arguments,
             "base_model": base_of(self.model),
-            **environment(self.accelerator),
+            **around,
+            "versions": around["versions"] | {name: version(name) for name in self._frameworks()},
             "history": [row for row in history if {"train_loss", "eval_loss", "top1", "accuracy"} & row.keys()],
         }
+        return {**with_by_class(results)}
+
+    def _frameworks(self) -> list[str]:
+        """The packages around transformers that this run is made with."""
+        of_trl = any(kind.__module__.startswith("trl.") for kind in type(self).__mro__)
+        return [*(["trl"] if of_trl else []), *(["peft"] if hasattr(self.model, "get_base_model") else [])]
 
     @property
     def _mixes(self) -> bool:

@@ -1,7 +1,9 @@
 """The model card: what it says, whatever the names, and that the published ones are as their records say."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -9,10 +11,13 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
+import transformers
 import yaml
 from hub_server import _yaml_errors
+from huggingface_hub import parse_eval_result_entries
 
 from hf_rwp.hub.__main__ import main
 from hf_rwp.hub.card import add_card, card_of_record, cell, render_card, with_picture
@@ -253,6 +258,131 @@ def test_recording_appends_and_rendering_follows(tmp_path):
     assert head(card)["datasets"] == ["ada/all-beasts"]
     assert head(card)["model-index"][0]["results"][0]["dataset"]["type"] == "ada/all-beasts"
     assert " on ada/all-beasts" in card
+
+
+# What each class came to, and what pictures say to those who cannot see them
+
+CLASSES = {
+    "names": ["cat", "dog", "f[o]x", "hen", "owl"],
+    "images": [10, 10, 0, 10, 10],
+    "accuracy": [1.0, 0.8, None, 0.5, 0.9],
+    "confusion": [[10, 0, 0, 0, 0], [2, 8, 0, 0, 0], [0, 0, 0, 0, 0], [0, 5, 0, 5, 0], [1, 0, 0, 0, 9]],
+}
+
+
+def alts(card):
+    return {file: text for text, file in re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", card)}
+
+
+def test_a_card_names_the_hardest_classes():
+    table = rows(render_card(build_facts(RESULTS | {"by_class": CLASSES})))
+    assert table["Hardest classes, and the accuracy on each"] == "hen 50.0 %, dog 80.0 %, owl 90.0 %"
+    for by_class in (None, CLASSES | {"accuracy": [1.0] * 5}):
+        assert "hardest" not in render_card(build_facts(RESULTS | {"by_class": by_class})).lower()
+
+
+def test_each_picture_of_a_card_is_told_in_words():
+    pictures = ["curves.png", "confusion.png", "landscape.png"]
+    said = alts(render_card(build_facts(RESULTS | {"by_class": CLASSES}, pictures=pictures)))
+    assert list(said) == pictures
+    assert said["curves.png"].endswith("over the epochs; 90.00 % at the end")
+    assert "held-out images" in said["curves.png"]
+    assert said["confusion.png"].endswith("; hardest are hen 50.0 %, dog 80.0 %, owl 90.0 %")
+    odd = CLASSES | {"names": ["](x)", "a](b)", "c\nd", "<e>", "`f`"], "accuracy": [0.1, 0.2, 0.3, None, 1.0]}
+    card = render_card(build_facts(RESULTS | {"by_class": odd}, pictures=pictures))
+    assert list(alts(card)) == pictures
+    assert (
+        "% at the end"
+        not in alts(render_card(build_facts(RESULTS | {"chosen": "best"}, pictures=pictures)))["curves.png"]
+    )
+
+
+@pytest.mark.parametrize(
+    "file", [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("recipes/*/*.md")], ids=lambda file: str(file.name)
+)
+def test_no_picture_of_a_page_goes_without_words(file):
+    for text in re.findall(r"!\[([^\]]*)\]\(", file.read_text(encoding="utf-8")):
+        assert len(text.split()) >= 3, text
+
+
+# The Hub's files of evaluations
+
+OF_A_SPLIT = RESULTS | {"date": "2026-11-30"}
+
+
+def evaluations(folder):
+    files = sorted(folder.glob(".eval_results/*"))
+    return {file.name: parse_eval_result_entries(yaml.safe_load(file.read_text())) for file in files}
+
+
+def test_a_figure_of_a_benchmark_is_in_a_file_that_the_hub_collects(tmp_path):
+    add_card(tmp_path, OF_A_SPLIT, repo_id="ada/net")
+    ((name, (entry,)),) = evaluations(tmp_path).items()
+    assert name == "beasts.yaml"
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("ada/beasts", "default", 0.9)
+    assert (entry.date, entry.dataset_revision) == ("2026-11-30", None)
+    assert entry.notes == "Top-1 accuracy as a fraction, split test"
+    assert entry.source_url == "https://huggingface.co/ada/net/blob/main/results.json"
+    (model,) = head((tmp_path / "README.md").read_text())["model-index"]
+    assert model["results"][0]["metrics"][0]["value"] == entry.value  # beside what was there before
+
+
+def test_a_file_of_evaluations_names_configuration_and_commit(tmp_path):
+    of_data = {"dataset_config": "wild", "dataset_revision": "0123456789" * 4}
+    add_card(tmp_path, OF_A_SPLIT | {"arguments": RESULTS["arguments"] | of_data})
+    ((entry,),) = evaluations(tmp_path).values()
+    assert (entry.task_id, entry.dataset_revision, entry.source_url) == ("wild", "0123456789" * 4, None)
+    add_card(tmp_path, OF_A_SPLIT | {"arguments": RESULTS["arguments"] | {"dataset_revision": "main"}})
+    assert evaluations(tmp_path)["beasts.yaml"][0].dataset_revision is None
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"found": {"held_out": False}},  # of the images that it was trained on
+        {"found": {"splits": {"validation": "held out of the training images"}}},  # of no one else's split
+        {"arguments": RESULTS["arguments"] | {"dataset": None, "data_dir": "pets"}},
+        {"final": {"step": 3}},
+    ],
+    ids=["trained_on", "made", "folder", "nothing"],
+)
+def test_what_is_no_figure_of_a_benchmark_is_in_no_file(tmp_path, changed):
+    add_card(tmp_path, OF_A_SPLIT | changed)
+    assert evaluations(tmp_path) == {}
+
+
+# Language models
+
+
+@pytest.mark.parametrize(
+    ("library", "architecture", "task", "loads"),
+    [
+        ("transformers", "LlamaForCausalLM", "text-generation", "AutoModelForCausalLM"),
+        ("transformers", "GPT2LMHeadModel", "text-generation", "AutoModelForCausalLM"),
+        ("peft", "LlamaForCausalLM", "text-generation", "AutoPeftModelForCausalLM"),
+        ("transformers", "BertForSequenceClassification", "text-classification", "AutoModelForSequenceClassification"),
+        ("peft", "BertForSequenceClassification", "text-classification", "AutoPeftModelForSequenceClassification"),
+        ("transformers", "BertForMaskedLM", "fill-mask", "AutoModelForMaskedLM"),
+        ("peft", "BertForMaskedLM", "fill-mask", "AutoPeftModel"),
+        ("transformers", "T5ForConditionalGeneration", None, "AutoModel"),
+    ],
+)
+def test_a_card_names_task_and_class_of_a_model(library, architecture, task, loads):
+    results = {"arguments": {"rwp": True, "rwp_gamma": 0.1}, "base_model": "ada/base", "final": {"eval_loss": 1.5}}
+    facts = build_facts(results, library=library, architecture=architecture, repo_id="ada/net")
+    card = render_card(facts)
+    assert head(card).get("pipeline_tag") == task
+    assert head(card)["library_name"] == library
+    code = re.findall("```python\n(.*?)```", card, re.DOTALL)[0]
+    imported = {
+        alias.name for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert loads in imported
+    assert f"{loads}.from_pretrained(" in code
+    assert ("AutoTokenizer" in imported) == (task == "text-generation")
+    assert hasattr(peft if library == "peft" else transformers, loads)
+    assert f"`{architecture}`" in card
+    assert ("with an adapter of PEFT's" in card) == (library == "peft")
 
 
 # The wheel

@@ -3,9 +3,9 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import top_k_accuracy_score
+from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 
-from hf_rwp.images.metrics import Accuracy, Top1, Top5, label_rank, scores
+from hf_rwp.images.metrics import MOST_CLASSES, Accuracy, Top1, Top5, label_rank, predicted_class
 
 
 @pytest.fixture(autouse=True)
@@ -126,15 +126,6 @@ def test_a_split_counts_each_readable_image_once():
     assert accuracy.compute() == pytest.approx(of_split(logits[shown >= 0], labels[shown >= 0]))
 
 
-def test_scores_of_other_processes_count_like_logits():
-    logits, labels = (torch.as_tensor(value) for value in sample(50, 10))
-    labels[::9] = -100
-    by_logits, by_scores = Accuracy(), Accuracy()
-    by_logits.add(logits, labels)
-    by_scores.add_scores(scores(logits, labels), labels)
-    assert by_scores.compute(over_replicas=False) == by_logits.compute()
-
-
 def test_a_split_begins_anew_after_compute():
     accuracy = Accuracy()
     for seed in range(2):
@@ -165,3 +156,74 @@ def test_uneven_replicas_agree_on_the_whole_split():
     found = distributed.run(3, uneven_on_rank, [17, 4, 0])
     assert found == [found[0]] * 3
     assert found[0] == pytest.approx(of_split(*sample(21, 10)))
+
+
+# By class
+
+NAMES = [f"class {number}" for number in range(10)]
+
+
+@pytest.mark.parametrize("levels", [None, 2], ids=["distinct", "tied"])
+def test_images_by_their_class_and_what_they_are_taken_for_are_those_of_scikit_learn(levels):
+    logits, labels = sample(500, 10, levels)
+    shown = np.where(np.arange(500) % 7 == 0, -1, labels)
+    accuracy = Accuracy(names=NAMES)
+    for piece in (slice(0, 300), slice(300, 500)):
+        accuracy.add(torch.as_tensor(logits[piece]), torch.as_tensor(shown[piece]))
+    found = accuracy.compute()
+    by_class = found.pop("by_class")
+    read = shown >= 0
+    predicted = 9 - logits[read][:, ::-1].argmax(1)
+    assert by_class["confusion"] == confusion_matrix(labels[read], predicted, labels=range(10)).tolist()
+    assert by_class["names"] == NAMES
+    assert by_class["images"] == np.bincount(labels[read], minlength=10).tolist()
+    hits = [by_class["confusion"][number][number] for number in range(10)]
+    assert by_class["accuracy"] == [hit / images for hit, images in zip(hits, by_class["images"], strict=True)]
+    assert sum(hits) / read.sum() == pytest.approx(found["top1"])  # of equal logits, too, they agree on one
+    assert found == pytest.approx(of_split(logits[read], labels[read]))
+
+
+def test_of_equal_logits_the_class_is_the_one_of_rank_0():
+    logits = torch.randint(3, (200, 6), generator=torch.Generator().manual_seed(0)).float()
+    assert label_rank(logits, predicted_class(logits)).tolist() == [0] * 200
+
+
+def test_a_class_without_images_has_no_accuracy_and_counting_begins_anew():
+    accuracy = Accuracy(names=["cat", "dog", "fox"])
+    for _ in range(2):
+        accuracy.add(torch.eye(3)[[0, 0, 2]], torch.tensor([0, 2, 2]))
+        found = accuracy.compute()["by_class"]
+        assert found["accuracy"] == [1.0, None, 0.5]
+        assert found["images"] == [1, 0, 2]
+        assert found["confusion"] == [[1, 0, 0], [0, 0, 0], [1, 0, 1]]
+
+
+@pytest.mark.parametrize("classes", [MOST_CLASSES, MOST_CLASSES + 1])
+def test_very_many_classes_are_not_told_apart(classes):
+    accuracy = Accuracy(names=list(map(str, range(classes))))
+    accuracy.add(torch.eye(classes), torch.arange(classes))
+    assert ("by_class" in accuracy.compute()) == (classes <= MOST_CLASSES)
+
+
+def by_class_on_rank(sizes):
+    rank, start = distributed.rank(), sum(sizes[: distributed.rank()])
+    logits, labels = sample(sum(sizes), 10)
+    labels[3] = -1  # unreadable
+    accuracy = Accuracy(names=NAMES)
+    for row in range(start, start + sizes[rank]):
+        accuracy.add(torch.as_tensor(logits[row : row + 1]), torch.as_tensor(labels[row : row + 1]))
+    with distributed.Collectives() as mode:
+        found = accuracy.compute()
+    return found, sum(mode.counts.values())
+
+
+@pytest.mark.parametrize("sizes", [[29, 4], [33, 0]])
+def test_uneven_replicas_count_each_image_of_each_class_once_and_meet_once(sizes):
+    (found, calls), other = distributed.run(2, by_class_on_rank, sizes)
+    assert other == (found, calls)
+    assert calls == 1
+    logits, labels = sample(33, 10)
+    read = np.arange(33) != 3
+    matrix = confusion_matrix(labels[read], logits[read].argmax(1), labels=range(10))
+    assert found["by_class"]["confusion"] == matrix.tolist()
+    assert sum(found["by_class"]["images"]) == 32

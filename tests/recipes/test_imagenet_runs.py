@@ -502,7 +502,7 @@ def test_the_model_folder_loads_in_timm_and_transformers(recipe, tmp_path):
     split = few_digits()["validation"]
     pictures = [Image().decode_example(image).convert("RGB") for image in split["image"][:8]]
     folder = tmp_path / "model"
-    described = {"README.md", "results.json", "curves.png"}
+    described = {"README.md", "results.json", "curves.png", "confusion.png"}
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"} | described
     in_timm = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     config = timm.data.resolve_data_config({}, model=in_timm)

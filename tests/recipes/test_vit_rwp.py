@@ -50,7 +50,7 @@ from hf_rwp.runs.records import weights_digest
 from hf_rwp.trainer.images import ImageTrainer, ShuffledRows, collate
 from hf_rwp.trainer.models import create_model, preprocessing
 
-WEIGHTS, CARD = ("config.json", "model.safetensors"), ("README.md", "results.json", "curves.png")
+WEIGHTS, CARD = ("config.json", "model.safetensors"), ("README.md", "results.json", "curves.png", "confusion.png")
 DIGITS = [str(digit) for digit in range(10)]
 FIGURES = ("epoch", "step", "train_loss", "loss_clean", "loss_perturbed", "learning_rate", "top1", "top5", "eval_loss")
 

@@ -1,8 +1,10 @@
 """runs/files.py: what is replaced is whole or as it was."""
 
 import contextlib
+import json
+import math
 
-from hf_rwp.runs.files import replacing, replacing_folder, write
+from hf_rwp.runs.files import as_json, replacing, replacing_folder, write
 
 
 def names(folder):
@@ -49,3 +51,17 @@ def test_a_failure_leaves_the_earlier_folder(tmp_path):
         (partial / "new").write_text("")
         raise OSError(28, "No space left on device")
     assert names(folder) == ["old"]
+
+
+def test_a_list_of_numbers_is_a_line_and_text_stays_as_it_is():
+    value = {
+        "confusion": [[1, 20], [3, -4]],
+        "accuracy": [0.5, math.nan, 1e-9],
+        "names": ["[\n 1,\n 2]", "a\nb"],
+        "empty": [],
+        "text": "[1,\n2]",
+    }
+    text = as_json(value)
+    assert json.loads(text) == value | {"accuracy": [0.5, None, 1e-9]}
+    assert '"accuracy": [0.5, null, 1e-09]' in text
+    assert "\n    [1, 20],\n    [3, -4]\n" in text

@@ -16,6 +16,7 @@ from hf_rwp.runs.records import (
     read_records,
     scrub_paths,
     weights_digest,
+    with_by_class,
 )
 
 
@@ -88,6 +89,24 @@ def test_a_command_says_what_differs_from_the_defaults():
         command_of("accelerate launch train.py", arguments, defaults)
         == "accelerate launch train.py --lr 0.2 --scale 0.5 1.0"
     )
+
+
+CLASSES = {"names": ["a", "b"], "images": [1, 2], "accuracy": [1.0, 0.5], "confusion": [[1, 0], [1, 1]]}
+
+
+def test_figures_by_class_are_those_of_the_weights_that_are_described():
+    rows = [{"step": 1, "by_class": CLASSES}, {"step": 2, "by_class": {}, "by_class_ema": CLASSES | {"images": [3]}}]
+    results = {"final": rows[1], "history": rows, "seconds": 1.0}
+    found = with_by_class(results)
+    assert found == {
+        "final": {"step": 2},
+        "history": [{"step": 1}, {"step": 2}],
+        "seconds": 1.0,
+        "by_class": CLASSES | {"images": [3]},
+    }
+    assert with_by_class(found | {"final": rows[0]})["by_class"] == CLASSES
+    assert "by_class" not in with_by_class(found | {"final": {"step": 1}})  # whose classes nobody counted
+    assert "by_class" in rows[0]  # a run that goes on has it still
 
 
 def test_records_are_appended_and_come_back(tmp_path):
