@@ -148,8 +148,8 @@ def normal(name: str) -> str:
 # The rooms of an extra; what accelerate and torch need themselves cannot be missing.
 NEEDS = {"core": (), "trainer": ("trainer",), "hub": ("hub",), "images": ("recipes",), "runs": ("recipes",)}
 NEEDS |= {"analysis": ("recipes",), "experiments": ("recipes",), "integrations": ("trainer",)}
-# These need more than their room: Triton, timm, the program that they plug into.
-LATER = {"core.kernels", "trainer.images", "trainer.models", "integrations.axolotl"}
+# These need more than their room: Triton, timm, the reading of images, the program that they plug into.
+LATER = {"core.kernels", "trainer.images", "trainer.models", "trainer.classifiers", "integrations.axolotl"}
 ALWAYS = {"filelock", "huggingface_hub", "jinja2", "safetensors", "tqdm", "yaml"}
 
 

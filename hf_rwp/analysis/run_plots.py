@@ -101,27 +101,29 @@ def training_curves(
     figure.savefig(path, format="png", dpi=150)
 
 
-def overlaid_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: StrPath) -> None:
-    """Write a picture, of the kind that the path's ending says: runs over one another, a look for each in every panel.
+def overlaid_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: StrPath, kind: str | None = None) -> None:
+    """Write a picture, of the kind that the path's ending says if none is given: runs over one another.
 
     runs: by what the legend calls them, their histories as `training_curves` takes them. The panels are training loss,
-    held-out loss and held-out top-1 accuracy, the last two of averaged weights where a run has those.
+    held-out loss and held-out top-1 accuracy, the last two of averaged weights where a run has those. A run has one
+    look in all of them.
     """
     figure = Figure(figsize=(13, 4 + 0.22 * -(-len(runs) // 2)), layout="constrained")
     panels = figure.subplots(1, 3)
+    empty = [{**look, "markerfacecolor": "white"} for look in LOOKS]  # for the ninth run and those after it
+    looks = list(itertools.islice(itertools.cycle([*LOOKS, *empty]), len(runs)))
     shown = (("train_loss",), ("eval_loss_ema", "eval_loss"), ("top1_ema", "top1"))
     titles = ("Training loss", "Held-out loss", "Held-out top-1 accuracy (%)")
     for axes, keys, title in zip(panels, shown, titles, strict=True):
-        for (name, history), look in zip(runs.items(), itertools.cycle(LOOKS), strict=False):
+        for (name, history), look in zip(runs.items(), looks, strict=True):
             key = next((key for key in keys if any(row.get(key) is not None for row in history)), keys[-1])
             _plot(axes, history, key, {**look, "label": name}, scale=100 if "top1" in key else 1)
         spans = [_span(history, keys) for history in runs.values()] if "loss" in title else []
         _finish(axes, title, max(spans, default=1.0))
-    looks = zip(runs, itertools.cycle(LOOKS), strict=False)
-    handles = [matplotlib.lines.Line2D([], [], linewidth=2, markersize=5, **look) for _, look in looks]
+    handles = [matplotlib.lines.Line2D([], [], linewidth=2, markersize=5, **look) for look in looks]
     legend = figure.legend(handles, list(runs), loc="outside lower center", ncols=2, handlelength=3, frameon=False)
     _plain_text(legend.get_texts())
-    _save(figure, path)
+    _save(figure, path, format=kind)
 
 
 def confusion_matrix(by_class: Mapping[str, Any], path: StrPath, title: str = "") -> None:

@@ -28,7 +28,7 @@ from hf_rwp.hub.card import add_card
 from hf_rwp.hub.export import save_model
 from hf_rwp.runs.records import weights_digest
 
-MODEL = {"README.md", "config.json", "model.safetensors", "results.json", "curves.png"}
+MODEL = {"README.md", "config.json", "model.safetensors", "results.json", "curves.png", "confusion.png"}
 PUSH = ("--push_to_hub", "--hub_model_id=ada/digits")
 ALWAYS = 999
 
@@ -89,6 +89,10 @@ def made(tmp_path_factory):
 @pytest.fixture
 def folder(made, tmp_path):
     return Path(shutil.copytree(made, tmp_path / "model"))
+
+
+def contents(folder):
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def head(hub, repo_id, revision="main"):
@@ -175,6 +179,10 @@ def test_a_notebook_pushes_with_one_call(hub, clients, tmp_path):
     for row in ("gamma, size of the noise | 0.3 |", "share of the perturbed gradient | 0.25 |", "| 2 / 2 |"):
         assert row in card
     assert "Made by hand." in card
+    (entry,) = yaml.safe_load(hub.files("ada/beasts-net")[".eval_results/beasts.yaml"])
+    assert entry["dataset"] == {"id": "ada/beasts", "task_id": "default"}
+    assert entry["value"] == result["metrics"][0]["value"]  # beside model-index
+    assert entry["source"]["url"] == "https://huggingface.co/ada/beasts-net/blob/main/results.json"
     assert_same_logits(clients.run("logits", "ada/beasts-net", tmp_path / "out"), ["bee", "crab", 'd"og'])
 
 
@@ -184,10 +192,12 @@ def test_the_trainer_pushes_with_the_same_card(hub, clients, tmp_path, kind):
     assert outcome.status == 0, outcome.output
     assert hub.commits("ada/net") == ["Training in progress, step 2", "Training in progress, step 3", "End of training"]
     for commit in hub.repos["ada/net"].branches["main"]:  # no pickle, no log that names the machine
-        assert {Path(name).suffix for name in commit.files} <= {"", ".md", ".json", ".safetensors"}
-    pushed = {file.name: file.read_bytes() for file in (tmp_path / "hub").iterdir()}
+        assert {Path(name).suffix for name in commit.files} <= {"", ".md", ".json", ".safetensors", ".yaml"}
+    pushed = contents(tmp_path / "hub")
     files = hub.files("ada/net")
     assert {name: files[name] for name in pushed} == pushed
+    (entry,) = yaml.safe_load(files[".eval_results/beasts.yaml"])
+    assert entry["dataset"]["id"] == "ada/beasts"
     assert {"README.md", "config.json", "model.safetensors", "results.json"} <= set(pushed)
     facts, results = head(hub, "ada/net"), json.loads(files["results.json"])
     assert facts["datasets"] == ["ada/beasts"]

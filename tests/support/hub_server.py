@@ -90,7 +90,8 @@ class HubServer:
         return self.repos[repo_id].branches[revision][-1]
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        return {name: content for name, content in self.head(repo_id, revision).files.items() if name[0] != "."}
+        files = self.head(repo_id, revision).files
+        return {name: content for name, content in files.items() if name != ".gitattributes"}
 
     def commits(self, repo_id: str, revision: str = "main") -> list[str]:
         return [commit.message for commit in self.repos[repo_id].branches[revision][1:]]
