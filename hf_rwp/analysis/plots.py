@@ -85,11 +85,11 @@ def loss_over_gamma(proposals: Mapping[str, Mapping[str, Any]], path: StrPath) -
     ):
         gammas = [level["gamma"] for level in found["levels"]]
         rise, low, high = (_finite(level[key] for level in found["levels"]) for key in ("rise", "low", "high"))
-        axes.plot(gammas, rise, linewidth=2, markersize=5, **_MODELS[0])
-        axes.fill_between(gammas, low, high, color=_MODELS[0]["color"], alpha=0.15, linewidth=0)
+        axes.plot(gammas, rise, linewidth=2, markersize=5, **LOOKS[0])
+        axes.fill_between(gammas, low, high, color=LOOKS[0]["color"], alpha=0.15, linewidth=0)
         axes.plot(found["gamma"], found["allowed"], "o", color="#D55E00", markersize=9, zorder=3)
         axes.annotate(f"gamma {found['gamma']:.2g}", (found["gamma"], found["allowed"]), (-8, 6), **_BESIDE)
-        _tidy(axes, f"noise {mode}", "gamma")
+        tidy(axes, f"noise {mode}", "gamma")
         axes.set_xscale("log")
         _logarithmic_if_positive(axes)
     figure.axes[0].set_ylabel("rise of the loss")
@@ -110,9 +110,9 @@ def accuracy_over_gamma(models: Mapping[str, Mapping[str, Any]], path: StrPath) 
         for gamma, seeds in zip(found["gammas"], top1, strict=True):
             axes.plot([gamma] * len(seeds), seeds, ".", color="#0072B2")
         axes.axhline(100 * np.mean(found["plain"]), color="#777777", linestyle=":", label="plain")
-        for look, (rule, gamma) in zip(itertools.cycle(_MODELS[1:]), found["proposals"].items(), strict=False):
+        for look, (rule, gamma) in zip(itertools.cycle(LOOKS[1:]), found["proposals"].items(), strict=False):
             axes.axvline(gamma, color=look["color"], linestyle=look["linestyle"], label=rule)
-        _tidy(axes, name, "gamma")
+        tidy(axes, name, "gamma")
         axes.set_xscale("log")
     figure.axes[0].set_ylabel("held-out accuracy (%)")
     handles = dict(zip(*figure.axes[0].get_legend_handles_labels()[::-1], strict=True))

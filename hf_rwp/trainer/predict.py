@@ -26,7 +26,8 @@ examples:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="hf-rwp predict",
-        description="The most probable classes of images; in a pipe with tabs between the fields:\nimage, class, probability, class, probability, ...",
+        description="The most probable classes of images; in a pipe with tabs between the fields:\n"
+        "image, class, probability, class, probability, ...",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
