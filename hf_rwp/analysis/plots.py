@@ -134,7 +134,7 @@ def demonstration(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: StrPath
     places = figure.add_gridspec(2, 3, width_ratios=(1.3, 0.8, 1.3))
     accuracy, losses = figure.add_subplot(places[:, 0]), figure.add_subplot(places[:, 2])
     gradients, seconds = (figure.add_subplot(places[row, 1]) for row in (0, 1))
-    looks = dict(zip(runs, itertools.cycle(_MODELS), strict=False))
+    looks = dict(zip(runs, itertools.cycle(LOOKS), strict=False))
     lowest = 100.0
     for name, mine in runs.items():
         length = max(len(run["history"]) for run in mine)
@@ -148,14 +148,14 @@ def demonstration(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: StrPath
         if len(around):
             _mean_and_deviation(losses, mine[0]["landscape"]["coordinates"], around, name, looks[name])
     accuracy.set_ylim(lowest - 1, min(100, accuracy.get_ylim()[1]) + 0.5)
-    _tidy(accuracy, "Held-out accuracy (%)", "epoch")
-    _tidy(losses, "Training loss on lines through the weights", "step in random directions, in norms of the filters")
+    tidy(accuracy, "Held-out accuracy (%)", "epoch")
+    tidy(losses, "Training loss on lines through the weights", "step in random directions, in norms of the filters")
     for axes, key, what in (
         (gradients, "gradients", "Gradients of each image"),
         (seconds, "seconds", "Seconds of training"),
     ):
         _bars(axes, {name: [float(np.mean([run[key] for run in mine]))] for name, mine in runs.items()}, looks)
-        _tidy(axes, what, "")
+        tidy(axes, what, "")
     if title:
         figure.suptitle(title)
     handles, names = accuracy.get_legend_handles_labels()
