@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # at run time a name is imported when it is asked for
     from hf_rwp.analysis.finder import find_gamma
+    from hf_rwp.core.arguments import RWPArguments
     from hf_rwp.core.losses import LossTracker
     from hf_rwp.core.optimizer import RWP
     from hf_rwp.hub.push import push_to_hub
-    from hf_rwp.trainer.arguments import RWPArguments, RWPTrainingArguments
+    from hf_rwp.trainer.arguments import RWPTrainingArguments
     from hf_rwp.trainer.factory import RWPFactory
     from hf_rwp.trainer.trainer import RWPTrainer, RWPTrainerMixin
 
@@ -18,7 +19,7 @@ _HOME = {
     "RWP": "core.optimizer",
     "LossTracker": "core.losses",
     "find_gamma": "analysis.finder",
-    "RWPArguments": "trainer.arguments",
+    "RWPArguments": "core.arguments",
     "RWPTrainingArguments": "trainer.arguments",
     "RWPFactory": "trainer.factory",
     "RWPTrainer": "trainer.trainer",

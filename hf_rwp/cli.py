@@ -1,21 +1,39 @@
-"""`hf-rwp COMMAND`: the recipes and the commands of `hf_rwp.hub`, without a launcher.
+"""`hf-rwp COMMAND`: the recipes and the package's own commands, without a launcher.
 
-A recipe runs in this process, or, with `--processes` or `--config_file`, in those that Accelerate starts.
+A recipe runs in this process, or, with `--processes` or `--config_file`, in those that Accelerate starts. A user's
+mistake ends all of it with one line and status 2 (`runs.mistakes`).
 """
 
 import argparse
+import importlib
 import importlib.util
+import logging
 import os
 import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 
 from hf_rwp import EXTRAS, __version__, missing
+from hf_rwp.runs.files import recipes_folder
+from hf_rwp.runs.hints import meant
+from hf_rwp.runs.mistakes import (
+    OF_THE_LAUNCHER,
+    PROGRAM,
+    STATUS,
+    Parser,
+    refuse,
+    shows_all,
+    tell,
+    told_by_processes,
+    told_in_a_line,
+)
+from hf_rwp.runs.started import announce
 
-RECIPES = {
+RECIPES = {  # the file, and what it is for
     "train": ("imagenet_rwp.py", "a timm model on images, with RWP, plainly or with SAM"),
     "vit": ("vit_rwp.py", "a vision transformer on images, with Trainer"),
     "lora": ("lora_rwp.py", "a language model with LoRA, with TRL's SFTTrainer"),
@@ -23,11 +41,12 @@ RECIPES = {
     "landscape": ("landscape.py", "the loss around trained weights"),
     "benchmark": ("benchmark.py", "what a step costs on this machine"),
 }
-HUB = {
-    "push": "a folder that a run left, to the Hub",
-    "record": "append a run's results.json to a file of records",
-    "card": "render the model cards of records",
+COMMANDS = {  # module:function, which is called with the words after the command, and what it is for
+    "push": ("hf_rwp.hub.__main__:push_folder", "a folder that a run left, to the Hub"),
+    "record": ("hf_rwp.hub.__main__:record", "append a run's results.json to a file of records"),
+    "card": ("hf_rwp.hub.__main__:card", "render the model cards of records"),
 }
+SLOW_FLAGS = ("vit", "lora")  # which are Trainer's; the others' are read within a second
 EPILOG = """\
 hf-rwp COMMAND --help lists a command's flags. Ahead of a recipe's: --processes N,
 --config_file FILE.yaml (Accelerate's), as in hf-rwp train --processes 2 --epochs 3
@@ -35,37 +54,61 @@ hf-rwp COMMAND --help lists a command's flags. Ahead of a recipe's: --processes 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    with told_in_a_line():
+        start(sys.argv[1:] if argv is None else argv)
+
+
+def start(argv: Sequence[str]) -> None:
+    """Run a command. Raises ValueError for what is none."""
+    parser = Parser(
         prog="hf-rwp",
+        usage="%(prog)s COMMAND ...",
         description="Random Weight Perturbation: train, compare, measure, publish.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=16),
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (_, said) in RECIPES.items():
-        recipe_parser = commands.add_parser(name, help=said, add_help=False, allow_abbrev=False)
-        recipe_parser.add_argument("--processes", type=int, default=1)
-        recipe_parser.add_argument("--config_file")
-    for name, said in HUB.items():
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    table = {**RECIPES, **COMMANDS}
+    for name, (_, said) in table.items():
         commands.add_parser(name, help=said, add_help=False, allow_abbrev=False)
-    options, flags = parser.parse_known_args(argv)
-    if options.command in HUB:
-        from hf_rwp.hub.__main__ import main as hub
-
-        hub([options.command, *flags])
+    if not argv or (argv[0] not in table and argv[0] not in ("-h", "--help", "--version")):
+        raise ValueError(no_command(argv, table))
+    command, words = parser.parse_args(argv[:1]).command, list(argv[1:])
+    os.environ[PROGRAM] = f"hf-rwp {command}"  # for what the command says of itself
+    if command in COMMANDS:
+        module, _, function = COMMANDS[command][0].partition(":")
+        getattr(importlib.import_module(module), function)(words)
         return
+    refuse_missing(command)
+    ahead = Parser(prog="hf-rwp", add_help=False, allow_abbrev=False)
+    ahead.add_argument("--processes", type=int, default=1)
+    ahead.add_argument("--config_file")
+    options, flags = ahead.parse_known_args(words)
     if options.processes < 1:
-        parser.error(f"--processes must be at least 1, got {options.processes}")
-    refuse_missing(options.command)
-    recipe, flags = recipes_folder() / RECIPES[options.command][0], [located(flag) for flag in flags]
+        raise ValueError(f"--processes must be at least 1, got {options.processes}")
+    if options.config_file and not Path(located(options.config_file)).is_file():
+        raise ValueError(f"--config_file {options.config_file}: there is no such file; recipes/accelerate has some")
+    recipe, flags = recipes_folder() / RECIPES[command][0], [located(flag) for flag in flags]
     if options.processes > 1 or options.config_file:
+        announce(command)
         launch(recipe, flags, options.processes, options.config_file)
     else:
         sys.argv = [str(recipe), *flags]
         sys.path.insert(0, str(recipe.parent))  # as for `python recipe.py`
         runpy.run_path(str(recipe), run_name="__main__")
+
+
+def no_command(argv: Sequence[str], names: Collection[str]) -> str:
+    """What to say of words that do not begin with a command."""
+    listed = f"the commands are {', '.join(names)}"
+    if not argv:
+        return f"hf-rwp needs a command; {listed}"
+    if argv[0].startswith("-"):
+        return f"a command comes ahead of {argv[0]}; {listed}"
+    name = meant(argv[0], names)
+    return f"no command {argv[0]}" + (f"; did you mean {name}?" if name else f"; {listed}")
 
 
 def refuse_missing(command: str, module: str = "__main__") -> None:
@@ -79,23 +122,10 @@ def refuse_missing(command: str, module: str = "__main__") -> None:
     for extra in ("recipes", *own.get(command, ())):
         for package in EXTRAS[extra]:
             if importlib.util.find_spec(package) is None:
-                raise SystemExit(missing(f"hf-rwp {command}", package, extra))
-    announce(command)
-
-
-def announce(command: str) -> None:
-    """Say that a recipe was started, ahead of imports that take seconds: once, on the main process, not for --help."""
-    started, ranks = "HF_RWP_STARTED", ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "LOCAL_RANK")
-    rank = next((os.environ[name] for name in ranks if name in os.environ), "0")
-    if rank == "0" and started not in os.environ and not {"-h", "--help"} & {*sys.argv}:
-        print(f"hf-rwp {command}: loading PyTorch and what else it needs", file=sys.stderr, flush=True)
-    os.environ[started] = command  # for the processes that this one starts
-
-
-def recipes_folder() -> Path:
-    """Beside the package in a checkout, within it where it was installed."""
-    package = Path(__file__).parent
-    return next(folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir())
+                who = f"hf-rwp {command}" if command in RECIPES else f"{command}.py"
+                refuse(missing(who, package, extra), everywhere=True)
+    if command in SLOW_FLAGS:
+        announce(command)
 
 
 def located(path: str) -> str:
@@ -108,7 +138,8 @@ def located(path: str) -> str:
 def launch(recipe: Path, flags: Sequence[str], processes: int, config_file: str | None) -> None:
     """`accelerate launch`, told all that it would warn about. A config file's number of processes is what it says.
 
-    Exits with the status of the first process that failed, or of the signal, without the launcher's own tracebacks.
+    Exits with the status of the first process that failed, or of the signal, without the launcher's own reports: what
+    the processes refuse is said here, once they have ended.
     """
     import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
@@ -123,12 +154,20 @@ def launch(recipe: Path, flags: Sequence[str], processes: int, config_file: str 
         options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     if not torch.accelerator.is_available() or torch.backends.mps.is_available():  # a machine has one of the latter
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # with --cpu Accelerate would start one process
+    if not shows_all():
+        os.environ[OF_THE_LAUNCHER] = "1"
+        logging.disable(logging.ERROR)  # the agent's, of processes that have failed
     try:
         launch_command(launch_command_parser().parse_args([*options, str(recipe), *flags]))
     except (KeyboardInterrupt, SignalException) as stopped:  # the processes were told as well, and say what they do
         raise SystemExit(128 + getattr(stopped, "sigval", signal.SIGINT)) from None
-    except (ChildFailedError, subprocess.CalledProcessError) as error:  # which they have told
+    except (ChildFailedError, subprocess.CalledProcessError) as error:
+        if shows_all():
+            raise
         failed = error.get_first_failure()[1].exitcode if isinstance(error, ChildFailedError) else error.returncode
+        if isinstance(error, ChildFailedError) and (line := told_by_processes(error.failures.values())):
+            failed = STATUS
+            tell(line)
         raise SystemExit(failed if failed > 0 else 128 - failed) from None
 
 

@@ -16,13 +16,9 @@ python recipes/benchmark.py --models resnet50 --batch_size 32 --rounds 20
 python recipes/benchmark.py --batch_size 128 --mixed_precision bf16 --channels_last
 ```
 
-# For the record
+# For the record; and what processes send each other in a step, under DDP, FSDP2 and HSDP: counted, and foretold
 ```bash
 python recipes/benchmark.py --output recipes/results/benchmark/cpu.jsonl
-```
-
-# What processes send each other in a step, under DDP, FSDP2 and HSDP: counted, and foretold
-```bash
 python recipes/benchmark.py --collectives --output recipes/results/collectives/cpu.jsonl
 ```
 
@@ -52,49 +48,8 @@ from typing import Any
 from hf_rwp.cli import refuse_missing
 
 refuse_missing("benchmark", __name__)
-import timm
-import torch
-import torch.distributed as dist
-from accelerate import Accelerator
-from datasets import Image
-from timm.data import create_loader, resolve_data_config
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.utils import AverageMeter
-from torch import Tensor, nn
-from torch.multiprocessing import start_processes
-from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
-
-from hf_rwp import RWP
-from hf_rwp.analysis.collectives import LAYOUTS, Network, traffic_rows, units_of
-from hf_rwp.analysis.costs import rows, table
-from hf_rwp.analysis.frozen_cost import run_frozen
-from hf_rwp.analysis.noise_cost import kernels_without_launches, noise_and_restore, noise_variants
-from hf_rwp.analysis.timing import collectives, on_one_thread, peak_bytes, timed
 from hf_rwp.core.checks import check_all
-from hf_rwp.core.noise import Source
-from hf_rwp.images.data import load_images
-from hf_rwp.images.small_models import make_stem_small
 from hf_rwp.runs import parsing
-from hf_rwp.runs.determinism import use_fast_kernels
-from hf_rwp.runs.records import append_record, command_of, environment, scrub_paths
-from hf_rwp.runs.steps import accumulate, plain_step, sam_step, wrap_sam
-
-RECIPE = Path(__file__).with_name("imagenet_rwp.py")
-LOOP: dict[str, Any] = {"model": "test_resnet", "img_size": 32, "batch_size": 64}  # where loading is most of the work
-HOST_WEIGHTS = 161  # as many as a ResNet-50 has; of 2 elements each, so that the time is Python's and the launches'
-# Rounds that are not counted: memory is allocated, DDP's buckets are built, kernels are tried, writes are looked for.
-WARM_UP = 2
-IMPORT = """
-import time, torch
-start = time.perf_counter()
-import hf_rwp
-print(time.perf_counter() - start)
-from hf_rwp import RWP
-print(time.perf_counter() - start)
-"""
 
 
 @dataclass
@@ -161,6 +116,50 @@ class Arguments:
     def shared(self) -> bool:
         """Whether the ranks have one GPU between them, so that steps side by side cannot be timed."""
         return torch.cuda.device_count() == 1
+
+
+parsing.flags_first("benchmark", __name__, Arguments, __doc__)  # ahead of the slow imports
+import timm
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from datasets import Image
+from timm.data import create_loader, resolve_data_config
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import AverageMeter
+from torch import Tensor, nn
+from torch.multiprocessing import start_processes
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from hf_rwp import RWP
+from hf_rwp.analysis.collectives import LAYOUTS, Network, traffic_rows, units_of
+from hf_rwp.analysis.costs import rows, table
+from hf_rwp.analysis.frozen_cost import run_frozen
+from hf_rwp.analysis.noise_cost import kernels_without_launches, noise_and_restore, noise_variants
+from hf_rwp.analysis.timing import collectives, on_one_thread, peak_bytes, timed
+from hf_rwp.core.noise import Source
+from hf_rwp.images.data import load_images
+from hf_rwp.images.small_models import make_stem_small
+from hf_rwp.runs.determinism import use_fast_kernels
+from hf_rwp.runs.records import append_record, command_of, environment, scrub_paths
+from hf_rwp.runs.steps import accumulate, plain_step, sam_step, wrap_sam
+
+RECIPE = Path(__file__).with_name("imagenet_rwp.py")
+LOOP: dict[str, Any] = {"model": "test_resnet", "img_size": 32, "batch_size": 64}  # where loading is most of the work
+HOST_WEIGHTS = 161  # as many as a ResNet-50 has; of 2 elements each, so that the time is Python's and the launches'
+# Rounds that are not counted: memory is allocated, DDP's buckets are built, kernels are tried, writes are looked for.
+WARM_UP = 2
+IMPORT = """
+import time, torch
+start = time.perf_counter()
+import hf_rwp
+print(time.perf_counter() - start)
+from hf_rwp import RWP
+print(time.perf_counter() - start)
+"""
 
 
 def main(args: Arguments) -> None:
@@ -447,4 +446,4 @@ def import_seconds() -> list[float]:
 
 
 if __name__ == "__main__":
-    parsing.start(main, Arguments, description=__doc__.splitlines()[0])
+    parsing.start(main, Arguments, __doc__)

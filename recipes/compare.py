@@ -38,51 +38,12 @@ from typing import Any
 from hf_rwp.cli import refuse_missing
 
 refuse_missing("compare", __name__)
-import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast
-from safetensors.torch import load_model, save_model
-from tqdm import tqdm
-
-from hf_rwp.analysis.plots import comparison
-from hf_rwp.analysis.timing import seconds_in_turns, timed
-from hf_rwp.core.buffers import sync_buffers
 from hf_rwp.core.checks import check_all
-from hf_rwp.core.placement import mixes
 from hf_rwp.experiments.arguments import PAIRS, SmallArguments
-from hf_rwp.experiments.training import (
-    Data,
-    Training,
-    default_settings,
-    found_gamma,
-    load_data,
-    needs_gamma,
-    options_of,
-)
-from hf_rwp.images.memory import Images
-from hf_rwp.runs.checkpoints import remove_checkpoints, save_checkpoint
-from hf_rwp.runs.comparison import (
-    Record,
-    accuracy_curves,
-    best_settings,
-    by_protocol,
-    comparison_records,
-    comparison_table,
-    is_new,
-    lock_output,
-    refuse_another_comparison,
-    resume_run,
-    run_folder,
-)
-from hf_rwp.runs.determinism import use_fast_kernels
-from hf_rwp.runs.files import replacing
-from hf_rwp.runs.launch import check_comparison
 from hf_rwp.runs.methods import METHODS, PROTOCOLS, ComparisonArguments, Settings, count_steps, relative_times
-from hf_rwp.runs.parsing import start
-from hf_rwp.runs.records import append_record, command_of, environment, scrub_paths, without_nan
+from hf_rwp.runs.parsing import flags_first, start
 
 RECIPE = Path(__file__)
-FINDER_STEPS = 200  # of plain training, ahead of a search for gamma
 
 
 @dataclass
@@ -113,6 +74,49 @@ class Arguments(ComparisonArguments, SmallArguments):
             ("batch_size", not pairs or self.batch_size % 4 == 0, PAIRS),
             ("pretrain_epochs", self.pretrain_epochs >= 0, "at least 0"),
         )
+
+
+flags_first("compare", __name__, Arguments, __doc__)  # ahead of the slow imports
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from safetensors.torch import load_model, save_model
+from tqdm import tqdm
+
+from hf_rwp.analysis.plots import comparison
+from hf_rwp.analysis.timing import seconds_in_turns, timed
+from hf_rwp.core.buffers import sync_buffers
+from hf_rwp.core.placement import mixes
+from hf_rwp.experiments.training import (
+    Data,
+    Training,
+    default_settings,
+    found_gamma,
+    load_data,
+    needs_gamma,
+    options_of,
+)
+from hf_rwp.images.memory import Images
+from hf_rwp.runs.checkpoints import remove_checkpoints, save_checkpoint
+from hf_rwp.runs.comparison import (
+    Record,
+    accuracy_curves,
+    best_settings,
+    by_protocol,
+    comparison_records,
+    comparison_table,
+    is_new,
+    lock_output,
+    refuse_another_comparison,
+    resume_run,
+    run_folder,
+)
+from hf_rwp.runs.determinism import use_fast_kernels
+from hf_rwp.runs.files import replacing
+from hf_rwp.runs.launch import check_comparison
+from hf_rwp.runs.records import append_record, command_of, environment, scrub_paths, without_nan
+
+FINDER_STEPS = 200  # of plain training, ahead of a search for gamma
 
 
 def main(args: Arguments) -> None:
@@ -368,4 +372,4 @@ def described_arguments(args: Arguments) -> tuple[dict, dict]:
 
 
 if __name__ == "__main__":
-    start(main, Arguments, description=__doc__.splitlines()[0])
+    start(main, Arguments, __doc__)

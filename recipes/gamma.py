@@ -52,7 +52,7 @@ from hf_rwp import RWP
 from hf_rwp.analysis.finder import SHARE, GammaProposal, NothingLearnedError, find_gamma
 from hf_rwp.analysis.plots import loss_over_gamma
 from hf_rwp.core.checks import check_all
-from hf_rwp.core.noise import MODES
+from hf_rwp.core.gamma import MODES
 from hf_rwp.hub.configs import config_of
 from hf_rwp.images.arguments import TimmArguments
 from hf_rwp.images.data import load_images

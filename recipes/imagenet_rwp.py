@@ -5,12 +5,6 @@
 accelerate launch recipes/imagenet_rwp.py
 ```
 
-# ImageNet from the Hub on eight GPUs; `--method base` and `--method sam` to compare
-```bash
-accelerate launch --config_file recipes/accelerate/gpu_8.yaml recipes/imagenet_rwp.py \
-    --config recipes/configs/imagenet_resnet50.yaml --dataset ILSVRC/imagenet-1k --workers 8
-```
-
 # Any folder: CLASS/IMAGE, train/CLASS/IMAGE and validation/CLASS/IMAGE, parquet files, or WebDataset shards
 ```bash
 accelerate launch recipes/imagenet_rwp.py --data_dir path/to/images --model resnet50 --epochs 90 --lr 0.1
@@ -19,6 +13,12 @@ accelerate launch recipes/imagenet_rwp.py --data_dir path/to/images --model resn
 # From trained weights (a folder or a Hub id) with a new head; `--eval_only` says how good they are
 ```bash
 accelerate launch recipes/imagenet_rwp.py --data_dir path/to/pets --pretrained timm/resnet50.a1_in1k --lr 0.01
+```
+
+# ImageNet from the Hub on eight GPUs; `--method base` and `--method sam` to compare
+```bash
+accelerate launch --config_file recipes/accelerate/gpu_8.yaml recipes/imagenet_rwp.py \
+    --config recipes/configs/imagenet_resnet50.yaml --dataset ILSVRC/imagenet-1k --workers 8
 ```
 
 # After a crash or Ctrl-C: on from the last checkpoint with the run's own flags, bit for bit (GPUs: --deterministic)
@@ -51,61 +51,13 @@ from typing import Any
 
 from hf_rwp.cli import refuse_missing
 
-refuse_missing("train", __name__)  # ahead of the imports that would fail
-
-import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
-from timm.data import Mixup, resolve_data_config
-from timm.loss import BinaryCrossEntropy
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-
-from hf_rwp import RWP, LossTracker, RWPArguments
-from hf_rwp.analysis.run_plots import pictures_of_run
-from hf_rwp.core.buffers import sync_buffers
+refuse_missing("train", __name__)
+from hf_rwp import RWPArguments
 from hf_rwp.core.checks import check_all
-from hf_rwp.core.placement import fewest_micro_steps, mixes
 from hf_rwp.hub.arguments import HubArguments
-from hf_rwp.hub.card import add_card
-from hf_rwp.hub.configs import config_of
-from hf_rwp.hub.export import save_model
-from hf_rwp.hub.publish import begin_publishing, publish
 from hf_rwp.images.arguments import ImageArguments, TimmArguments
-from hf_rwp.images.data import describe_splits, load_images
-from hf_rwp.images.found import found_in
-from hf_rwp.images.loaders import ImageLoader, build_loader
-from hf_rwp.images.metrics import Accuracy
-from hf_rwp.images.models import (
-    clip_gradients,
-    create_mixup,
-    create_model,
-    create_optimizer,
-    create_scheduler,
-    refuse_single_images,
-    sync_bn,
-    timm_id,
-)
-from hf_rwp.images.orders import in_order_of
-from hf_rwp.images.transforms import BatchTransform, erasings, image_transforms
-from hf_rwp.runs.arguments import HARMLESS, RunArguments
-from hf_rwp.runs.deepspeed import is_engine, set_up_engine
-from hf_rwp.runs.determinism import derive_seed, use_fast_kernels
-from hf_rwp.runs.divergence import is_finite, refuse_divergence
-from hf_rwp.runs.evaluation import evaluate_only
-from hf_rwp.runs.launch import check_launch
-from hf_rwp.runs.opening import data_facts, model_facts, opening, say, step_facts
-from hf_rwp.runs.parsing import start
-from hf_rwp.runs.records import Results, Row, command_of, environment, hub_id, repeatable, scrub_paths
-from hf_rwp.runs.resuming import check_flags, find_checkpoint, settle_folder
-from hf_rwp.runs.run import Run, agree
-from hf_rwp.runs.sharded import in_lockstep, replicas_of_run, shard_alike, whole_copy
-from hf_rwp.runs.steps import accumulate, plain_step, sam_step, wrap_sam
-
-# Flags whose old values come back with a checkpoint.
-KEPT_BY_CHECKPOINTS = {"rwp_gamma", "rwp_seed", "opt", "opt_eps", "opt_betas", "momentum", "weight_decay"}
-KEPT_BY_CHECKPOINTS |= {"weight_decay_1d", "layer_decay", "model", "model_kwargs", "model_ema"}
+from hf_rwp.runs.arguments import RunArguments
+from hf_rwp.runs.parsing import flags_first, start
 
 
 @dataclass
@@ -144,6 +96,58 @@ class Arguments(HubArguments, RunArguments, TimmArguments, ImageArguments, RWPAr
             raise ValueError("eval_only has nothing to evaluate: set pretrained or resume_from_checkpoint")
         if self.eval_only and self.train_split is None:
             self.train_split = self.validation_split
+
+
+flags_first("train", __name__, Arguments, __doc__)  # ahead of the slow imports
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from timm.data import Mixup, resolve_data_config
+from timm.loss import BinaryCrossEntropy
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from hf_rwp import RWP, LossTracker
+from hf_rwp.analysis.run_plots import pictures_of_run
+from hf_rwp.core.buffers import sync_buffers
+from hf_rwp.core.placement import fewest_micro_steps, mixes
+from hf_rwp.hub.card import add_card
+from hf_rwp.hub.configs import config_of
+from hf_rwp.hub.export import save_model
+from hf_rwp.hub.publish import begin_publishing, publish
+from hf_rwp.images.data import describe_splits, load_images
+from hf_rwp.images.found import found_in
+from hf_rwp.images.loaders import ImageLoader, build_loader
+from hf_rwp.images.metrics import Accuracy
+from hf_rwp.images.models import (
+    clip_gradients,
+    create_mixup,
+    create_model,
+    create_optimizer,
+    create_scheduler,
+    refuse_single_images,
+    sync_bn,
+    timm_id,
+)
+from hf_rwp.images.orders import in_order_of
+from hf_rwp.images.transforms import BatchTransform, erasings, image_transforms
+from hf_rwp.runs.arguments import HARMLESS
+from hf_rwp.runs.deepspeed import is_engine, set_up_engine
+from hf_rwp.runs.determinism import derive_seed, use_fast_kernels
+from hf_rwp.runs.divergence import is_finite, refuse_divergence
+from hf_rwp.runs.evaluation import evaluate_only
+from hf_rwp.runs.launch import check_launch
+from hf_rwp.runs.opening import data_facts, model_facts, opening, say, step_facts
+from hf_rwp.runs.records import Results, Row, command_of, environment, hub_id, repeatable, scrub_paths
+from hf_rwp.runs.resuming import check_flags, find_checkpoint, settle_folder
+from hf_rwp.runs.run import Run, agree
+from hf_rwp.runs.sharded import in_lockstep, replicas_of_run, shard_alike, whole_copy
+from hf_rwp.runs.steps import accumulate, plain_step, sam_step, wrap_sam
+
+# Flags whose old values come back with a checkpoint.
+KEPT_BY_CHECKPOINTS = {"rwp_gamma", "rwp_seed", "opt", "opt_eps", "opt_betas", "momentum", "weight_decay"}
+KEPT_BY_CHECKPOINTS |= {"weight_decay_1d", "layer_decay", "model", "model_kwargs", "model_ema"}
 
 
 def main(args: Arguments) -> None:
@@ -426,4 +430,4 @@ def write_model(args: Arguments, model: nn.Module, parts: dict, folder: Path, re
 
 
 if __name__ == "__main__":
-    start(main, Arguments, __doc__.splitlines()[0])
+    start(main, Arguments, __doc__)

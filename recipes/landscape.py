@@ -38,48 +38,10 @@ from hf_rwp.cli import refuse_missing
 
 refuse_missing("landscape", __name__)  # ahead of the imports that would fail
 
-import PIL.Image
-import torch
-from accelerate import Accelerator
-from datasets import Dataset, IterableDataset
-from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
-
-from hf_rwp.analysis.plots import landscape, sharpness_curves
-from hf_rwp.analysis.sharpness import (
-    Batches,
-    largest_eigenvalue,
-    loss_slice,
-    loss_under_noise,
-    measure,
-    quantized,
-    random_directions,
-    worst_case,
-)
 from hf_rwp.core.checks import check_all
-from hf_rwp.core.noise import DEFAULT_GAMMA, MODES
-from hf_rwp.hub.card import with_picture
+from hf_rwp.core.gamma import DEFAULT_GAMMA, MODES
 from hf_rwp.images.arguments import ImageArguments
-from hf_rwp.images.data import load_images
-from hf_rwp.images.loaders import build_loader
-from hf_rwp.runs.files import replacing
-from hf_rwp.runs.parsing import parse_arguments, start
-from hf_rwp.runs.records import command_of, environment, scrub_paths, without_nan
-
-BITS = (8, 4)
-# The flags of images that mean something here; the others are those of training, or each model's own affair.
-USED = {"data_dir", "dataset", "dataset_config", "train_split", "validation_split", "image_column", "label_column"}
-USED |= {
-    "dataset_revision",
-    "validation_fraction",
-    "num_classes",
-    "streaming",
-    "shuffle_buffer",
-    "max_bad_images",
-    "workers",
-}
-PLACES = {"models", "device", "output_dir"}
+from hf_rwp.runs.parsing import flags_first, parse_arguments, start
 
 
 @dataclass
@@ -137,11 +99,58 @@ class Arguments(ImageArguments):
         )
 
 
+def words(argv: list[str]) -> list[str]:
+    """The words ahead of all flags are models."""
+    models = list(takewhile(lambda word: not word.startswith("-"), argv))
+    return ["--models", *models, *argv[len(models) :]] if models else argv
+
+
+flags_first("landscape", __name__, Arguments, __doc__, words(sys.argv[1:]))  # ahead of the slow imports
+
+import PIL.Image
+import torch
+from accelerate import Accelerator
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
+
+from hf_rwp.analysis.plots import landscape, sharpness_curves
+from hf_rwp.analysis.sharpness import (
+    Batches,
+    largest_eigenvalue,
+    loss_slice,
+    loss_under_noise,
+    measure,
+    quantized,
+    random_directions,
+    worst_case,
+)
+from hf_rwp.hub.card import with_picture
+from hf_rwp.images.data import load_images
+from hf_rwp.images.loaders import build_loader
+from hf_rwp.runs.files import replacing
+from hf_rwp.runs.records import command_of, environment, scrub_paths, without_nan
+
+BITS = (8, 4)
+# The flags of images that mean something here; the others are those of training, or each model's own affair.
+USED = {"data_dir", "dataset", "dataset_config", "train_split", "validation_split", "image_column", "label_column"}
+USED |= {
+    "dataset_revision",
+    "validation_fraction",
+    "num_classes",
+    "streaming",
+    "shuffle_buffer",
+    "max_bad_images",
+    "workers",
+}
+PLACES = {"models", "device", "output_dir"}
+
+
 def main(args: Arguments) -> None:
     accelerator = Accelerator(cpu=args.device == "cpu")
     surroundings = environment(accelerator)
     output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     folders = {name_of(place): place for place in map(model_folder, args.models)}
     if len(folders) < len(args.models):
         raise ValueError(f"the models are called {', '.join(map(name_of, args.models))} in the pictures: rename some")
@@ -353,15 +362,9 @@ def table(figures: dict[str, Any], args: Arguments) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def words(argv: list[str]) -> list[str]:
-    """The words ahead of all flags are models."""
-    models = list(takewhile(lambda word: not word.startswith("-"), argv))
-    return ["--models", *models, *argv[len(models) :]] if models else argv
-
-
 def parsed(argv: list[str]) -> Arguments:
-    return parse_arguments(Arguments, words(argv), description=__doc__.splitlines()[0])
+    return parse_arguments(Arguments, words(argv), description=__doc__)
 
 
 if __name__ == "__main__":
-    start(main, Arguments, description=__doc__.splitlines()[0], argv=words(sys.argv[1:]))
+    start(main, Arguments, __doc__, argv=words(sys.argv[1:]))

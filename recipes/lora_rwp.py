@@ -379,4 +379,4 @@ def finish(args: Arguments, results: dict[str, Any], adapter: Path, architecture
 
 
 if __name__ == "__main__":
-    start(main, Arguments, description=__doc__.splitlines()[0])
+    start(main, Arguments, __doc__)

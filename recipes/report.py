@@ -14,6 +14,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_rwp.cli import refuse_missing
+
+refuse_missing("report", __name__)  # ahead of the imports that would fail
+from hf_rwp.runs.mistakes import Parser, told_in_a_line
+
+if __name__ == "__main__":  # ahead of the slow imports
+    with told_in_a_line():
+        Parser(description=__doc__.splitlines()[0], epilog="It has no other flags.").parse_args()
+
 from hf_rwp.analysis.plots import comparison, demonstration, landscape, sharpness_curves
 from hf_rwp.analysis.sharpness import Estimate, estimate
 from hf_rwp.experiments import forgetting
@@ -331,4 +340,5 @@ def verdict(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_a_line():
+        main()

@@ -49,55 +49,14 @@ from typing import Any
 
 from hf_rwp.cli import refuse_missing
 
-refuse_missing("vit", __name__)  # ahead of the imports that would fail
-
+refuse_missing("vit", __name__)
 import torch
-from accelerate.utils import gather_object
-from datasets import DatasetDict
-from transformers import set_seed
 
 from hf_rwp import RWPTrainingArguments
-from hf_rwp.analysis.run_plots import pictures_of_run
 from hf_rwp.core.checks import check_all
-from hf_rwp.core.placement import mixes
-from hf_rwp.core.refusals import refuse_lone_processes
-from hf_rwp.hub.card import add_card
-from hf_rwp.hub.configs import config_of
-from hf_rwp.hub.push import PushError, push
-from hf_rwp.images.data import describe_splits, load_images
-from hf_rwp.images.found import found_in
-from hf_rwp.images.loaders import ImageDataset
-from hf_rwp.images.orders import in_order_of
-from hf_rwp.images.transforms import image_transforms
-from hf_rwp.runs.closing import commands, last_screen
-from hf_rwp.runs.evaluation import write_evaluation
-from hf_rwp.runs.files import as_json, write
 from hf_rwp.runs.given import Given, save_flags
-from hf_rwp.runs.opening import data_facts, model_facts, opening, say, step_facts
-from hf_rwp.runs.parsing import start
-from hf_rwp.runs.records import Results, base_of, environment, scrub_paths, weights_digest, with_by_class
-from hf_rwp.runs.resuming import RESULTS, check_writable, refuse_other_flags, settle_folder
-from hf_rwp.runs.sharded import gathered, refuse_sharded, replicas_of_run, shard_blocks, whole_copy
-from hf_rwp.runs.signals import Signals
-from hf_rwp.runs.tracking import track_trainer
-from hf_rwp.trainer.checkpoints import find_trainer_checkpoint, remove_later_checkpoints
-from hf_rwp.trainer.history import Record, evaluated, rows_by_epoch
-from hf_rwp.trainer.images import EvaluationMetrics, ImageTrainer, collate, ranks_and_losses
-from hf_rwp.trainer.models import (
-    ModelArguments,
-    add_lora,
-    create_model,
-    image_processor,
-    preprocessing,
-    save_whole,
-    timm_model_of,
-    unwrapped,
-)
-from hf_rwp.trainer.watching import watch
-
-# Flags whose old values come back with a checkpoint's optimizer and schedule, or change what was trained.
-KEPT_BY_CHECKPOINTS = ("rwp", "rwp_gamma", "rwp_seed", "learning_rate", "lr_scheduler_type", "optim", "weight_decay")
-KEPT_BY_CHECKPOINTS += ("adam_beta1", "adam_beta2", "adam_epsilon", "seed", "lora_r", "model_kwargs")
+from hf_rwp.runs.parsing import flags_first, start
+from hf_rwp.trainer.model_arguments import ModelArguments
 
 
 @dataclass
@@ -207,6 +166,50 @@ class Arguments(ModelArguments, RWPTrainingArguments):
     @property
     def method(self) -> str:
         return "rwp" if self.rwp else "base"
+
+
+flags_first("vit", __name__, Arguments, __doc__)  # ahead of the slow imports
+from accelerate.utils import gather_object
+from datasets import DatasetDict
+from transformers import set_seed
+
+from hf_rwp.analysis.run_plots import pictures_of_run
+from hf_rwp.core.placement import mixes
+from hf_rwp.core.refusals import refuse_lone_processes
+from hf_rwp.hub.card import add_card
+from hf_rwp.hub.configs import config_of
+from hf_rwp.hub.push import PushError, push
+from hf_rwp.images.data import describe_splits, load_images
+from hf_rwp.images.found import found_in
+from hf_rwp.images.loaders import ImageDataset
+from hf_rwp.images.orders import in_order_of
+from hf_rwp.images.transforms import image_transforms
+from hf_rwp.runs.closing import commands, last_screen
+from hf_rwp.runs.evaluation import write_evaluation
+from hf_rwp.runs.files import as_json, write
+from hf_rwp.runs.opening import data_facts, model_facts, opening, say, step_facts
+from hf_rwp.runs.records import Results, base_of, environment, scrub_paths, weights_digest, with_by_class
+from hf_rwp.runs.resuming import RESULTS, check_writable, refuse_other_flags, settle_folder
+from hf_rwp.runs.sharded import gathered, refuse_sharded, replicas_of_run, shard_blocks, whole_copy
+from hf_rwp.runs.signals import Signals
+from hf_rwp.runs.tracking import track_trainer
+from hf_rwp.trainer.checkpoints import find_trainer_checkpoint, remove_later_checkpoints
+from hf_rwp.trainer.history import Record, evaluated, rows_by_epoch
+from hf_rwp.trainer.images import EvaluationMetrics, ImageTrainer, collate, ranks_and_losses
+from hf_rwp.trainer.models import (
+    add_lora,
+    create_model,
+    image_processor,
+    preprocessing,
+    save_whole,
+    timm_model_of,
+    unwrapped,
+)
+from hf_rwp.trainer.watching import watch
+
+# Flags whose old values come back with a checkpoint's optimizer and schedule, or change what was trained.
+KEPT_BY_CHECKPOINTS = ("rwp", "rwp_gamma", "rwp_seed", "learning_rate", "lr_scheduler_type", "optim", "weight_decay")
+KEPT_BY_CHECKPOINTS += ("adam_beta1", "adam_beta2", "adam_epsilon", "seed", "lora_r", "model_kwargs")
 
 
 def main(args: Arguments) -> None:
@@ -370,4 +373,4 @@ def results_of_pushed(results: Results, best_step: int | None) -> Results:
 
 
 if __name__ == "__main__":
-    start(main, Arguments, __doc__.splitlines()[0])
+    start(main, Arguments, __doc__)

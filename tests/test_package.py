@@ -20,7 +20,7 @@ HEAVY |= {"sklearn", "numpy", "PIL", "yaml"}
 FLOORS = [{"core"}, {"images", "runs", "analysis"}, {"hub"}, {"trainer"}, {"experiments", "integrations"}]
 TOP = "cli"  # the one module outside of them, above all
 ALONE = {  # the rooms, and the modules of others, that may import a package of their own choice
-    "transformers": {"trainer", "runs.parsing"},
+    "transformers": {"trainer", "runs.flags"},
     "huggingface_hub": {"hub"},
     "matplotlib": {"analysis"},
     "timm": {"images", "experiments", "hub.export", "trainer.images", "trainer.models"},
@@ -179,7 +179,7 @@ def test_rooms_have_their_needs():
     ("name", "package", "extra"),
     [
         ("RWPTrainer", "transformers", "trainer"),
-        ("RWPArguments", "transformers", "trainer"),
+        ("RWPTrainingArguments", "transformers", "trainer"),
         ("push_to_hub", "huggingface_hub", "hub"),
     ],
 )

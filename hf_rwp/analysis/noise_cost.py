@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_rwp.analysis.timing import on_one_thread, timed
 from hf_rwp.core import draws
-from hf_rwp.core.noise import DEFAULT_GAMMA
+from hf_rwp.core.gamma import DEFAULT_GAMMA
 from hf_rwp.core.optimizer import RWP
 
 

@@ -24,12 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_rwp.core.gamma import MODES
 from hf_rwp.core.sharding import Block
 
 CPU_TILE = 2**15  # elements; part of the noise's definition, as is what other devices have
-MODES = ("filter", "filter_normalized")
-DEFAULT_GAMMA = {"filter": 0.01, "filter_normalized": 0.2}
-SCHEDULES = ("constant", "linear", "cosine")
 
 
 def check_noise(noise: str) -> None:
@@ -138,22 +136,3 @@ def _add_(piece: Tensor, normal: Tensor, std: Tensor) -> None:
         piece.addcmul_(normal, std)
     else:
         piece.copy_(normal.mul_(std).add_(piece))
-
-
-def gamma_factor(progress: float, schedule: str = "constant", growth: float = 0.0, start: float = 0.0) -> float:
-    """What to multiply gamma by at `progress`, the fraction of the training's optimizer steps behind us, in [0, 1].
-
-    schedule: `constant` is 1 throughout; `linear` and `cosine` rise from 1 to 1 + growth, cosine as in ARWP's 1x form
-        (arXiv 2404.00357): 1 + growth * (1 - cos(pi * progress)) / 2.
-    growth: how much larger than at the start gamma is at the end, >= 0, in multiples of gamma.
-    start: before this fraction the factor is 0, plain training; it does not shift the schedule. In [0, 1].
-    """
-    if progress < start:
-        return 0.0
-    if schedule == "constant":
-        return 1.0
-    if schedule == "linear":
-        return 1.0 + growth * progress
-    if schedule == "cosine":
-        return 1.0 + growth * (1.0 - math.cos(math.pi * progress)) / 2.0
-    raise ValueError(f"schedule is {schedule!r}: choose one of {', '.join(SCHEDULES)}")

@@ -25,10 +25,10 @@ from hf_rwp.core import registry
 from hf_rwp.core.buffers import sync_buffers
 from hf_rwp.core.checks import check
 from hf_rwp.core.damping import Damping, taken
+from hf_rwp.core.gamma import DEFAULT_GAMMA
 from hf_rwp.core.groups import Groups
 from hf_rwp.core.hooks import in_backward
 from hf_rwp.core.layers import Layers
-from hf_rwp.core.noise import DEFAULT_GAMMA
 from hf_rwp.core.passes import Passes, State
 from hf_rwp.core.perturbation import Perturbation
 from hf_rwp.core.placement import Role
@@ -281,7 +281,7 @@ class RWP(OptimizerWrapper):
         return replicas_of(self._options.process_group, [*self.model.parameters(), *held])
 
     def scale_gamma(self, factor: float) -> None:
-        """Set every group's `rwp_gamma` to `factor` (>= 0) times what it began with; see `noise.gamma_factor`."""
+        """Set every group's `rwp_gamma` to `factor` (>= 0) times what it began with; see `gamma.gamma_factor`."""
         check("factor", factor, Real, lambda value: 0 <= value < math.inf, "a finite number >= 0")
         self._groups.scale(factor)
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 import yaml
 
+from hf_rwp.core.arguments import RWPArguments
 from hf_rwp.core.checks import check_all
-from hf_rwp.images.memory import MemoryArguments
-from hf_rwp.trainer.arguments import RWPArguments
+from hf_rwp.images.arguments import MemoryArguments
 
 PAIRS = "a multiple of 4, for antithetic pairs of halves"
 

@@ -26,8 +26,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from hf_rwp.analysis.finder import NothingLearnedError, find_gamma
 from hf_rwp.analysis.robustness import robustness
 from hf_rwp.core.buffers import sync_buffers
+from hf_rwp.core.gamma import DEFAULT_GAMMA, gamma_factor
 from hf_rwp.core.losses import LossTracker
-from hf_rwp.core.noise import DEFAULT_GAMMA, gamma_factor
 from hf_rwp.core.optimizer import RWP
 from hf_rwp.core.placement import fewest_micro_steps
 from hf_rwp.experiments.arguments import SmallArguments

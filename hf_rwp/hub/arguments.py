@@ -14,6 +14,8 @@ class HubArguments:
     Raises ValueError for a push without a repository, and for what cannot be the name of one.
     """
 
+    help_group = "Hub"
+
     push_to_hub: bool = field(default=False, metadata={"help": "Whether to push the model, with its card, to the Hub."})
     hub_model_id: str | None = field(default=None, metadata={"help": "Where on the Hub: USER/NAME."})
     hub_private: bool = field(default=False, metadata={"help": "Whether the repository is made private."})

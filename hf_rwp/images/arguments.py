@@ -1,14 +1,11 @@
 """The flags of images, shared by all recipes, and those of timm's models, optimizers and augmentation."""
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import timm
 import yaml
-from timm.optim import list_optimizers  # type: ignore[attr-defined]
 
 from hf_rwp.core.checks import check_all
 
@@ -17,6 +14,7 @@ _DIGITS = {"img_size": 32, "crop_pct": 1.0, "scale": [0.7, 1.0], "hflip": 0.0, "
 _OTHER_DATA = {"scale": [0.08, 1.0], "hflip": 0.5, "color_jitter": 0.4, "train_interpolation": "random"}
 
 _BUILDERS = ("imagefolder", "parquet", "webdataset")
+LABEL_NOISE = ("symmetric", "asymmetric")
 
 
 @dataclass
@@ -25,6 +23,8 @@ class ImageArguments:
 
     Raises ValueError for a value out of range and for flags that contradict each other.
     """
+
+    help_group = "data"
 
     data_dir: str | None = field(
         default=None,
@@ -162,6 +162,52 @@ class ImageArguments:
         return {name: getattr(self, name) for name in names}
 
 
+@dataclass
+class MemoryArguments(ImageArguments):
+    """The flags of images that lie on the device: which of them, and how many of their labels are wrong.
+
+    Raises ValueError for a value out of range and for what is done to one image at a time.
+    """
+
+    help_group = "data"
+
+    color_jitter: float | None = field(default=0.0, metadata={"help": "Not available here: only 0."})
+    train_images: int | None = field(default=None, metadata={"help": "Train on so many images; on all if not set."})
+    test_images: int | None = field(default=None, metadata={"help": "Evaluate on so many; on all if not set."})
+    validation_images: int | None = field(
+        default=None,
+        metadata={
+            "help": "Images of the training split for `--search`, outside of `--train_images` where there are enough; "
+            "a fifth if not set."
+        },
+    )
+    label_noise: float = field(
+        default=0.0, metadata={"help": "Share of the training labels, in [0, 1], that are made wrong."}
+    )
+    label_noise_kind: str = field(
+        default="symmetric",
+        metadata={
+            "help": "How: `symmetric`, drawn evenly from all classes, or `asymmetric`, the next class.",
+            "choices": LABEL_NOISE,
+        },
+    )
+    data_seed: int = field(default=0, metadata={"help": "Chooses images and wrong labels, the same for all runs."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        in_batches = "images are augmented in batches, by crop, flip and cutout"
+        check_all(
+            self,
+            ("test_images", self.test_images is None or self.test_images >= 1, "at least 1"),
+            ("label_noise", 0 <= self.label_noise <= 1, "in [0, 1]"),
+            ("label_noise_kind", self.label_noise_kind in LABEL_NOISE, f"one of {', '.join(LABEL_NOISE)}"),
+            ("streaming", not self.streaming, "false: the images lie on the device"),
+            ("aa", self.aa is None, f"unset: {in_batches}"),
+            ("color_jitter", not self.color_jitter, f"0: {in_batches}"),
+            ("reprob", not self.reprob, f"0: {in_batches}"),
+        )
+
+
 def _apart(train: str | None, validation: str | None) -> tuple[bool, str]:
     return (
         train is None or train != validation,
@@ -285,8 +331,18 @@ class TimmArguments:
             ("mixup_switch_prob", 0 <= self.mixup_switch_prob <= 1, "in [0, 1]"),
             ("smoothing", 0 <= self.smoothing < 1, "in [0, 1)"),
         )
-        _check_known("model", "models", self.model, timm.list_models())
-        _check_known("opt", "optimizers", self.opt.removeprefix("lookahead_"), list_optimizers())
+        from hf_rwp.images.names import check_model, check_optimizer, check_schedule  # heavy, and `--help` needs none
+
+        check_model("model", self.model)
+        check_optimizer(self.opt)
+        check_schedule(self.sched, **self.schedule_options)
+
+    @property
+    def schedule_options(self) -> dict[str, Any]:
+        """Keyword arguments for timm's `create_scheduler_v2`."""
+        milestones = {"decay_milestones": self.decay_milestones} if self.decay_milestones else {}
+        names = ("decay_epochs", "cooldown_epochs", "decay_rate", "min_lr", "warmup_lr", "warmup_epochs")
+        return {"num_epochs": self.epochs, **{name: getattr(self, name) for name in names}, **milestones}
 
     def check_batch(self, replicas: int, micro_steps: int, mixes: bool) -> None:
         """Raise ValueError for a batch size that the parts of a step, or what happens to them, cannot share.
@@ -311,10 +367,3 @@ class TimmArguments:
                 "clean and in the perturbed gradient, which RWP needs from different images. Set batch_size to a "
                 f"multiple of {repeats * whole // together}, or aug_repeats to 1"
             )
-
-
-def _check_known(name: str, kind: str, value: str, known: Sequence[Any]) -> None:
-    """Raise ValueError for a name that timm does not have; one with a `:` says where else it is from."""
-    if ":" not in value and value.split(".")[0] not in known:
-        similar = ", ".join(difflib.get_close_matches(value, known, n=5, cutoff=0))
-        raise ValueError(f"{name} must be one of timm's {kind}, got {value!r}. Similar names: {similar}")

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,56 +11,9 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
 
-from hf_rwp.core.checks import check_all
-from hf_rwp.images.arguments import ImageArguments
+from hf_rwp.images.arguments import ImageArguments, MemoryArguments
 from hf_rwp.images.loaders import ImageDataset
 from hf_rwp.images.transforms import BatchTransform, augmented, cut_out_, image_transforms
-
-LABEL_NOISE = ("symmetric", "asymmetric")
-
-
-@dataclass
-class MemoryArguments(ImageArguments):
-    """The flags of images that lie on the device: which of them, and how many of their labels are wrong.
-
-    Raises ValueError for a value out of range and for what is done to one image at a time.
-    """
-
-    color_jitter: float | None = field(default=0.0, metadata={"help": "Not available here: only 0."})
-    train_images: int | None = field(default=None, metadata={"help": "Train on so many images; on all if not set."})
-    test_images: int | None = field(default=None, metadata={"help": "Evaluate on so many; on all if not set."})
-    validation_images: int | None = field(
-        default=None,
-        metadata={
-            "help": "Images of the training split for `--search`, outside of `--train_images` where there are enough; "
-            "a fifth if not set."
-        },
-    )
-    label_noise: float = field(
-        default=0.0, metadata={"help": "Share of the training labels, in [0, 1], that are made wrong."}
-    )
-    label_noise_kind: str = field(
-        default="symmetric",
-        metadata={
-            "help": "How: `symmetric`, drawn evenly from all classes, or `asymmetric`, the next class.",
-            "choices": LABEL_NOISE,
-        },
-    )
-    data_seed: int = field(default=0, metadata={"help": "Chooses images and wrong labels, the same for all runs."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        in_batches = "images are augmented in batches, by crop, flip and cutout"
-        check_all(
-            self,
-            ("test_images", self.test_images is None or self.test_images >= 1, "at least 1"),
-            ("label_noise", 0 <= self.label_noise <= 1, "in [0, 1]"),
-            ("label_noise_kind", self.label_noise_kind in LABEL_NOISE, f"one of {', '.join(LABEL_NOISE)}"),
-            ("streaming", not self.streaming, "false: the images lie on the device"),
-            ("aa", self.aa is None, f"unset: {in_batches}"),
-            ("color_jitter", not self.color_jitter, f"0: {in_batches}"),
-            ("reprob", not self.reprob, f"0: {in_batches}"),
-        )
 
 
 @dataclass

@@ -23,6 +23,7 @@ from torch import nn
 
 from hf_rwp.core.placement import mixes, role
 from hf_rwp.images.arguments import TimmArguments
+from hf_rwp.images.names import check_tag
 from hf_rwp.images.weights import find_weights
 
 logger = logging.getLogger(__name__)
@@ -78,15 +79,6 @@ def create_model(
                 "another size in model_kwargs, {img_size: ...}, if timm's model has such an argument"
             )
     return model, model_args
-
-
-def check_tag(flag: str, name: str) -> None:
-    """Raise ValueError for one of timm's models with a tag that it has no weights of: `resnet50.a1_in1k`."""
-    known = (
-        timm.list_models(f"{name.split('.')[0]}.*", include_tags=True) if "." in name and ":" not in name else [name]
-    )
-    if name not in known:
-        raise ValueError(f"{flag}={name!r}: timm has no such weights of it. It has {', '.join(known) or 'none'}")
 
 
 _NOT_ARGUMENTS = {
@@ -233,20 +225,8 @@ def create_optimizer(args: TimmArguments, module: nn.Module) -> torch.optim.Opti
 
 def create_scheduler(args: TimmArguments, optimizer: Any, updates: int) -> tuple[Any, int]:
     """timm's schedule per update, None for a constant rate, and how many epochs it lasts. updates: of an epoch."""
-    milestones: Any = {"decay_milestones": args.decay_milestones} if args.decay_milestones else {}
     scheduler, epochs = create_scheduler_v2(
-        optimizer,
-        sched=args.sched,
-        num_epochs=args.epochs,
-        decay_epochs=args.decay_epochs,  # type: ignore[arg-type]
-        cooldown_epochs=args.cooldown_epochs,
-        decay_rate=args.decay_rate,
-        min_lr=args.min_lr,
-        warmup_lr=args.warmup_lr,
-        warmup_epochs=args.warmup_epochs,
-        step_on_epochs=False,
-        updates_per_epoch=updates,
-        **milestones,
+        optimizer, sched=args.sched, step_on_epochs=False, updates_per_epoch=updates, **args.schedule_options
     )
     return scheduler, epochs
 

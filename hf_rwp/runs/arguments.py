@@ -20,6 +20,8 @@ class RunArguments:
     given: those that were typed, as `parse_arguments` notes them.
     """
 
+    help_group = "run"
+
     given = Given()  # no flag
     numbered = False  # whether output_dir is the first of a row of folders, as no flag named one: `settle_folder`
 

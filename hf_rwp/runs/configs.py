@@ -1,5 +1,6 @@
 """Files of flags, `--config FILE.yaml`: those of the recipes, and the args.yaml that timm's train.py leaves behind."""
 
+import difflib
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from hf_rwp.runs.files import recipes_folder
 from hf_rwp.runs.hints import RENAMED, meant, no_flag
 
 logger = logging.getLogger(__name__)
@@ -34,35 +36,71 @@ WITHOUT_MEANING = {
 }
 
 
-def read_config(path: str, names: Collection[str], ignore: bool = False) -> dict[str, list[str]]:
+def read_config(path: str, names: Collection[str], ignore: bool = False, logs: bool = True) -> dict[str, list[str]]:
     """The flags in a YAML file as words of a command line, by name; timm's names and values are translated.
 
     Nulls and empty strings are not set. names: of the flags that there are. ignore: whether names that are not among
-    them are logged and passed over. Raises ValueError for a file of something else, and for such names.
+    them are passed over; logs: and logged. Raises ValueError for a file of something else, and for such names.
     """
-    text = Path(path).read_text(encoding="utf-8")
-    settings = yaml.safe_load(text) or {}
+    text = _text(path)
+    settings = _loaded(path, text) or {}
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no flags: each must be a line of its own, `name: value`")
     settings = {str(name).replace("-", "_"): value for name, value in settings.items() if value not in (None, "")}
     settings = from_timm(settings, names, replicas=int(os.environ.get("WORLD_SIZE", "1")))
     unknown = [name for name in settings if name not in names]
     if unknown and not ignore:
-        raise ValueError(_no_such_names(path, text, unknown, names))
-    if unknown and os.environ.get("RANK", "0") == "0":
+        raise ValueError(_no_such_names(path, unknown, names))
+    if unknown and logs and os.environ.get("RANK", "0") == "0":
         logger.warning("%s: passed over, as they mean nothing here: %s", path, ", ".join(unknown))
     return {name: _words(name, value) for name, value in settings.items() if name in names}
 
 
-def _no_such_names(path: str, text: str, unknown: Collection[str], names: Collection[str]) -> str:
+def where_in(path: str, name: str) -> str:
+    """The file, and the line of a flag in it, where it is there under that name or timm's."""
+    marks: Any = yaml.compose(_text(path))
+    keys = {str(key.value).replace("-", "_"): key.start_mark.line + 1 for key, _ in marks.value}
+    lines = {RENAMED.get(key, key): line for key, line in keys.items()} | keys
+    return f"{path}, line {lines[name]}" if name in lines else path
+
+
+def _text(path: str) -> str:
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise ValueError(f"--config {path} is a folder: name a file in it{_similar(file)}")
+    if not file.is_file():
+        raise ValueError(f"--config {path}: there is no such file{_similar(file)}")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--config {path} is no text, but a file of flags has a line for each, `name: value`"
+        ) from error
+
+
+def _similar(file: Path) -> str:
+    """A question: whether one with its ending was meant, one beside it or in it, or one of the recipes'."""
+    near = sorted(file.glob("*.yaml") if file.is_dir() else file.parent.glob("*.yaml"))
+    stems = {one.stem: one for one in [*sorted((recipes_folder() / "configs").rglob("*.yaml")), *near]}
+    names = [one.stem for one in near][:1] if file.is_dir() else difflib.get_close_matches(file.stem, stems, 1)
+    return f"; did you mean {os.path.relpath(stems[names[0]])}?" if names else ""
+
+
+def _loaded(path: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else path
+        problem = getattr(error, "problem", None) or str(error)
+        raise ValueError(f"{where}: not YAML ({problem}). Each flag is a line of its own, `name: value`") from error
+
+
+def _no_such_names(path: str, unknown: Collection[str], names: Collection[str]) -> str:
     """What to say of names in a file that are no flags: what was meant by the first of which it can be told."""
     for name in unknown:
         if meant(name, names, close=name not in WITHOUT_MEANING) is not None:
-            marks: Any = yaml.compose(text)
-            keys = {str(key.value).replace("-", "_"): key.start_mark.line + 1 for key, _ in marks.value}
-            lines = {RENAMED.get(key, key): line for key, line in keys.items()} | keys
-            where = f"{path}, line {lines[name]}" if name in lines else path
-            return f"{where}: {no_flag(name, names, dashes='')}"
+            return f"{where_in(path, name)}: {no_flag(name, names, dashes='')}"
     return (
         f"{path} has names that mean nothing here: {', '.join(unknown)}. Take them out, or pass over them with "
         "--config_ignore_unknown"

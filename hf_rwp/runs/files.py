@@ -57,3 +57,9 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def recipes_folder() -> Path:
+    """The recipes: beside the package in a checkout, within it where it was installed."""
+    package = Path(__file__).parents[1]
+    return next(folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir())

@@ -5,13 +5,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from typing import TYPE_CHECKING, Any
 
 from hf_rwp import missing
 from hf_rwp.core.checks import check_all
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Settings = Mapping[str, Any]  # lr, weight_decay, and strength, None where a method has none
 
@@ -73,6 +73,8 @@ class ComparisonArguments:
 
     Raises ValueError for a value out of range.
     """
+
+    help_group = "comparison"
 
     methods: list[str] = field(
         default_factory=lambda: [name for name in METHODS if name not in CONTROLS],
@@ -156,12 +158,14 @@ def count_steps(protocol: str, seen: int, per_step: int, method: Method, mixing:
 
 
 def relative_times(
-    accelerator: Accelerator, file: Path, names: Sequence[str], measure: Callable[[list[str]], Mapping[str, float]]
+    accelerator: "Accelerator", file: Path, names: Sequence[str], measure: Callable[[list[str]], Mapping[str, float]]
 ) -> dict[str, float]:
     """The time of each method's step in those of plain training; measured once, and kept in a file. Collective.
 
     measure: seconds for names of methods, alike on all replicas.
     """
+    from accelerate.utils import broadcast_object_list  # heavy, and the flags need none
+
     times: dict[str, float]
     (times,) = broadcast_object_list([json.loads(file.read_text()) if file.exists() else {"base": 1.0}])
     missing = [name for name in names if name not in times]

@@ -23,13 +23,13 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
+from hf_rwp.core.arguments import RWPArguments
 from hf_rwp.core.losses import LossTracker
 from hf_rwp.core.optimizer import RWP
 from hf_rwp.core.placement import mixes
 from hf_rwp.core.refusals import refuse_lone_processes
 from hf_rwp.runs.records import base_of, environment, scrub_paths, with_by_class
 from hf_rwp.runs.sharded import is_sharded_model
-from hf_rwp.trainer.arguments import RWPArguments
 from hf_rwp.trainer.checks import check_batches, check_supported, is_online, is_packed, splits, whole
 from hf_rwp.trainer.comparing import noticing
 from hf_rwp.trainer.halves import in_halves, rows

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from hf_rwp import RWP, find_gamma
 from hf_rwp.analysis.finder import DOWN, UP, NothingLearnedError
-from hf_rwp.core.noise import DEFAULT_GAMMA
+from hf_rwp.core.gamma import DEFAULT_GAMMA
 
 
 class Quadratic(nn.Module):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from hf_rwp import RWP
 from hf_rwp.core import damping, noise, report, window
+from hf_rwp.core.gamma import MODES
 from hf_rwp.core.replicas import Replicas
 from hf_rwp.core.sharding import Block, block_of
 
@@ -173,7 +174,7 @@ def test_number_of_filters(shape, count):
 
 
 @property_test
-@given(weights(), st.floats(0, 10), st.sampled_from(noise.MODES))
+@given(weights(), st.floats(0, 10), st.sampled_from(MODES))
 def test_std_is_gamma_times_the_filters_norm(weight, gamma, mode):
     """And a complex number's is shared by its two parts."""
     before = weight.clone()
@@ -366,7 +367,7 @@ def check_law(samples: list[Tensor], rounded: bool = False) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "mode"),
-    [*itertools.product([torch.float64], noise.MODES), *zip([torch.float32, torch.bfloat16], noise.MODES, strict=True)],
+    [*itertools.product([torch.float64], MODES), *zip([torch.float32, torch.bfloat16], MODES, strict=True)],
 )
 @pytest.mark.parametrize("shape", [(8, 64, 7, 7), (1, 16, 4096), (30_000,), (1, 9000), (2, 40_000)])
 def test_noise_of_every_filter_is_gaussian_with_its_std(shape, dtype, mode):
@@ -380,7 +381,7 @@ def test_noise_of_every_filter_is_gaussian_with_its_std(shape, dtype, mode):
     check_law(filters(z), rounded=dtype == torch.bfloat16)
 
 
-@pytest.mark.parametrize(("dtype", "mode"), zip(COMPLEX, noise.MODES, strict=True))
+@pytest.mark.parametrize(("dtype", "mode"), zip(COMPLEX, MODES, strict=True))
 @pytest.mark.parametrize("shape", [(8, 500), (1, 4, 6000), (60_000,), (2, 40_000)])
 def test_both_parts_of_complex_noise_have_half_its_variance(shape, dtype, mode):
     """Smaller and larger than a tile: E|eps|^2 = std^2."""
@@ -520,26 +521,6 @@ def test_arwp_damping_is_its_closed_form(eta):
     expected = [1 / math.sqrt(1 + eta * f) for f in (0.0, 1e-3, 1.0, 250.0)]
     torch.testing.assert_close(damping.arwp_damping(fisher, eta), torch.tensor(expected, dtype=torch.float64))
     assert fisher.tolist() == [0.0, 1e-3, 1.0, 250.0]
-
-
-@given(st.floats(0, 1), st.floats(0, 5), st.floats(0, 1))
-@property_test
-def test_gamma_factor_is_its_closed_form(progress, growth, start):
-    closed_forms = {
-        "constant": 1.0,
-        "linear": 1 + growth * progress,
-        "cosine": 1 + growth * math.sin(math.pi * progress / 2) ** 2,
-    }
-    assert set(closed_forms) == set(noise.SCHEDULES)
-    for schedule, value in closed_forms.items():
-        expected = 0.0 if progress < start else value
-        assert noise.gamma_factor(progress, schedule, growth, start) == pytest.approx(expected, abs=1e-12)
-
-
-def test_gamma_factor_is_one_by_default_and_refuses_an_unknown_schedule():
-    assert [noise.gamma_factor(progress) for progress in (0.0, 0.5, 1.0)] == [1.0, 1.0, 1.0]
-    with pytest.raises(ValueError, match=r"'step'.*constant, linear, cosine"):
-        noise.gamma_factor(0.5, "step")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten_with_path
 from torch.utils.data import DataLoader
 
 from hf_rwp import RWP
-from hf_rwp.core.noise import gamma_factor
+from hf_rwp.core.gamma import gamma_factor
 
 INSIDE = ["first forward", "first backward", "second forward", "second backward", "step pre-hook"]
 BEYOND = ["step", "zero_grad"]  # resumed with the next window

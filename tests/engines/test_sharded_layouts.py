@@ -13,7 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from hf_rwp.core.draws import Draws, Target
-from hf_rwp.core.noise import MODES, Source, add_noise_, std_factor
+from hf_rwp.core.gamma import MODES
+from hf_rwp.core.noise import Source, add_noise_, std_factor
 from hf_rwp.core.sharding import block_of, local_of
 
 OLD = torch.__version__ < (2, 9)  # gloo sends no complex numbers there

@@ -7,7 +7,7 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_rwp import RWP, RWPArguments, RWPTrainingArguments
-from hf_rwp.core import noise
+from hf_rwp.core.gamma import gamma_factor
 from hf_rwp.hub.arguments import HubArguments
 from hf_rwp.images.arguments import ImageArguments
 from hf_rwp.images.data import load_images
@@ -36,7 +36,7 @@ def test_options_are_those_of_the_wrapper_with_its_defaults():
 def test_gamma_factor_is_the_schedule_of_the_flags():
     arguments = RWPArguments(rwp_schedule="cosine", rwp_growth=10.0, rwp_start=0.25)
     assert arguments.rwp_gamma_factor(0.2) == 0
-    assert arguments.rwp_gamma_factor(0.5) == noise.gamma_factor(0.5, "cosine", 10.0)
+    assert arguments.rwp_gamma_factor(0.5) == gamma_factor(0.5, "cosine", 10.0)
     assert arguments.rwp_gamma_factor(1.0) == pytest.approx(11)
 
 
@@ -108,11 +108,18 @@ def test_an_unknown_name_in_the_file_is_refused(tmp_path):
         parse_arguments(Recipe, [write(tmp_path, "rwp_gama: 0.1\n")])
 
 
-@pytest.mark.parametrize("text", ["lr: fast\n", "rwp_noise: layer\n", "rwp: perhaps\n", "rwp_seed: 0.5\n"])
-def test_a_wrong_value_in_the_file_is_refused(tmp_path, capsys, text):
-    with pytest.raises(SystemExit):
-        parse_arguments(Recipe, [write(tmp_path, text)])
-    assert f"--{text.split(':')[0]}" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lr: fast\n", "lr must be a number, got 'fast'"),
+        ("rwp_noise: filter_normalised\n", "rwp_noise must be one of .*; did you mean filter_normalized[?]"),
+        ("rwp: perhaps\n", "rwp must be true or false, got 'perhaps'"),
+        ("rwp-seed: 0.5\n", "rwp_seed must be a whole number, got '0.5'"),
+    ],
+)
+def test_a_wrong_value_in_the_file_is_refused_with_its_line(tmp_path, text, said):
+    with pytest.raises(ValueError, match=rf"config\.yaml, line 2: {said}$"):
+        parse_arguments(Recipe, [write(tmp_path, "# settings\n" + text)])
 
 
 def test_flags_are_not_abbreviated():

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from hf_rwp import RWP
-from hf_rwp.core.noise import gamma_factor
+from hf_rwp.core.gamma import gamma_factor
 
 EVERY = 4  # steps from one checkpoint to the next
 

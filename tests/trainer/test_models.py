@@ -9,7 +9,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from vit import trained_vit, write_pictures
 
 from hf_rwp.images.transforms import image_transforms
-from hf_rwp.trainer.models import ModelArguments, create_model, image_processor, preprocessing
+from hf_rwp.trainer.model_arguments import ModelArguments
+from hf_rwp.trainer.models import create_model, image_processor, preprocessing
 
 DIGITS = [str(digit) for digit in range(10)]
 

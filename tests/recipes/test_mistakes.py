@@ -1,0 +1,86 @@
+"""What a user of a recipe has done wrong: one line at last, status 2, ahead of data and model."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from imagenet import RECIPES
+
+LIGHT = ["imagenet_rwp", "landscape", "benchmark", "compare"]
+
+
+def told(recipe, *flags, cwd=None, **environment):
+    """The last line of a recipe that ends with status 2; nothing else is on the screen but that it was started."""
+    run = subprocess.run(
+        [sys.executable, str(RECIPES / f"{recipe}.py"), *map(str, flags)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        timeout=500,
+    )
+    *before, last = run.stderr.splitlines() or [""]
+    assert (run.returncode, run.stdout) == (2, ""), run.stderr
+    assert len(before) <= 1, run.stderr
+    assert all(line.endswith("loading PyTorch and what else it needs") for line in before), run.stderr
+    return last
+
+
+@pytest.mark.parametrize("recipe", LIGHT)
+def test_values_and_files_of_flags(recipe, tmp_path):
+    broken, wrong = tmp_path / "broken.yaml", tmp_path / "wrong.yaml"
+    broken.write_text("seed: 1\nbatch_size: [1\nworkers: 2\n")
+    wrong.write_text("seed: 1\nbatch_size: many\n")
+    for flags, line in (
+        (["--batch_size", "many"], "--batch_size must be a whole number, got 'many'"),
+        (["--batch_size"], "--batch_size expected one argument"),
+        ([f"--config={broken}"], f"{broken}, line 3: not YAML (expected ',' or ']', but got ':')."),
+        ([f"--config={wrong}"], f"{wrong}, line 2: batch_size must be a whole number, got 'many'"),
+        (["--config", "nowhere.yaml"], "--config nowhere.yaml: there is no such file"),
+    ):
+        assert told(recipe, *flags, cwd=tmp_path).startswith(f"error: {line}"), flags
+
+
+def test_a_configuration_is_named_without_its_ending_or_its_folder(tmp_path):
+    (tmp_path / "mine.yaml").write_text("epochs: 1\n")
+    meant = "--config {}: there is no such file; did you mean {}?"
+    assert told("imagenet_rwp", "--config=mine", cwd=tmp_path) == f"error: {meant.format('mine', 'mine.yaml')}"
+    digits = os.path.relpath(RECIPES / "configs" / "digits.yaml", tmp_path)
+    for name in ("digits", "digits.yaml", "digit.yaml"):
+        assert told("imagenet_rwp", "--config", name, cwd=tmp_path) == f"error: {meant.format(name, digits)}"
+    folder = f"--config . is a folder: name a file in it; did you mean {'mine.yaml'}?"
+    assert told("imagenet_rwp", "--config=.", cwd=tmp_path) == f"error: {folder}"
+    (tmp_path / "picture.yaml").write_bytes(b"\xff\xd8\xff")
+    assert "is no text" in told("imagenet_rwp", "--config=picture.yaml", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "line"),
+    [
+        ("imagenet_rwp", ["--sched=cosin"], "sched must be one of cosine, "),
+        ("imagenet_rwp", ["--method", "rpw"], "--method must be one of base, rwp, sam, got 'rpw'; did you mean rwp?"),
+        ("imagenet_rwp", ["--data_dir=nowhere"], ""),
+        ("compare", ["--methods", "rpw"], "methods must be some of base, "),
+        ("benchmark", ["--models", "resnet"], "models must be timm models, or cifar_resnet18; not resnet"),
+        ("landscape", [], "models must be one or more folders or ids"),
+        ("landscape", ["nowhere/model"], ""),
+        ("vit_rwp", ["--model_name_or_path=vit_base"], "model_name_or_path='vit_base' is neither a folder, nor an id"),
+        ("vit_rwp", ["--lr_scheduler_type", "cosin"], ""),
+        ("lora_rwp", ["--rwp_gama=1"], "no flag --rwp_gama; did you mean --rwp_gamma?"),
+        ("lora_rwp", ["--learning_rate", "fast"], "--learning_rate must be a number, got 'fast'"),
+        ("report", ["--zzz"], "no flag --zzz"),
+    ],
+)
+def test_what_a_recipe_refuses(recipe, flags, line, tmp_path):
+    assert told(recipe, *flags, cwd=tmp_path).startswith(f"error: {line}")
+    assert list(tmp_path.glob("**/*")) == []
+
+
+def test_all_of_it_is_shown_if_told_to(tmp_path):
+    command = [sys.executable, str(RECIPES / "imagenet_rwp.py"), "--config=nowhere"]
+    environment = {**os.environ, "HF_RWP_TRACEBACK": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=500)
+    assert run.returncode == 1
+    assert "Traceback" in run.stderr
+    assert "ValueError: --config nowhere: there is no such file" in run.stderr.splitlines()[-1]
