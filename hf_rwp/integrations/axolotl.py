@@ -15,7 +15,7 @@ from typing import Any
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel, Field, create_model
 
-from hf_rwp.trainer.arguments import RWPArguments
+from hf_rwp.core.arguments import RWPArguments
 from hf_rwp.trainer.checks import check_batches
 from hf_rwp.trainer.trainer import RWPTrainerMixin
 
