@@ -81,7 +81,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from safetensors.torch import load_model, save_model
-from tqdm import tqdm
 
 from hf_rwp.analysis.plots import comparison
 from hf_rwp.analysis.timing import seconds_in_turns, timed
@@ -114,6 +113,7 @@ from hf_rwp.runs.comparison import (
 from hf_rwp.runs.determinism import use_fast_kernels
 from hf_rwp.runs.files import replacing
 from hf_rwp.runs.launch import check_comparison
+from hf_rwp.runs.progress import Progress, epoch_figures
 from hf_rwp.runs.records import append_record, command_of, environment, scrub_paths, without_nan
 
 FINDER_STEPS = 200  # of plain training, ahead of a search for gamma
@@ -147,21 +147,30 @@ def main(args: Arguments) -> None:
         )
 
     news, seen, shorter = 0, args.epochs * len(data["train"]), len(data["held_in"]) / len(data["train"])
+    trials = [("trial", name, own, args.data_seed) for name in args.methods for own in grid(args, name)]
+    runs = [("run", name, None, seed) for seed in args.seeds for name in args.methods]
+    jobs = [*(trials if args.search else []), *runs]
+    total = len(args.protocols) * len(jobs)
+    progress = Progress(0, part=seen, unit="images", step=None, shown=accelerator.is_main_process)
+    todo = []
     for protocol in args.protocols:
         measure = partial(seconds_per_step, accelerator, args, data)
         file = output_dir / "step_times.json"
         times = relative_times(accelerator, file, args.methods, measure) if protocol == "time" else {}
-        trials = [("trial", name, own, args.data_seed) for name in args.methods for own in grid(args, name)]
-        runs = [("run", name, None, seed) for seed in args.seeds for name in args.methods]
-        jobs = [*(trials if args.search else []), *runs]
-        for number, (kind, name, settings, seed) in enumerate(jobs, start=1):
+        for kind, name, settings, seed in jobs:
             options, method = options_of(args, name), METHODS[name]
             mixing = bool(options) and mixes(options["alpha"])
             steps, takes = count_steps(protocol, seen, per_step, method, mixing, times.get(name, 1.0))
             what = {"kind": kind, "task": task_of(args), "protocol": protocol, "method": name, "options": options}
-            what |= {"settings": settings or chosen(args, name, protocol), "seed": seed, "replicas": replicas}
+            what |= {"settings": settings, "seed": seed, "replicas": replicas}
             what |= {"steps": steps if kind == "run" else max(1, round(shorter * steps))}
-            news += run(accelerator, args, data, facts, what, takes, f"{protocol}, {kind} {number}/{len(jobs)}")
+            todo.append((what, takes))
+    progress.steps = sum(what["steps"] * takes for what, takes in todo)
+    for number, (what, takes) in enumerate(todo, start=1):
+        what["settings"] = what["settings"] or chosen(args, what["method"], what["protocol"])
+        progress.begin(f"{what['kind']} {number}/{total}, {what['method']}, seed {what['seed']}, {what['protocol']}")
+        news += run(accelerator, args, data, facts, what, takes, progress)
+    progress.close()
 
     if accelerator.is_main_process:
         if not news:
@@ -224,17 +233,25 @@ def seconds_per_step(accelerator: Accelerator, args: Arguments, data: Data, name
 
 
 def run(
-    accelerator: Accelerator, args: Arguments, data: Data, facts: Record, what: Record, per_step: int, label: str
+    accelerator: Accelerator,
+    args: Arguments,
+    data: Data,
+    facts: Record,
+    what: Record,
+    per_step: int,
+    progress: Progress,
 ) -> bool:
     """Train one model to the end and append its record, unless that is there already. Returns whether it trained.
 
     what: what makes it this run or trial, the head of its record. A `run` is on all training images, and evaluated on
-    the test images; a `trial` is on and with those held in and out. per_step: images of a step.
+    the test images; a `trial` is on and with those held in and out. per_step: images of a step. progress: in
+    images, of all that is to be trained.
     """
     kind, name, seed, steps, replicas = (what[key] for key in ("kind", "method", "seed", "steps", "replicas"))
     results, there = Path(args.results), comparison_records(Path(args.results))
     accelerator.wait_for_everyone()  # all replicas have read before the main one writes
     if not is_new(what, there, results):
+        progress.skip(steps * per_step)
         return False
     images, judges = (data["train"], data["test"]) if kind == "run" else (data["held_in"], data["held_out"])
     training = Training(accelerator, args, data, images, name, what["settings"], seed, steps, per_step // replicas)
@@ -243,20 +260,12 @@ def run(
     modules = {"average": training.average} if training.average else {}
     position = resume_run(accelerator, folder, new | {"slots": {"clean": 0, "perturbed": 0}}, modules)
     done, seconds, history, training.gradients, slots_before = position.values()
-    progress = tqdm(
-        desc=f"{label}, {name}, seed {seed}",
-        total=steps * per_step,
-        initial=done * per_step,
-        unit="img",
-        unit_scale=True,
-        leave=False,
-        disable=None if accelerator.is_main_process else True,
-    )
+    progress.skip(done * per_step)
 
     def advance(stop: int) -> None:
         for number in range(done, stop):
             training.step(number)
-            progress.update(per_step)
+            progress.advance(per_step)
 
     saved = seconds
     points = sorted({round(steps * part / args.evaluations) for part in range(1, args.evaluations + 1)} - {0})
@@ -269,8 +278,9 @@ def run(
             history.append(row | losses | training.evaluate(judges))
             if args.early_stopping and kind == "run":
                 history[-1]["held_out"] = training.evaluate(data["held_out"])["top1"]
-            progress.set_postfix(loss=f"{row['train_loss']:.3f}", top1=f"{history[-1]['top1']:.2%}")
+            progress.note(loss=row["train_loss"])
             if not math.isfinite(row["train_loss"]):
+                progress.skip((steps - done) * per_step)
                 break  # diverged: the accuracy that it has is the result
             if done < steps and seconds - saved >= args.checkpoint_seconds:
                 saved = seconds
@@ -281,7 +291,7 @@ def run(
                     remove_checkpoints(folder, keep=[done])
     finally:
         training.optimizer.eval()  # an interrupt may have left noise in the weights
-        progress.close()
+    progress.say(progress.line(epoch_figures(history[-1])))
     did = training.report(slots_before)
     if did and all(layer["size"] < 1e-4 for layer in did["relative_noise"].values()):
         raise RuntimeError(

@@ -112,7 +112,6 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
 from hf_rwp.analysis.plots import landscape, sharpness_curves
@@ -130,6 +129,7 @@ from hf_rwp.hub.card import with_picture
 from hf_rwp.images.data import load_images
 from hf_rwp.images.loaders import build_loader
 from hf_rwp.runs.files import replacing
+from hf_rwp.runs.progress import Progress
 from hf_rwp.runs.records import command_of, environment, scrub_paths, without_nan
 
 BITS = (8, 4)
@@ -160,14 +160,18 @@ def main(args: Arguments) -> None:
     # All of them first, that none is refused after others have been measured.
     models = {name: load_model(place, label_names) for name, place in folders.items()}
 
-    figures = {}
+    figures, progress = {}, Progress(0, unit="batches", step=None)
     for name, (model, processor) in models.items():
         batches = {role: read(args, split, processor, accelerator.device) for role, split in chosen.items()}
         model.to(accelerator.device)
-        with tqdm(total=passes(args) * len(batches["train"]), desc=name, unit="batch", disable=None) as progress:
-            train, held_out = (Shown(batches[role], progress) for role in ("train", "validation"))
-            figures[name] = {"train": on_train(args, model, train), "held_out": on_held_out(args, model, held_out)}
+        progress.part = passes(args) * len(batches["train"])  # about as many for every model
+        progress.steps = progress.part * len(models)
+        progress.begin(name)
+        train, held_out = (Shown(batches[role], progress) for role in ("train", "validation"))
+        figures[name] = {"train": on_train(args, model, train), "held_out": on_held_out(args, model, held_out)}
+        progress.skip(progress.part * len(figures) - progress.done)
         model.cpu()
+    progress.close()
 
     images = {role: sum(len(labels) for _, labels in some) for role, some in batches.items()}
     own = {known.name for known in fields(Arguments)} - {known.name for known in fields(ImageArguments)} | USED
@@ -241,15 +245,15 @@ def passes(args: Arguments) -> int:
 
 
 class Shown:
-    """Batches that move a progress bar each time they are read."""
+    """Batches that tell each time that one is read."""
 
-    def __init__(self, batches: list[tuple[Tensor, Tensor]], progress: tqdm) -> None:
+    def __init__(self, batches: list[tuple[Tensor, Tensor]], progress: Progress) -> None:
         self.batches, self.progress = batches, progress
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self.batches:
             yield batch
-            self.progress.update()
+            self.progress.advance()
 
 
 def model_folder(model: str) -> str:

@@ -39,7 +39,7 @@ class Progress:
         unit (`str`, *optional*, defaults to `"images"`):
             What speed is counted in.
         step (`str`, *optional*, defaults to `"step"`):
-            What a step is called.
+            What a step is called; `None` for percents in place of steps.
         shown (`bool`, *optional*, defaults to `True`):
             Whether anything is shown: on one process of many.
         bar (`bool`, *optional*):
@@ -56,13 +56,13 @@ class Progress:
         done: int = 0,
         images: int = 1,
         unit: str = "images",
-        step: str = "step",
+        step: str | None = "step",
         shown: bool = True,
         bar: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.steps, self.done, self.images, self.unit, self.step, self.shown = steps, done, images, unit, step, shown
-        self.part = part or steps
+        self.part = part or max(1, steps)
         self._clock, self._figures, self.label = clock, dict[str, str](), ""
         self._bar: tqdm[Any] | None = None
         self._has_bar = shown and (sys.stderr.isatty() if bar is None else bar)
@@ -89,6 +89,15 @@ class Progress:
         elif self.shown and self._is_due():
             self.say(self.line())
 
+    def skip(self, steps: int) -> None:
+        """Steps that need not be done: they take no time, and tell nothing of the others' pace."""
+        self.done += steps
+        (session, first), (begun, at), (said, last) = self._session, self._begun, self._said
+        self._session, self._begun, self._said = (session, first + steps), (begun, at + steps), (said, last + steps)
+        if self._bar is not None:
+            self._bar.initial += steps
+            self._bar.update(steps)
+
     def note(self, **figures: float) -> None:
         """Figures by their names, which what is shown from now on has."""
         self._figures = {name: f"{name} {value:.4f}" for name, value in figures.items()}
@@ -107,7 +116,8 @@ class Progress:
     def line(self, figures: Mapping[str, str] | None = None) -> str:
         """Where the work is. figures: of a part that is done, by any names, in place of what was noted."""
         shown = self._shown() if figures is None else list(figures.values())
-        where = f"{self.label}, {self.step} {self.done:,}/{self.steps:,}" if figures is None else f"{self.label} done"
+        at = f"{self.step} {self.done:,}/{self.steps:,}" if self.step else f"{self.done / self.steps:.0%}"
+        where = f"{self.label}, {at}" if figures is None else f"{self.label} done"
         if self.done < self.steps and (left := self.seconds_left()) is not None:
             shown.append(f"{tqdm.format_interval(round(left))} left")
         return f"{where}: {', '.join(shown)}".removesuffix(": ")

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 
 import distributed
 import numpy as np
@@ -250,6 +251,21 @@ def test_a_run_that_was_cut_ends_in_the_same_figures(compare, tmp_path, monkeypa
         assert one == other
     assert whole.get("rwp", {}).get("slots") == resumed.get("rwp", {}).get("slots")
     assert not list((tmp_path / "cut" / "checkpoints").glob("*/step_*"))
+
+
+def test_in_a_pipe_it_says_how_far_all_runs_are(compare, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("hf_rwp.runs.progress.LATEST", 0.0)  # a line after every step
+    start(compare, tmp_path, "--methods", "base", "--seeds", "0")
+    start(compare, tmp_path, "--methods", "base", "rwp", "--seeds", "0")
+    said = capsys.readouterr().out.splitlines()
+    last = max(number for number, line in enumerate(said) if line.startswith("run 1/1, base, seed 0, images"))
+    assert re.fullmatch(r"run 1/1, base, seed 0, images done: loss \d\.\d{4}, top-1 \d+\.\d\d%", said[last])
+    lines = [line for line in said[last:] if line.startswith("run 2/2, rwp, seed 0, images")]
+    percents = [int(re.search(r"(\d+)%", line)[1]) for line in lines[:-1]]
+    assert percents == list(range(55, 101, 5))  # of ten steps after those that were there
+    assert all(re.search(r" images/s(, \d\d:\d\d left)?$", line) for line in lines[:-1])
+    assert "loss" in lines[-2]  # as of the evaluation before
+    assert max(map(len, lines)) <= 80
 
 
 def test_finished_runs_are_not_run_again(compare, tmp_path, monkeypatch, capsys):

@@ -1,18 +1,12 @@
 """recipes/imagenet_rwp.py: what it computes, writes and refuses. test_imagenet_runs.py has its long runs."""
 
 import copy
-import fcntl
 import getpass
 import math
-import os
-import pty
 import re
 import shutil
 import socket
-import struct
-import subprocess
 import sys
-import termios
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,6 +32,7 @@ from imagenet import (
 from safetensors.torch import load_file
 from sklearn.metrics import top_k_accuracy_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from terminal import drawn_by
 from torch.nn.functional import cross_entropy
 
 from hf_rwp.images.data import load_images
@@ -92,13 +87,8 @@ def test_one_bar_for_all_of_training_on_a_terminal(tmp_path):
         "recipe = imagenet.load_recipe(); recipe.load_images = imagenet.few_digits\n"
         f"imagenet.train(recipe, {str(tmp_path)!r}, '--logging_steps=1')"
     )
-    ours, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
-    with subprocess.Popen([sys.executable, "-c", code], stderr=terminal, stdout=subprocess.DEVNULL) as process:
-        assert process.wait() == 0
-    text = os.read(ours, 2**16).decode()
-    os.close(ours)
-    os.close(terminal)
+    status, text = drawn_by([sys.executable, "-c", code])
+    assert status == 0, text
     shown = [part for part in re.split(r"[\r\n]", text) if "%|" in part]
     assert {re.search(r"epoch \d+/\d+", part)[0] for part in shown} == {"epoch 1/2", "epoch 2/2"}
     assert max(map(len, shown)) <= 80

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 
 import imagenet
 import numpy as np
@@ -67,7 +68,8 @@ def leftovers(folder):
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
-def test_timm_and_transformers_models_are_set_side_by_side(run, tmp_path, capsys):
+def test_timm_and_transformers_models_are_set_side_by_side(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hf_rwp.runs.progress.LATEST", 0.0)  # a line after every batch
     record = run(timm_model(tmp_path / "digits_base_seed0/model"), vit(tmp_path / "vit"))
     assert leftovers(tmp_path / "out") == ["landscape.json", "landscape.png", "sharpness.png"]
     with PIL.Image.open(tmp_path / "out/landscape.png") as picture:
@@ -88,7 +90,11 @@ def test_timm_and_transformers_models_are_set_side_by_side(run, tmp_path, capsys
     assert record["command"].startswith("python recipes/landscape.py digits_base_seed0 vit --")
     assert "--grid 3" in record["command"]
     assert "--seed" not in record["command"]
-    assert "digits_base_seed0" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "\ndigits_base_seed0 " in said  # in the table
+    lines = re.findall(r"^(digits_base_seed0|vit), (\d+)%: .*batches/s, \S+ left$", said, re.MULTILINE)
+    assert list(dict.fromkeys(name for name, _ in lines)) == ["digits_base_seed0", "vit"]
+    assert min(int(percent) for name, percent in lines if name == "vit") in (50, 51)
 
 
 def test_models_of_one_architecture_move_along_the_same_directions(run, undrawn, tmp_path):

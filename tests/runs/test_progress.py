@@ -1,18 +1,10 @@
 """Lines and the bar of runs/progress.py, by a clock of the tests' own and on a terminal that is none."""
 
-import fcntl
 import itertools
-import os
-import pty
 import re
-import select
-import struct
-import sys
-import termios
-from contextlib import contextmanager
-from functools import partial
 
 import pytest
+from terminal import on_stderr
 
 from hf_rwp.runs.progress import Progress, epoch_figures
 
@@ -93,27 +85,8 @@ def test_a_slow_process_and_one_of_many_print_what_they_should(capsys):
     assert capsys.readouterr().out == ""
 
 
-def everything(file):
-    """What can be read without waiting: a terminal gives it in pieces."""
-    text = b""
-    while select.select([file], [], [], 0)[0]:
-        text += os.read(file, 2**16)
-    return text.decode()
-
-
-@contextmanager
-def terminal(monkeypatch, columns=80):
-    """stderr is a terminal; gives a function that reads what was written there."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
-    with os.fdopen(theirs, "w") as stream, monkeypatch.context() as patch:
-        patch.setattr(sys, "stderr", stream)
-        yield partial(everything, ours)
-    os.close(ours)
-
-
 def test_a_terminal_has_one_bar_with_the_time_left_for_all_of_it(monkeypatch, capsys):
-    with terminal(monkeypatch) as written:
+    with on_stderr(monkeypatch) as written:
         progress = Progress(40, part=10, images=64)
         for epoch in range(4):
             progress.begin(f"epoch {epoch + 1}/4")
