@@ -23,9 +23,24 @@ if __name__ == "__main__":  # ahead of the slow imports
     with told_in_a_line():
         Parser(description=__doc__.splitlines()[0], epilog="It has no other flags.").parse_args()
 
-from hf_rwp.analysis.plots import comparison, demonstration, landscape, sharpness_curves
+from hf_rwp.analysis.plots import comparison, demonstration, differences, landscape, sharpness_curves
 from hf_rwp.analysis.sharpness import Estimate, estimate
 from hf_rwp.experiments import forgetting
+from hf_rwp.experiments.claims import (
+    COMMANDS,
+    SENTENCES,
+    claims_table,
+    in_favour,
+    in_short,
+    no_help,
+    outcomes,
+    plans_of,
+    robustness_table,
+    stopped_table,
+)
+from hf_rwp.experiments.claims import (
+    sentence as conclusion,
+)
 from hf_rwp.experiments.demonstration import pairs_table, search_table, title, words
 from hf_rwp.runs.comparison import (
     accuracy_curves,
@@ -41,9 +56,11 @@ from hf_rwp.runs.records import read_records
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"
 SHOWN = ("base", "sam", "sam10", "rwp", "rwp_1x")  # in README.md
+IN_README = ("wrong", "shares", "weights")
 RIVALS = ("base", "sam", "sam10")
 SEARCH_SEEDS = (100, 101)  # of the demonstration, by its plan
 UNDECIDED = "not to be told apart"
+AXIS = "percentage points in favour of the first, a dot a seed"
 BEGIN, END = "<!-- results: python recipes/report.py -->", "<!-- end of results -->"
 
 
@@ -64,6 +81,12 @@ def main() -> None:
         coordinates = next(iter(record["models"].values()))["train"]["plane_coordinates"]
         landscape(planes, coordinates, RESULTS / "landscape" / f"{name}.png")
         sharpness_curves(record["models"], RESULTS / "landscape" / f"{name}_sharpness.png")
+    tested = outcomes(comparisons)
+    for key in SENTENCES:
+        gains = in_favour(key, tested)
+        if gains:
+            (RESULTS / "claims").mkdir(exist_ok=True)
+            differences(gains, RESULTS / "claims" / f"{key}.png", AXIS)
     (RESULTS / "README.md").write_text(details(comparisons, benchmarks, landscapes, shown), encoding="utf-8")
     readme = ROOT / "README.md"
     section = brief(comparisons, benchmarks)
@@ -105,7 +128,7 @@ def with_section(text: str, section: str) -> str:
 
 
 def brief(comparisons: Mapping[str, Sequence[Mapping[str, Any]]], benchmarks: Sequence[Mapping[str, Any]]) -> str:
-    """For README.md, a line each: what a step costs on a machine; under which terms RWP differs, on how many tasks."""
+    """For README.md, a line each: what a step costs; what was planned and found; where else RWP differs from plain."""
     lines = []
     for record in benchmarks:
         medians: dict[str, list[float]] = {}
@@ -114,16 +137,47 @@ def brief(comparisons: Mapping[str, Sequence[Mapping[str, Any]]], benchmarks: Se
         ratios = ", ".join(f"{what} {min(found):.3g} to {max(found):.3g}" for what, found in medians.items())
         models = len({row["model"] for row in step_rows(record)})
         lines.append(f"- Costs ({models} models on {machine(record)}): {ratios}.")
-    tasks = [by_protocol(records) for records in comparisons.values()]
+    tested = outcomes(comparisons)
+    lines += [f"- {line}" for key in IN_README if (line := in_short(key, tested))]
+    tasks = [by_protocol(records) for name, records in comparisons.items() if name not in COMMANDS]
+    said = []
     for protocol, terms in PROTOCOLS.items():
         found = [by_method(task[protocol]) for task in tasks if protocol in task]
-        said = []
-        for rival in RIVALS:
-            kinds = [verdict(runs.get("rwp", []), runs.get(rival, []))[0] for runs in found]
-            said.append(f"{METHODS[rival].title}: better {kinds.count('better')}, worse {kinds.count('worse')}")
+        kinds = [verdict(runs.get("rwp", []), runs.get("base", []))[0] for runs in found]
         if found:
-            lines.append(f"- RWP at {terms}, {len(found)} task{'s' * (len(found) > 1)}: against {'; '.join(said)}.")
+            said.append(f"at {terms} better {kinds.count('better')}, worse {kinds.count('worse')} of {len(found)}")
+    if said:
+        lines.append(f"- Without a plan, RWP against plain, tasks: {'; '.join(said)}.")
     return "\n".join(lines)
+
+
+def conclusions(comparisons: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """What the plans' runs say: a sentence and a picture for each part, where nothing helps, a row for each claim."""
+    tested = outcomes(comparisons)
+    if not tested:
+        return []
+    parts = [
+        "## Conclusions",
+        (
+            "Planned ahead of the runs ([plans](plans)), eight paired seeds a claim, exact two-sided sign-flip tests; "
+            "corrected: by Holm, inside a plan's family. Better, worse: corrected p under 0.05, at least 0.5 points. "
+            "What is called no effect may be one that eight seeds cannot show."
+        ),
+    ]
+    for key in SENTENCES:
+        said = conclusion(key, tested)
+        if said:
+            parts.append(f"- {said}")
+    for key, title in SENTENCES.items():
+        if in_favour(key, tested):
+            plans = ", ".join(f"[{plan}](plans/{plan}.md)" for plan in plans_of(key))
+            parts.append(f"![{title}: paired differences](claims/{key}.png)\n\n{title}; planned in {plans}.")
+    parts.append("## Where it does not help")
+    titles = {file: described(comparisons[file]) for file in COMMANDS if file in comparisons}
+    for name, where in no_help(comparisons, titles).items():
+        said = "; ".join(where) or "none of the tasks that were planned: try it on yours ahead of believing that"
+        parts.append(f"> **{METHODS[name].title}** does not help (not clearly above plain training) on: {said}.")
+    return [*parts, "## Every claim, and the command that makes its runs", claims_table(tested)]
 
 
 def step_rows(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -190,8 +244,10 @@ def details(
         "differences seed by seed. Settings are learning rate, weight decay, and rho or gamma. Intervals cover only "
         "seeds: not which settings the search happened to choose, and not that many differences are looked at.",
     ]
+    parts += conclusions(comparisons)
     if comparisons or benchmarks:
-        parts += ["## In short", summary(comparisons, benchmarks).strip()]
+        unplanned = {name: records for name, records in comparisons.items() if name not in COMMANDS}
+        parts += ["## Costs, and comparisons without a plan", summary(unplanned, benchmarks).strip()]
     if shown:
         parts += demonstrated(shown)
     for name, records in comparisons.items():
@@ -199,7 +255,7 @@ def details(
         parts.append(conditions(records))
         for protocol, runs in by_protocol(records).items():
             parts.append(f"### {PROTOCOLS[protocol].capitalize()}")
-            parts.append(comparison_table(runs))
+            parts += [comparison_table(runs), *filter(None, (stopped_table(runs), robustness_table(runs)))]
             parts.append(f"![accuracy over epochs, time and cost](compare/{name}_{protocol}.png)")
             parts.append(sentence(described(records), by_method(runs)))
     for record in benchmarks:
@@ -281,9 +337,11 @@ def described(records: Sequence[Mapping[str, Any]]) -> str:
     data = task["data_dir"] or task.get("dataset") or "digits"
     data = {"cifar10": "CIFAR-10", "uoft-cs/cifar10": "CIFAR-10"}.get(data, data)
     images = f", {task['train_images']:,} images" if "train_images" in task else ""
-    noise = f", {task['label_noise']:.0%} of labels random" if "label_noise" in task else ""
+    wrong = "the next class" if task.get("label_noise_kind") == "asymmetric" else "random"
+    noise = f", {task['label_noise']:.0%} of labels {wrong}" if "label_noise" in task else ""
+    before = f" after {task['pretrain_epochs']} plain ones" if "pretrain_epochs" in task else ""
     ranks = f", {replicas} replicas" if replicas > 1 else ""
-    return f"{data}, {task['model']}{images}, {task['epochs']} epochs{noise}{ranks}"
+    return f"{data}, {task['model']}{images}, {task['epochs']} epochs{before}{noise}{ranks}"
 
 
 def conditions(records: Sequence[Mapping[str, Any]]) -> str:

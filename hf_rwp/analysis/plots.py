@@ -172,6 +172,31 @@ def _mean_and_deviation(axes: Axes, at: Sequence[float], values: Any, name: str,
         axes.fill_between(at, mean - spread, mean + spread, color=look["color"], alpha=0.15, linewidth=0)
 
 
+def differences(gains: Mapping[str, Sequence[float]], path: StrPath, label: str) -> None:
+    """Write a PNG: paired differences as dots, a row for each name, with their mean as a bar through it.
+
+    gains: at least one each. label: of the axis, with its unit.
+    """
+    figure = Figure(figsize=(9, 0.9 + 0.5 * len(gains)), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(0, color="#777777", linewidth=1)
+    for row, (values, style) in enumerate(zip(gains.values(), itertools.cycle(LOOKS), strict=False)):
+        color, marker = style["color"], style["marker"]
+        spread = np.linspace(-0.18, 0.18, len(values)) if len(values) > 1 else [0.0]  # equal ones would hide each other
+        axes.scatter(values, row + np.asarray(spread), s=18, color=color, marker=marker, alpha=0.75)
+        mean = float(np.mean(values))
+        axes.plot([mean, mean], [row - 0.35, row + 0.35], color=color, linewidth=2.5)
+        axes.annotate(f"{mean:+.1f}", (mean, row - 0.36), ha="center", va="bottom", fontsize=8)
+    axes.set_yticks(range(len(gains)), gains, fontsize=8)
+    axes.set_ylim(len(gains) - 0.4, -0.7)
+    axes.margins(x=0.08)
+    axes.set_xlabel(label)
+    axes.grid(axis="x", color="#E5E5E5")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, format="png", dpi=110)
+
+
 def landscape(losses: Mapping[str, Any], coordinates: Sequence[float], path: StrPath, label: str = "loss") -> None:
     """Write a PNG: the loss on a plane through the weights, as contours above and as a surface below, for each model.
 

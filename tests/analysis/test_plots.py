@@ -5,7 +5,7 @@ import PIL.Image
 import pytest
 
 from hf_rwp.analysis import plots
-from hf_rwp.analysis.plots import comparison, landscape, sharpness_curves
+from hf_rwp.analysis.plots import comparison, differences, landscape, sharpness_curves
 
 
 def lines(axes):
@@ -83,6 +83,22 @@ def figure_of(tmp_path, monkeypatch):
         return figures[-1]
 
     return drawn
+
+
+def test_differences_have_a_row_each_with_every_pair_and_their_mean(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "Figure", lambda **o: figures.append(matplotlib.figure.Figure(**o)) or figures[-1])
+    differences({"a over b": [1.0, 2.0, 6.0], "a over c": [-0.5]}, tmp_path / "claims.png", "points")
+    (axes,) = figures[0].axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a over b", "a over c"]
+    assert axes.get_xlabel() == "points"
+    first, second = (dots.get_offsets() for dots in axes.collections)
+    assert first[:, 0].tolist() == [1.0, 2.0, 6.0]
+    assert second.tolist() == [[-0.5, 1.0]]
+    assert [line.get_xdata()[0] for line in axes.lines] == [0, 3.0, -0.5]
+    assert [note.get_text() for note in axes.texts] == ["+3.0", "-0.5"]
+    with PIL.Image.open(tmp_path / "claims.png") as image:
+        assert image.format == "PNG"
 
 
 def test_landscapes_of_several_models_have_the_same_axes_and_colours(figure_of):
