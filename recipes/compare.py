@@ -206,18 +206,15 @@ def grid(args: Arguments, name: str) -> list[Settings]:
 
 
 def chosen(args: Arguments, name: str, protocol: str) -> Settings:
-    """What a search found best, here or in the comparison that `--settings_from` names, else the flags' settings."""
+    """What searches found best, this one's and those that `--settings_from` names, else the flags' settings."""
     own = Path(args.results)
-    others = [own.with_name(f"{args.settings_from}.jsonl")] if args.settings_from else []
-    for file in (own, *others):
-        found = best_settings(comparison_records(file), name, protocol)
-        if found is not None:
-            return found
-    if args.settings_from:
+    files = [own, *(own.with_name(f"{other}.jsonl") for other in args.settings_from)]
+    found = best_settings([record for file in files for record in comparison_records(file)], name, protocol)
+    if found is None and args.settings_from:
         raise ValueError(
-            f"{others[0]} has no search for the settings of {name}: leave settings_from out, or search there"
+            f"no search in {', '.join(args.settings_from)} has settings for {name}: leave settings_from out, or search"
         )
-    return default_settings(args, name)
+    return default_settings(args, name) if found is None else found
 
 
 def seconds_per_step(accelerator: Accelerator, args: Arguments, data: Data, names: Sequence[str]) -> dict[str, float]:

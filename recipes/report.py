@@ -168,10 +168,10 @@ def conclusions(comparisons: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[
         said = conclusion(key, tested)
         if said:
             parts.append(f"- {said}")
-    for key, title in SENTENCES.items():
+    for key, topic in SENTENCES.items():
         if in_favour(key, tested):
             plans = ", ".join(f"[{plan}](plans/{plan}.md)" for plan in plans_of(key))
-            parts.append(f"![{title}: paired differences](claims/{key}.png)\n\n{title}; planned in {plans}.")
+            parts.append(f"![{topic}: paired differences](claims/{key}.png)\n\n{topic}; planned in {plans}.")
     parts.append("## Where it does not help")
     titles = {file: described(comparisons[file]) for file in COMMANDS if file in comparisons}
     for name, where in no_help(comparisons, titles).items():

@@ -86,7 +86,8 @@ PLANS = {  # of each family, in the folder plans
 }
 _AT_40 = ("40 % of labels random", "40 % of labels random", "digits_wrong40")
 _CONFIG = "hf-rwp compare --config recipes/configs/compare/"
-_SHARE = f"{_CONFIG}digits_wrong.yaml --search false --settings_from digits_wrong40 --methods base base_smooth sam rwp"
+_SETTINGS = "--search false --settings_from digits_wrong40 digits_wrong40_narrow"
+_SHARE = f"{_CONFIG}digits_wrong.yaml {_SETTINGS} --methods base sam rwp"
 COMMANDS = {
     "digits_wrong40": f"{_CONFIG}digits_wrong.yaml",
     "digits_wrong0": f"{_SHARE} --label_noise 0 --name digits_wrong0",

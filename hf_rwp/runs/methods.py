@@ -86,9 +86,9 @@ class ComparisonArguments:
     seeds: list[int] = field(
         default_factory=lambda: [0], metadata={"help": "Of weights, order and augmentation; a run for each."}
     )
-    settings_from: str | None = field(
-        default=None,
-        metadata={"help": "Another comparison, by its name, whose search chooses the settings where this has none."},
+    settings_from: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Other comparisons, by their names, whose searches choose the settings as well."},
     )
     search: bool = field(default=False, metadata={"help": "Whether to choose lr, weight decay, rho and gamma first."})
     lrs: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2], metadata={"help": "Learning rates to try."})

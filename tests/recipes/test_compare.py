@@ -479,9 +479,16 @@ def test_the_search_of_another_comparison_chooses_settings(compare, tmp_path):
     places = [f"--results={tmp_path}/first.jsonl", f"--output_dir={tmp_path}/first"]
     compare.main(parse_arguments(compare.Arguments, [*TINY, *places, *first]))
     *_, record = start(compare, tmp_path, "--methods=base", "--settings_from=first", "--label_noise=0.5")
+    figures = {"first": 0.3, "second": 0.4}
+    for file, top1 in figures.items():
+        trial = {"kind": "trial", "method": "asam", "protocol": "images", "settings": {"lr": top1}, "top1": top1}
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / f"{file}.jsonl").write_text(json.dumps(trial) + "\n")
+    args = arguments(compare, "--settings_from", *figures, f"--results={tmp_path}/other/own.jsonl")
+    assert compare.chosen(args, "asam", "images") == {"lr": 0.4}  # the best of both
     assert (record["settings"]["lr"], record["settings"]["weight_decay"]) == (0.01, 1e-3)
     assert "--settings_from first" in record["command"]
-    with pytest.raises(ValueError, match=r"first.jsonl has no search for the settings of rwp: leave settings_from out"):
+    with pytest.raises(ValueError, match=r"no search in first has settings for rwp: leave settings_from out"):
         start(compare, tmp_path, "--methods=rwp", "--settings_from=first", "--label_noise=0.5")
 
 
