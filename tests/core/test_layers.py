@@ -570,12 +570,16 @@ def test_the_base_is_bit_equal_after_a_thousand_steps(dtype):
     assert losses[-1] < losses[0]
 
 
-def test_a_compiled_model_sees_the_same_noise():
+@pytest.mark.parametrize("layers_alone", [False, True])
+def test_what_is_compiled_sees_the_same_noise(layers_alone):
     found = []
     for frozen in (True, "copy"):
         torch._dynamo.reset()
         model = lora(layers=2)
-        found.append(train(frozen, 2, model, torch.compile(model, backend="aot_eager")))
+        for layer in model if layers_alone else ():
+            layer.compile(backend="aot_eager")
+        whole = None if layers_alone else torch.compile(model, backend="aot_eager")
+        found.append(train(frozen, 2, model, whole))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     assert found[0][2]
     assert found[0][3]["slots"] == found[1][3]["slots"]
