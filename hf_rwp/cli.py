@@ -46,7 +46,7 @@ COMMANDS = {  # module:function, which is called with the words after the comman
     "record": ("hf_rwp.hub.__main__:record", "append a run's results.json to a file of records"),
     "card": ("hf_rwp.hub.__main__:card", "render the model cards of records"),
 }
-SLOW_FLAGS = ("vit", "lora")  # which are Trainer's; the others' are read within a second
+LIGHT_FLAGS = ("train", "compare", "landscape", "benchmark", "demo", "report")  # read within a second: see flags_first
 EPILOG = """\
 hf-rwp COMMAND --help lists a command's flags. Ahead of a recipe's: --processes N,
 --config_file FILE.yaml (Accelerate's), as in hf-rwp train --processes 2 --epochs 3
@@ -124,7 +124,7 @@ def refuse_missing(command: str, module: str = "__main__") -> None:
             if importlib.util.find_spec(package) is None:
                 who = f"hf-rwp {command}" if command in RECIPES else f"{command}.py"
                 refuse(missing(who, package, extra), everywhere=True)
-    if command in SLOW_FLAGS:
+    if command not in LIGHT_FLAGS:
         announce(command)
 
 

@@ -1,8 +1,17 @@
 """Compare RWP with plain training and with SAM, in one run and under equal terms, on small images.
 
-# All methods on the embedded digits; then CIFAR-10, the settings chosen for each method on a validation split
+# All methods on the embedded digits
 ```bash
 python recipes/compare.py
+```
+
+# Plain training and RWP on images of your own, three times
+```bash
+python recipes/compare.py --data_dir path/to/images --methods base rwp --seeds 0 1 2
+```
+
+# CIFAR-10, the settings chosen for each method on a validation split
+```bash
 python recipes/compare.py --config recipes/configs/compare/cifar10_resnet18.yaml --dataset uoft-cs/cifar10 \
     --methods base sam rwp --seeds 0 1 2 --search true
 ```

@@ -24,46 +24,10 @@ from typing import Any
 
 from hf_rwp.cli import refuse_missing
 
-refuse_missing("demo", __name__)  # ahead of the imports that would fail
-
-import torch
-from accelerate import Accelerator
-from torch import nn
-
-from hf_rwp import missing
-from hf_rwp.analysis.plots import demonstration
-from hf_rwp.analysis.sharpness import loss_slice, random_directions
-from hf_rwp.analysis.timing import timed
+refuse_missing("demo", __name__)
 from hf_rwp.core.checks import check_all
 from hf_rwp.experiments.arguments import SmallArguments
-from hf_rwp.experiments.demonstration import table, title, words
-from hf_rwp.experiments.lanes import Lanes
-from hf_rwp.experiments.training import Data, Training, load_data, options_of
-from hf_rwp.runs.closing import COLUMNS, with_comments
-from hf_rwp.runs.comparison import is_new
-from hf_rwp.runs.determinism import use_fast_kernels
-from hf_rwp.runs.folders import new_folder
-from hf_rwp.runs.launch import check_comparison
-from hf_rwp.runs.methods import METHODS
-from hf_rwp.runs.parsing import start
-from hf_rwp.runs.records import append_record, command_of, environment, read_records, without_nan
-
-Record = dict[str, Any]
-SETTINGS: Mapping[
-    str, Mapping[str, float | None]
-] = {  # each method's best of six by the search in recipes/results/demo
-    "base": {"lr": 0.2, "weight_decay": 2e-2, "strength": None},
-    "sam": {"lr": 0.2, "weight_decay": 2e-2, "strength": 0.1},
-    "rwp": {"lr": 0.1, "weight_decay": 4e-2, "strength": 0.04},
-}
-STEP = SmallArguments.batch_size
-COORDINATES = [step / 16 for step in range(-8, 9)]  # of the landscape, in norms of the filters
-DIRECTIONS, AROUND = 3, 512  # random ones, over which the landscape is averaged, and the training images that it is of
-NEXT = {
-    "RWP in a loop of your own": "optimizer = RWP(optimizer, model, gamma=0.01)",
-    "images of your own": "hf-rwp train --data_dir path/to/images",
-    "which gamma to begin with": "hf-rwp gamma",
-}
+from hf_rwp.runs.parsing import flags_first, start
 
 
 @dataclass
@@ -93,6 +57,44 @@ class Arguments:
                 f"at least {STEP}, those of a step",
             ),
         )
+
+
+flags_first("demo", __name__, Arguments, __doc__)  # ahead of the slow imports
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from hf_rwp import missing
+from hf_rwp.analysis.plots import demonstration
+from hf_rwp.analysis.sharpness import loss_slice, random_directions
+from hf_rwp.analysis.timing import timed
+from hf_rwp.experiments.demonstration import table, title, words
+from hf_rwp.experiments.lanes import Lanes
+from hf_rwp.experiments.training import Data, Training, load_data, options_of
+from hf_rwp.runs.closing import COLUMNS, with_comments
+from hf_rwp.runs.comparison import is_new
+from hf_rwp.runs.determinism import use_fast_kernels
+from hf_rwp.runs.folders import new_folder
+from hf_rwp.runs.launch import check_comparison
+from hf_rwp.runs.methods import METHODS
+from hf_rwp.runs.records import append_record, command_of, environment, read_records, without_nan
+
+Record = dict[str, Any]
+SETTINGS: Mapping[
+    str, Mapping[str, float | None]
+] = {  # each method's best of six by the search in recipes/results/demo
+    "base": {"lr": 0.2, "weight_decay": 2e-2, "strength": None},
+    "sam": {"lr": 0.2, "weight_decay": 2e-2, "strength": 0.1},
+    "rwp": {"lr": 0.1, "weight_decay": 4e-2, "strength": 0.04},
+}
+STEP = SmallArguments.batch_size
+COORDINATES = [step / 16 for step in range(-8, 9)]  # of the landscape, in norms of the filters
+DIRECTIONS, AROUND = 3, 512  # random ones, over which the landscape is averaged, and the training images that it is of
+NEXT = {
+    "RWP in a loop of your own": "optimizer = RWP(optimizer, model, gamma=0.01)",
+    "images of your own": "hf-rwp train --data_dir path/to/images",
+    "which gamma to begin with": "hf-rwp gamma",
+}
 
 
 def main(args: Arguments) -> None:
@@ -233,4 +235,4 @@ def described_arguments(args: Arguments) -> tuple[Record, Record]:
 
 
 if __name__ == "__main__":
-    start(main, Arguments, description=__doc__.splitlines()[0])
+    start(main, Arguments, __doc__)

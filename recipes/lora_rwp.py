@@ -40,30 +40,14 @@ from typing import Any
 
 from hf_rwp.cli import refuse_missing
 
-refuse_missing("lora", __name__)  # ahead of the imports that would fail
-
+refuse_missing("lora", __name__)
 import torch
-from datasets import Dataset, load_dataset
-from datasets import disable_progress_bars as hide_bars_of_datasets
-from transformers import PrinterCallback, ProgressCallback, set_seed
-from transformers.utils.logging import disable_progress_bar as hide_bars_of_transformers
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig
 
-from hf_rwp import RWPArguments, RWPTrainerMixin
-from hf_rwp.analysis.run_plots import title_of, training_curves
+from hf_rwp import RWPArguments
 from hf_rwp.core.checks import check_all
-from hf_rwp.core.refusals import refuse_lone_processes
-from hf_rwp.hub.card import add_card
-from hf_rwp.hub.export import class_name
-from hf_rwp.hub.push import PushError, push
-from hf_rwp.runs.files import write
 from hf_rwp.runs.given import Given, save_flags
-from hf_rwp.runs.parsing import start
-from hf_rwp.runs.records import append_record, environment, hub_id, scrub_paths
-from hf_rwp.runs.resuming import RESULTS, check_writable
-from hf_rwp.trainer.adapters import History, Measured, command_of_run, last_screen
-from hf_rwp.trainer.checkpoints import find_trainer_checkpoint, remove_later_checkpoints
-from hf_rwp.trainer.language import known_texts, make_base, sums_in_words
+from hf_rwp.runs.parsing import flags_first, start
 
 
 @dataclass
@@ -192,6 +176,27 @@ class Arguments(ModelConfig, RWPArguments, SFTConfig):
     def embedded(self) -> bool:
         """Whether the data are sums in words."""
         return not (self.data_file or self.dataset)
+
+
+flags_first("lora", __name__, Arguments, __doc__)  # ahead of the slow imports
+from datasets import Dataset, load_dataset
+from datasets import disable_progress_bars as hide_bars_of_datasets
+from transformers import PrinterCallback, ProgressCallback, set_seed
+from transformers.utils.logging import disable_progress_bar as hide_bars_of_transformers
+from trl import SFTTrainer, get_peft_config, get_quantization_config
+
+from hf_rwp import RWPTrainerMixin
+from hf_rwp.analysis.run_plots import title_of, training_curves
+from hf_rwp.core.refusals import refuse_lone_processes
+from hf_rwp.hub.card import add_card
+from hf_rwp.hub.export import class_name
+from hf_rwp.hub.push import PushError, push
+from hf_rwp.runs.files import write
+from hf_rwp.runs.records import append_record, environment, hub_id, scrub_paths
+from hf_rwp.runs.resuming import RESULTS, check_writable
+from hf_rwp.trainer.adapters import History, Measured, command_of_run, last_screen
+from hf_rwp.trainer.checkpoints import find_trainer_checkpoint, remove_later_checkpoints
+from hf_rwp.trainer.language import known_texts, make_base, sums_in_words
 
 
 class RWPSFTTrainer(RWPTrainerMixin, SFTTrainer): ...

@@ -30,7 +30,7 @@ _BY_NAME = {
     "Hub": "hub_.*|push_to_hub.*",
 }
 _ELSEWHERE = ("transformers.", "trl.")
-_EXAMPLE = re.compile(r"^# (?P<said>.*)\n```bash\n(?P<command>(?:.*\n)*?)```$", re.MULTILINE)
+_EXAMPLE = re.compile(r"^(?:# (?P<said>.*)\n)?```bash\n(?P<command>(?:.*\n)*?)```$", re.MULTILINE)
 _LAUNCHER = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:accelerate launch|python)(?P<options>.*?) recipes/\w+\.py")
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
@@ -105,7 +105,7 @@ def group_of(kind: type[Any], name: str) -> str:
 
 def examples_in(doc: str, prog: str, width: int = 80) -> list[str]:
     """What each block of commands in a docstring is for, and the commands, called as this program is."""
-    return ["\n".join(_example(found["said"], found["command"], prog, width)) for found in _EXAMPLE.finditer(doc)]
+    return ["\n".join(_example(found["said"] or "", found["command"], prog, width)) for found in _EXAMPLE.finditer(doc)]
 
 
 def _example(said: str, commands: str, prog: str, width: int) -> Iterable[str]:

@@ -1,8 +1,9 @@
 """How a program ends at its user's mistake: one line, `error: ...`, the last on the screen, and exit status 2.
 
 A mistake is what this package or the script itself refuses: an exception that a `raise` of theirs begins. So are files
-that may not be written, a full disk, and too little memory. What else fails is a bug, and keeps its traceback;
-HF_RWP_TRACEBACK=1 shows that of mistakes as well.
+that may not be written, a full disk, a file that was typed and is not there, what Hugging Face's libraries cannot find
+or reach, and too little memory. What else fails is a bug, and keeps its traceback; HF_RWP_TRACEBACK=1 shows that of
+mistakes as well.
 
 Of processes that were started together the main one says it. What torch's elastic agent starts (torchrun, `accelerate
 launch`, `hf-rwp --processes`) leaves it in the agent's error file too, so that what only another process has seen is
@@ -19,9 +20,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from operator import itemgetter
 from pathlib import Path
+from traceback import walk_tb
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -34,6 +36,8 @@ OF_THE_LAUNCHER = "HF_RWP_LAUNCHER"  # set where `hf-rwp` says what its processe
 _SHOWS_ALL = "HF_RWP_TRACEBACK"
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 _REFUSALS = (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError)
+_OF_A_NAME = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}  # for a file that was typed
+_SOURCES = ("transformers", "datasets", "huggingface_hub", "peft", "trl")
 _OF_THE_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 
 
@@ -134,9 +138,18 @@ def _line(error: Exception, arguments: Any, ahead: bool) -> str | None:
         return said
     if isinstance(error, _REFUSALS) and (ahead or _is_refusal(error.__traceback__)):
         return str(error)
-    if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.filename is not None:
+        typed = {word.rpartition("=")[2] for word in sys.argv[1:]}
+        if error.errno in _OF_THE_MACHINE or (error.errno in _OF_A_NAME and str(error.filename) in typed):
+            return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno is None and _raised_in(error, _SOURCES):
+        return str(error)  # what they could not find or reach, in their words
     return None
+
+
+def _raised_in(error: Exception, packages: Collection[str]) -> bool:
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_globals.get("__name__", "").partition(".")[0] in packages
 
 
 def _is_refusal(traceback: TracebackType | None) -> bool:

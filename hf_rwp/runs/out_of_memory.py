@@ -13,7 +13,8 @@ _EVALUATIONS = {"evaluate", "evaluation_loop", "validate"}
 
 def advice(error: BaseException, arguments: Any) -> str | None:
     """What to say of an error where memory ended; None for other errors. arguments: the flags; None if not known."""
-    if not (isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _is_sign(str(error)))):
+    told = isinstance(error, RuntimeError) or type(error).__name__ == "ProcessRaisedException"  # of torch's spawn
+    if not (isinstance(error, MemoryError) or (told and _is_sign(str(error)))):
         return None
     names = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
     return f"out of memory{_where(error)}: {_try(arguments, bool(names & _EVALUATIONS))}"

@@ -119,6 +119,25 @@ def test_a_file_that_may_not_be_written_and_a_full_disk_are_told_and_other_error
             open_as(error)
 
 
+def test_a_file_that_was_typed_and_is_not_there_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lora_rwp.py", "--known_file=known.txt", "--data_file", "sums.jsonl"])
+    for name in ("known.txt", "sums.jsonl"):
+        with pytest.raises(SystemExit), told_in_a_line():
+            open_as(FileNotFoundError(errno.ENOENT, "No such file or directory", name))
+        assert capsys.readouterr().err == f"error: {name}: No such file or directory\n"
+
+
+def test_what_the_libraries_of_hugging_face_cannot_find_is_told_in_their_words(capsys):
+    from transformers import AutoConfig
+
+    with pytest.raises(SystemExit), told_in_a_line():
+        AutoConfig.from_pretrained("nowhere/at/all")
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "nowhere/at/all" in said
+    assert said.count("\n") == 1
+
+
 def open_as(error):
     """Raise as a function of Python's own does, and not this file."""
     namespace = {"error": error}

@@ -100,6 +100,14 @@ def test_in_evaluation_its_own_batch_is_the_one():
     assert said.startswith("out of memory: try --per_device_eval_batch_size 48 (it was 100), or a smaller model")
 
 
+def test_that_of_a_process_of_torchs_spawn_is_one():
+    from torch.multiprocessing import ProcessRaisedException
+
+    text = "-- Process 0 terminated with the following error:\ntorch.OutOfMemoryError: CUDA out of memory."
+    said = advice(ProcessRaisedException(text, 0, 1), SimpleNamespace(batch_size=16))
+    assert said.startswith("out of memory on the GPU: try --batch_size 8 (it was 16)")
+
+
 def test_other_errors_are_not_of_memory():
     assert advice(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None) is None
     assert advice(ValueError("out of memory"), None) is None
