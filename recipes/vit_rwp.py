@@ -182,6 +182,7 @@ from hf_rwp.hub.push import PushError, push
 from hf_rwp.images.data import describe_splits, load_images
 from hf_rwp.images.found import found_in
 from hf_rwp.images.loaders import ImageDataset
+from hf_rwp.images.models import refuse_single_images
 from hf_rwp.images.orders import in_order_of
 from hf_rwp.images.transforms import image_transforms
 from hf_rwp.runs.closing import commands, last_screen
@@ -231,6 +232,8 @@ def main(args: Arguments) -> None:
     label_names = splits["train"].features["label"].names
     model, model_args = create_model(args, label_names)
     data_config = preprocessing(args, model)
+    if not args.eval_only:
+        refuse_single_images(model, data_config["input_size"], args.per_device_train_batch_size, 1)
     if args.lora_r:
         model = add_lora(args, model)
     signals = Signals()

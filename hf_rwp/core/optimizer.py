@@ -179,9 +179,15 @@ class RWP(OptimizerWrapper):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave: the seed and the groups' gamma too, in place of those given at construction.
 
-        A checkpoint of just the base optimizer loads as well. ValueError: it is of a later format than this one.
+        A checkpoint of just the base optimizer loads as well. ValueError: it is of a later format than this one, or
+        nothing, as DeepSpeed's ZeRO-0 finds where ZeRO-1 or 2 wrote partitions.
         """
         refuse_unsupported(self.model.parameters())  # accelerator.prepare comes by here
+        if state_dict is None:
+            raise ValueError(
+                "the checkpoint has no state of the optimizer where it is looked for: DeepSpeed's ZeRO-1 and 2 write "
+                "it in partitions, which ZeRO-0 does not read. Resume at the stage that wrote it"
+            )
         own = state_dict.get("rwp")
         if own is not None and own.get("version", 1) > _FORMAT:
             raise ValueError(

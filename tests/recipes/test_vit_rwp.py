@@ -485,6 +485,12 @@ def test_a_batch_that_makes_no_pairs_is_refused(tmp_path):
         train(tmp_path, *SCRATCH, "--mixup=0.2", "--per_device_train_batch_size=31", "--rwp=false")
 
 
+def test_single_images_at_1x1_are_refused_ahead_of_training(tmp_path):
+    flags = ["--model_name_or_path=test_resnet", "--img_size=16", "--per_device_train_batch_size=1"]
+    with pytest.raises(ValueError, match="is only one image, and BatchNorm needs more than one"):
+        train(tmp_path, *flags)
+
+
 def test_defaults_are_named_after_the_run(recipe):
     args = parse_arguments(recipe.Arguments, ["--dataset=uoft-cs/cifar10", "--seed=3", "--rwp=false"])
     assert args.output_dir == "outputs/cifar10_vit_base_seed3"
