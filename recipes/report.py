@@ -29,6 +29,7 @@ from hf_rwp.experiments import forgetting
 from hf_rwp.experiments.claims import (
     COMMANDS,
     SENTENCES,
+    STOPPED,
     claims_table,
     in_favour,
     in_short,
@@ -139,7 +140,7 @@ def brief(comparisons: Mapping[str, Sequence[Mapping[str, Any]]], benchmarks: Se
         lines.append(f"- Costs ({models} models on {machine(record)}): {ratios}.")
     tested = outcomes(comparisons)
     lines += [f"- {line}" for key in IN_README if (line := in_short(key, tested))]
-    tasks = [by_protocol(records) for name, records in comparisons.items() if name not in COMMANDS]
+    tasks = [by_protocol(records) for name, records in comparisons.items() if name not in (*COMMANDS, *STOPPED)]
     said = []
     for protocol, terms in PROTOCOLS.items():
         found = [by_method(task[protocol]) for task in tasks if protocol in task]
@@ -246,7 +247,7 @@ def details(
     ]
     parts += conclusions(comparisons)
     if comparisons or benchmarks:
-        unplanned = {name: records for name, records in comparisons.items() if name not in COMMANDS}
+        unplanned = {name: records for name, records in comparisons.items() if name not in (*COMMANDS, *STOPPED)}
         parts += ["## Costs, and comparisons without a plan", summary(unplanned, benchmarks).strip()]
     if shown:
         parts += demonstrated(shown)
