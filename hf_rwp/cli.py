@@ -37,6 +37,7 @@ RECIPES = {  # the file, and what it is for
     "train": ("imagenet_rwp.py", "a timm model on images, with RWP, plainly or with SAM"),
     "vit": ("vit_rwp.py", "a vision transformer on images, with Trainer"),
     "lora": ("lora_rwp.py", "a language model with LoRA, with TRL's SFTTrainer"),
+    "demo": ("demo.py", "what RWP does, beside plain training and SAM, in two minutes"),
     "compare": ("compare.py", "plain training, SAM and RWP under equal terms"),
     "landscape": ("landscape.py", "the loss around trained weights"),
     "benchmark": ("benchmark.py", "what a step costs on this machine"),
@@ -69,7 +70,7 @@ def start(argv: Sequence[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND ...")
     table = {**RECIPES, **COMMANDS}
     for name, (_, said) in table.items():
         commands.add_parser(name, help=said, add_help=False, allow_abbrev=False)

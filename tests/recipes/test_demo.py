@@ -32,7 +32,7 @@ def run(demo, folder, *flags):
 
 
 def command(folder):
-    return [sys.executable, str(RECIPES / "demo.py"), *TINY, "--output_dir", str(folder)]
+    return [sys.executable, "-m", "hf_rwp.cli", "demo", *TINY, "--output_dir", str(folder)]
 
 
 def test_in_a_pipe_it_says_what_it_does_and_what_it_saw(tmp_path):
