@@ -254,11 +254,14 @@ def details(
     for name, records in comparisons.items():
         parts.append(f"## {described(records)}")
         parts.append(conditions(records))
+        if name in COMMANDS:
+            parts.append(f"Planned; claims are made above. Repeat all of it: `{COMMANDS[name]}`")
         for protocol, runs in by_protocol(records).items():
             parts.append(f"### {PROTOCOLS[protocol].capitalize()}")
             parts += [comparison_table(runs), *filter(None, (stopped_table(runs), robustness_table(runs)))]
             parts.append(f"![accuracy over epochs, time and cost](compare/{name}_{protocol}.png)")
-            parts.append(sentence(described(records), by_method(runs)))
+            if name not in (*COMMANDS, *STOPPED):
+                parts.append(sentence(described(records), by_method(runs)))
     for record in benchmarks:
         parts.append(f"## What a step costs, on {machine(record)}")
         parts.append(

@@ -214,7 +214,7 @@ def sentence(key: str, tested: Iterable[Outcome]) -> str:
     parts = []
     for task, file in tasks:
         some = "; ".join(said_of(outcome) for outcome in mine if outcome.claim.file == file)
-        parts.append(f"{task} ([record](compare/{file}.jsonl)): {some}")
+        parts.append(f"{task[0].upper()}{task[1:]} ([record](compare/{file}.jsonl)): {some}")
     return f"**{SENTENCES[key]}.** {'. '.join(parts)}." if parts else ""
 
 
