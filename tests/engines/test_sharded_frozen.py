@@ -1,6 +1,7 @@
 """Noise on a frozen base that FSDP2 shards: drawn after the gather of a layer, the same as in one process, no copy."""
 
 import gc
+import itertools
 import weakref
 from functools import partial
 
@@ -174,6 +175,7 @@ def test_an_evaluation_between_the_passes_sees_the_clean_base_and_changes_no_bit
 
 LAYOUTS = {
     "kept gathered": {"reshard_after_forward": False},
+    "asked for ahead of time": {},
     "in host memory": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
     "low precision": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)},
     "low precision, as the base is held": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)},
@@ -190,7 +192,14 @@ def held_low(model):
 def in_layouts(layout):
     mesh = init_device_mesh("cpu", (2,))
     make = held_low if "held" in layout else lambda model: model
-    return [train(sharded(make(plain()), mesh, **LAYOUTS[layout]), frozen) for frozen in (True, "copy")]
+    found = []
+    for frozen in (True, "copy"):
+        model = sharded(make(plain()), mesh, **LAYOUTS[layout])
+        for one, other in itertools.pairwise(model) if "ahead" in layout else ():
+            one.set_modules_to_forward_prefetch([other])
+            other.set_modules_to_backward_prefetch([one])
+        found.append(train(model, frozen))
+    return found
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
