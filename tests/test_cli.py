@@ -123,7 +123,7 @@ def test_a_mistake_is_one_line_and_status_2(arguments, line, capfd):
 
 
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
-def test_a_flag_that_a_command_does_not_have_is_told_by_its_name(command):
+def test_a_command_of_the_package_tells_a_mistake_in_one_line(command):
     run = hf_rwp(command, "--zzz=1")
     assert (run.returncode, run.stdout) == (2, "")
     assert re.fullmatch(r"error: .*\n", run.stderr)

@@ -8,6 +8,7 @@ from hf_rwp.core.placement import fewest_micro_steps
 
 _SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "OutOfMemoryError", "ALLOC_FAILED")
 _SMALLER = "a smaller model, or smaller images or texts"
+_MAKING = {"create_model", "create_small_model", "from_pretrained"}  # no batch is there yet
 _EVALUATIONS = {"evaluate", "evaluation_loop", "validate"}
 
 
@@ -17,7 +18,8 @@ def advice(error: BaseException, arguments: Any) -> str | None:
     if not (isinstance(error, MemoryError) or (told and _is_sign(str(error)))):
         return None
     names = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-    return f"out of memory{_where(error)}: {_try(arguments, bool(names & _EVALUATIONS))}"
+    tried = f"try {_SMALLER}" if names & _MAKING else _try(arguments, bool(names & _EVALUATIONS))
+    return f"out of memory{_where(error)}: {tried}"
 
 
 def _is_sign(message: str) -> bool:

@@ -30,8 +30,8 @@ def told(recipe, *flags, cwd=None, **environment):
 @pytest.mark.parametrize("recipe", LIGHT)
 def test_values_and_files_of_flags(recipe, tmp_path):
     broken, wrong = tmp_path / "broken.yaml", tmp_path / "wrong.yaml"
-    broken.write_text("seed: 1\nbatch_size: [1\nworkers: 2\n")
-    wrong.write_text("seed: 1\nbatch_size: many\n")
+    broken.write_text("workers: 1\nbatch_size: [1\nlr: 2\n")
+    wrong.write_text("workers: 1\nbatch_size: many\n")
     for flags, line in (
         (["--batch_size", "many"], "--batch_size must be a whole number, got 'many'"),
         (["--batch_size"], "--batch_size expected one argument"),
@@ -75,6 +75,14 @@ def test_a_configuration_is_named_without_its_ending_or_its_folder(tmp_path):
 def test_what_a_recipe_refuses(recipe, flags, line, tmp_path):
     assert told(recipe, *flags, cwd=tmp_path).startswith(f"error: {line}")
     assert list(tmp_path.glob("**/*")) == []
+
+
+def test_a_recipe_that_runs_out_of_memory_says_what_to_try(tmp_path):
+    flags = ["--model=test_vit", "--model_kwargs={embed_dim: 200000000}", f"--output_dir={tmp_path}"]
+    run = subprocess.run([sys.executable, RECIPES / "imagenet_rwp.py", *flags], capture_output=True, text=True)
+    line = "error: out of memory: try a smaller model, or smaller images or texts"
+    assert (run.returncode, run.stderr.splitlines()[-1]) == (2, line)
+    assert "Traceback" not in run.stderr
 
 
 def test_all_of_it_is_shown_if_told_to(tmp_path):

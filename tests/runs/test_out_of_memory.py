@@ -100,6 +100,16 @@ def test_in_evaluation_its_own_batch_is_the_one():
     assert said.startswith("out of memory: try --per_device_eval_batch_size 48 (it was 100), or a smaller model")
 
 
+def test_a_model_that_does_not_fit_is_no_matter_of_the_batch():
+    def create_model():
+        raise ON_CPU
+
+    with pytest.raises(RuntimeError) as failed:
+        create_model()
+    arguments = SimpleNamespace(batch_size=64, gradient_accumulation_steps=1)
+    assert advice(failed.value, arguments) == "out of memory: try a smaller model, or smaller images or texts"
+
+
 def test_that_of_a_process_of_torchs_spawn_is_one():
     from torch.multiprocessing import ProcessRaisedException
 
