@@ -38,6 +38,7 @@ RECIPES = {  # the file, and what it is for
     "vit": ("vit_rwp.py", "a vision transformer on images, with Trainer"),
     "lora": ("lora_rwp.py", "a language model with LoRA, with TRL's SFTTrainer"),
     "demo": ("demo.py", "what RWP does, beside plain training and SAM, in two minutes"),
+    "gamma": ("gamma.py", "which gamma suits a model and its data"),
     "compare": ("compare.py", "plain training, SAM and RWP under equal terms"),
     "landscape": ("landscape.py", "the loss around trained weights"),
     "benchmark": ("benchmark.py", "what a step costs on this machine"),

@@ -2,19 +2,19 @@
 
 # The embedded digits and a small network, trained plainly for a few hundred steps first: a minute on a laptop
 ```bash
-hf-rwp gamma
+python recipes/gamma.py
 ```
 
 # Trained weights as they are: a run's folder, a model of timm's or a causal language model; on your own data
 ```bash
-hf-rwp gamma outputs/digits_rwp_seed0
-hf-rwp gamma timm/resnet50.a1_in1k --data_dir path/to/images
-hf-rwp gamma path/to/llama --text_file texts.txt
+python recipes/gamma.py outputs/digits_rwp_seed0
+python recipes/gamma.py timm/resnet50.a1_in1k --data_dir path/to/images
+python recipes/gamma.py path/to/llama --text_file texts.txt
 ```
 
 # How far off is it? Whole runs on a grid of gammas beside the proposals, as recipes/results/plans/gamma_finder.md says
 ```bash
-hf-rwp gamma --validate true --config recipes/configs/gamma/test_resnet.yaml
+python recipes/gamma.py --validate true --config recipes/configs/gamma/test_resnet.yaml
 ```
 
 It writes gamma.json (all of it in numbers) and gamma.png (the loss over gamma) to `--output_dir`. A new model, or a new
@@ -27,8 +27,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,42 +37,28 @@ from hf_rwp.cli import refuse_missing
 
 refuse_missing("gamma", __name__)  # ahead of the imports that would fail
 
-import torch
-import yaml
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from timm.data import resolve_data_config
-from timm.scheduler import CosineLRScheduler
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from hf_rwp import RWP
-from hf_rwp.analysis.finder import SHARE, GammaProposal, NothingLearnedError, find_gamma
-from hf_rwp.analysis.plots import loss_over_gamma
 from hf_rwp.core.checks import check_all
-from hf_rwp.core.gamma import MODES
-from hf_rwp.hub.configs import config_of
-from hf_rwp.images.arguments import TimmArguments
-from hf_rwp.images.data import load_images
-from hf_rwp.images.memory import Batches, Images, MemoryArguments, select_images
-from hf_rwp.images.models import create_model, create_optimizer
-from hf_rwp.images.orders import in_order_of
-from hf_rwp.images.transforms import BatchTransform
-from hf_rwp.images.weights import find_weights
-from hf_rwp.runs.determinism import derive_seed, use_fast_kernels
-from hf_rwp.runs.files import replacing
-from hf_rwp.runs.parsing import start
-from hf_rwp.runs.records import append_record, command_of, environment, read_records, scrub_paths, without_nan
-from hf_rwp.runs.steps import accumulate, plain_step
-from hf_rwp.trainer.language import known_texts, make_tokenizer, small_llama
+from hf_rwp.core.gamma import MODES, SHARE
+from hf_rwp.images.arguments import MemoryArguments, TimmArguments
+from hf_rwp.runs.parsing import flags_first, start
 
 RECIPE = Path(__file__)
-
 STATES = (0.0, 0.25, 0.5, 1.0)  # shares of plain training after which a validation measures
 WARMUP = 0.05  # of the steps of training
 PLACES = ("output_dir", "device", "results")
+# timm's flags that mean something here; the others are those of whole trainings.
+USED = {
+    "model",
+    "model_kwargs",
+    "pretrained",
+    "drop",
+    "drop_path",
+    "channels_last",
+    "batch_size",
+    "epochs",
+    "warmup_lr",
+}
+USED |= {"opt", "lr", "weight_decay", "weight_decay_1d", "momentum", "opt_eps", "opt_betas", "layer_decay"}
 
 
 @dataclass
@@ -112,6 +98,9 @@ class Arguments(MemoryArguments, TimmArguments):
     def __post_init__(self) -> None:
         for kind in (MemoryArguments, TimmArguments):
             kind.__post_init__(self)
+        for known in fields(TimmArguments):
+            if known.name not in USED and getattr(self, known.name) != known.default:
+                raise ValueError(f"{known.name}={getattr(self, known.name)!r} has no effect here: leave it out")
         self.name = "small_llama" if self.text_file else self.model
         check_all(
             self,
@@ -125,6 +114,37 @@ class Arguments(MemoryArguments, TimmArguments):
             ("seed", 0 <= self.seed < 2**32, "in [0, 2^32)"),
         )
 
+
+def words(argv: list[str]) -> list[str]:
+    """The word ahead of all flags is the model."""
+    return ["--pretrained", *argv] if argv and not argv[0].startswith("-") else argv
+
+
+flags_first("gamma", __name__, Arguments, __doc__, argv=words(sys.argv[1:]))  # ahead of imports that take seconds
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from timm.data import resolve_data_config
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from hf_rwp import RWP
+from hf_rwp.analysis.finder import GammaProposal, NothingLearnedError, find_gamma
+from hf_rwp.analysis.plots import loss_over_gamma
+from hf_rwp.experiments.texts import TextTask
+from hf_rwp.hub.configs import config_of
+from hf_rwp.images.data import load_images
+from hf_rwp.images.memory import Batches, Images, select_images
+from hf_rwp.images.models import create_model, create_optimizer
+from hf_rwp.images.orders import in_order_of
+from hf_rwp.images.transforms import BatchTransform
+from hf_rwp.runs.determinism import derive_seed, use_fast_kernels
+from hf_rwp.runs.files import replacing
+from hf_rwp.runs.records import append_record, command_of, environment, read_records, scrub_paths, without_nan
+from hf_rwp.runs.steps import accumulate, plain_step
 
 Batch = tuple[Tensor, Tensor] | Mapping[str, Tensor]
 
@@ -201,78 +221,10 @@ def parts_of(images: Images, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(images.pixels.split(size), images.labels.split(size), strict=True)
 
 
-class TextTask:
-    """Every token after a text's first is a label; `--label_noise` of those that are learned are drawn at random."""
-
-    def __init__(self, args: Arguments, device: torch.device) -> None:
-        self.args, self.device, self.learned = args, device, args.pretrained is not None
-        self.source = find_weights(args.pretrained, "pretrained") if args.pretrained else None
-        place = self.source and (self.source.path or self.source.hub_id)
-        self.tokenizer = AutoTokenizer.from_pretrained(place) if place else make_tokenizer()
-        self.place, count = place, args.train_images or 2000
-        if args.text_file == "generated":
-            texts = known_texts(2 * (count + (args.test_images or 400)), args.data_seed)[::2]  # the sentences
-        else:
-            lines = Path(args.text_file).read_text(encoding="utf-8").splitlines()
-            texts = [line for line in lines if line.strip()]
-        if not texts:
-            raise ValueError(f"text_file={args.text_file!r} has no line with text")
-        self.train, self.held_out = self.encoded(texts[:count]), self.encoded(texts[count:])
-        self.judges = max(0, len(texts) - count)
-        generator = torch.Generator().manual_seed(args.data_seed)
-        wrong = torch.rand(self.train["labels"].shape, generator=generator) < args.label_noise
-        random = torch.randint(len(self.tokenizer), wrong.shape, generator=generator)
-        self.train["labels"] = torch.where(wrong & (self.train["labels"] != -100), random, self.train["labels"])
-
-    def encoded(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        if not texts:
-            return {}
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        ended = [text + (self.tokenizer.eos_token or "") for text in texts]
-        tokens = self.tokenizer(ended, return_tensors="pt", padding=True, padding_side="right", truncation=True)
-        ids, mask = tokens["input_ids"], tokens["attention_mask"]
-        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-
-    def __len__(self) -> int:
-        return len(self.train["labels"])
-
-    def create(self, seed: int) -> nn.Module:
-        set_seed(seed)
-        if self.place:
-            return AutoModelForCausalLM.from_pretrained(self.place, dtype=torch.float32).to(self.device)
-        return small_llama(self.tokenizer, **yaml.safe_load(self.args.model_kwargs)).to(self.device)
-
-    def batch(self, number: int, seed: int) -> Batch:
-        epoch, place = divmod(number, max(1, len(self) // self.args.batch_size))
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(derive_seed(seed, epoch, 0)))
-        return self.rows(self.train, order[place * self.args.batch_size :][: self.args.batch_size])
-
-    def batches(self) -> Iterator[Batch]:
-        for rows in torch.arange(len(self)).split(self.args.batch_size):
-            yield self.rows(self.train, rows)
-
-    def rows(self, split: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-        """Some texts, as long as the longest of them."""
-        length = int(split["attention_mask"][rows].sum(1).max())
-        return {name: values[rows, :length].to(self.device) for name, values in split.items()}
-
-    @torch.no_grad()
-    def accuracy(self, module: nn.Module) -> float:
-        module.eval()
-        right, count = 0, 0
-        for rows in torch.arange(len(self.held_out["labels"])).split(64):
-            batch = self.rows(self.held_out, rows)
-            labels = batch.pop("labels")[:, 1:]
-            found = module(**batch).logits[:, :-1].argmax(-1)
-            right, count = right + int((found == labels).sum()), count + int((labels != -100).sum())
-        return right / count
-
-
 def main(args: Arguments) -> None:
     accelerator = Accelerator(cpu=args.device == "cpu")
     use_fast_kernels()
-    task = (TextTask if args.text_file else ImageTask)(args, accelerator.device)
+    task: Task = (TextTask if args.text_file else ImageTask)(args, accelerator.device)
     if args.validate:
         validate(task, args, environment(accelerator))
         return
@@ -426,10 +378,5 @@ def halves(batch: Batch) -> list[Batch]:
     return list(zip(*(part.chunk(2) for part in batch), strict=True))
 
 
-def words(argv: list[str]) -> list[str]:
-    """The word ahead of all flags is the model."""
-    return ["--pretrained", *argv] if argv and not argv[0].startswith("-") else argv
-
-
 if __name__ == "__main__":
-    start(main, Arguments, description=__doc__.splitlines()[0], argv=words(sys.argv[1:]))
+    start(main, Arguments, __doc__, argv=words(sys.argv[1:]))

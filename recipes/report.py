@@ -23,7 +23,14 @@ if __name__ == "__main__":  # ahead of the slow imports
     with told_in_a_line():
         Parser(description=__doc__.splitlines()[0], epilog="It has no other flags.").parse_args()
 
-from hf_rwp.analysis.plots import comparison, demonstration, differences, landscape, sharpness_curves
+from hf_rwp.analysis.plots import (
+    accuracy_over_gamma,
+    comparison,
+    demonstration,
+    differences,
+    landscape,
+    sharpness_curves,
+)
 from hf_rwp.analysis.sharpness import Estimate, estimate
 from hf_rwp.experiments import forgetting
 from hf_rwp.experiments.claims import (
@@ -43,6 +50,8 @@ from hf_rwp.experiments.claims import (
     sentence as conclusion,
 )
 from hf_rwp.experiments.demonstration import pairs_table, search_table, title, words
+from hf_rwp.experiments.gammas import for_picture
+from hf_rwp.experiments.gammas import section as gamma_section
 from hf_rwp.runs.comparison import (
     accuracy_curves,
     by_method,
@@ -88,7 +97,11 @@ def main() -> None:
         if gains:
             (RESULTS / "claims").mkdir(exist_ok=True)
             differences(gains, RESULTS / "claims" / f"{key}.png", AXIS)
-    (RESULTS / "README.md").write_text(details(comparisons, benchmarks, landscapes, shown), encoding="utf-8")
+    gammas = read_gammas(RESULTS)
+    if gammas:
+        accuracy_over_gamma({n: for_picture(records) for n, records in gammas.items()}, RESULTS / "gamma" / "grid.png")
+    sections = details(comparisons, benchmarks, landscapes, shown) + gamma_section(gammas)
+    (RESULTS / "README.md").write_text(sections, encoding="utf-8")
     readme = ROOT / "README.md"
     section = brief(comparisons, benchmarks)
     readme.write_text(with_section(readme.read_text(encoding="utf-8"), section), encoding="utf-8")
@@ -117,6 +130,11 @@ def read_demonstration(folder: Path) -> list[dict[str, Any]]:
     files = sorted((folder / "demo").glob("search_*.jsonl"))
     searched = [record for file in files for record in read_records(file) if record["kind"] == "trial"]
     return runs and [*runs, *(trial for trial in searched if trial["seed"] in SEARCH_SEEDS)]
+
+
+def read_gammas(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The records of each model on which the gamma finder was validated, by its name."""
+    return {file.stem: read_records(file) for file in sorted((folder / "gamma").glob("*.jsonl"))}
 
 
 def with_section(text: str, section: str) -> str:

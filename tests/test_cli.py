@@ -58,7 +58,19 @@ def test_help_fits_a_screen_and_answers_at_once():
     lines = run.stdout.splitlines()
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 100
-    for command in ("train", "vit", "lora", "demo", "compare", "landscape", "benchmark", "push", "record", "card"):
+    for command in (
+        "train",
+        "vit",
+        "lora",
+        "demo",
+        "gamma",
+        "compare",
+        "landscape",
+        "benchmark",
+        "push",
+        "record",
+        "card",
+    ):
         assert f"\n    {command}" in run.stdout
 
 

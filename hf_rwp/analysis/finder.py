@@ -23,13 +23,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hf_rwp.analysis.sharpness import Batch, Batches, Loss, Measured, counted_labels, measure_draws
-from hf_rwp.core.gamma import DEFAULT_GAMMA
+from hf_rwp.core.gamma import DEFAULT_GAMMA, SHARE
 from hf_rwp.core.noise import check_noise, std_factor
 from hf_rwp.core.sharding import block_of
 
 UP = tuple(2.0**power for power in range(-2, 8))  # of the mode's default gamma, tried in this order until the loss
 DOWN = tuple(2.0**power for power in range(-3, -9, -1))  # has risen enough, and these where the first is too much
-SHARE = 0.125
 LEARNED = 0.95  # a loss that is at least so much of a guess's tells nothing
 
 

@@ -5,6 +5,7 @@ import math
 MODES = ("filter", "filter_normalized")
 DEFAULT_GAMMA = {"filter": 0.01, "filter_normalized": 0.2}
 SCHEDULES = ("constant", "linear", "cosine")
+SHARE = 0.125  # of what weights have learned, that noise may take back where `find_gamma` proposes a gamma
 
 
 def gamma_factor(progress: float, schedule: str = "constant", growth: float = 0.0, start: float = 0.0) -> float:

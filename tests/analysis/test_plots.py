@@ -5,11 +5,18 @@ import PIL.Image
 import pytest
 
 from hf_rwp.analysis import plots
-from hf_rwp.analysis.plots import comparison, differences, landscape, sharpness_curves
+from hf_rwp.analysis.plots import (
+    accuracy_over_gamma,
+    comparison,
+    differences,
+    landscape,
+    loss_over_gamma,
+    sharpness_curves,
+)
 
 
 def lines(axes):
-    return {line.get_label(): (line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.lines}
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
 
 
 def test_a_comparison_shows_means_over_seeds(tmp_path, monkeypatch):
@@ -204,3 +211,44 @@ def test_a_demonstration_shows_accuracy_cost_and_the_loss_around(figure_of):
     assert [bar.get_height() for bar in gradients.patches] == [2, 4]
     assert [bar.get_height() for bar in seconds.patches] == [9, 18]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["plain", "RWP"]
+
+
+# gamma
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    made = []
+    monkeypatch.setattr(plots, "Figure", lambda **o: made.append(matplotlib.figure.Figure(**o)) or made[-1])
+    return made
+
+
+def test_the_loss_over_gamma_has_a_panel_for_each_mode_with_the_proposal_in_it(figures, tmp_path):
+    levels = [{"gamma": g, "rise": 100 * g**2, "low": -g, "high": 200 * g**2} for g in (0.01, 0.02, 0.04)]
+    levels.append({"gamma": 0.08, "rise": math.inf, "low": math.inf, "high": math.inf})
+    found = {"levels": levels, "gamma": 0.03, "allowed": 0.09}
+    loss_over_gamma({"filter": found, "filter_normalized": found}, tmp_path / "gamma.png")
+    (figure,) = figures
+    assert [axes.get_title("left") for axes in figure.axes] == ["noise filter", "noise filter_normalized"]
+    for axes in figure.axes:
+        rise, proposal = axes.lines
+        assert rise.get_xdata().tolist() == [0.01, 0.02, 0.04, 0.08]
+        assert rise.get_ydata()[:3].tolist() == pytest.approx([0.01, 0.04, 0.16])
+        assert (proposal.get_xdata()[0], proposal.get_ydata()[0]) == (0.03, 0.09)
+        assert [text.get_text() for text in axes.texts] == ["gamma 0.03"]
+        assert axes.get_xscale() == axes.get_yscale() == "log"
+    assert (tmp_path / "gamma.png").stat().st_size > 1000
+
+
+def test_accuracy_over_gamma_has_a_panel_for_each_model_with_all_seeds_and_rules(figures, tmp_path):
+    model = {"gammas": [0.01, 0.02], "top1": [[0.8, 0.9], [0.5, 0.6]], "plain": [0.7, 0.8], "proposals": {"a": 0.015}}
+    accuracy_over_gamma({"one": model, "two": model | {"proposals": {"a": 0.01}}}, tmp_path / "grid.png")
+    (figure,) = figures
+    assert [axes.get_title("left") for axes in figure.axes] == ["one", "two"]
+    found = lines(figure.axes[0])
+    assert found["RWP"] == ([0.01, 0.02], pytest.approx([85, 55]))
+    assert found["plain"][1] == pytest.approx([75, 75])
+    assert found["a"][0] == [0.015, 0.015]
+    seeds = [list(line.get_ydata()) for line in figure.axes[0].lines if line.get_marker() == "."]
+    assert seeds == [pytest.approx([80, 90]), pytest.approx([50, 60])]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["RWP", "plain", "a"]

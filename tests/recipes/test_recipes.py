@@ -23,7 +23,7 @@ def test_no_recipe_imports_a_recipe(name):
     assert imported & {*NAMES, *(f"hf_rwp.recipes.{other}" for other in NAMES)} == set()
 
 
-@pytest.mark.parametrize("name", ["train", "vit", "compare", "landscape", "benchmark"])
+@pytest.mark.parametrize("name", ["train", "vit", "gamma", "compare", "landscape", "benchmark"])
 def test_a_script_names_a_missing_package_in_the_line_that_hf_rwp_says(name):
     file = RECIPES / cli.RECIPES[name][0]
     program = "import runpy, sys; sys.modules['timm'] = None\n"
