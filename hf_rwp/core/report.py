@@ -67,7 +67,7 @@ def _warn(name: str, size: float, dtype: torch.dtype) -> None:
     """dtype: of the weights that a pass computes with."""
     if size > 1:
         logger.warning(
-            "the noise in %s is %.3g times as large as its weights: nothing is learned from such a gradient. Usual are "
+            "the noise in %s is %.3g times as large as its weights: most networks learn little from that. Usual are "
             "0.05 to 0.7; a smaller gamma makes it so (0.01 is the paper's in mode filter, 0.2 in filter_normalized)",
             name,
             size,
