@@ -5,7 +5,8 @@
 
 1. A forward pass in training mode with gradients enabled begins a micro-step, or joins the one that is pending. Any
    other sees clean weights.
-2. Between the two passes whoever looks (`state_dict`, copies, evaluation, `zero_grad`) finds clean weights.
+2. Between the two passes whoever looks (`state_dict`, copies, evaluation, `zero_grad`) finds clean weights, and so does
+   an evaluation's own backward pass, or it raises.
 3. The gradient's weight goes on as a hook of every parameter, ahead of DDP's reduction; under FSDP2, where modules
    compute with other parameters than the optimizer's, as one of those.
 """
@@ -24,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_rwp.core import registry
 from hf_rwp.core.hooks import Hook, Same, at_end_of_backward, in_backward, tensors_in, with_tensors
-from hf_rwp.core.perturbation import Perturbation
+from hf_rwp.core.perturbation import Noise, Perturbation
 from hf_rwp.core.placement import Role
 from hf_rwp.core.sharding import copied_dims, gather, gathered_weights, gatherers, in_use, times
 from hf_rwp.core.window import Windows
@@ -136,6 +137,10 @@ class Passes:
     def _after_forward(self, module: nn.Module, _: Any, output: Any) -> Any:
         entry = self._entries.pop() if self._entries else _Entry.LOOKED
         micro_step = self.micro_step
+        if entry in (_Entry.LOOKED, _Entry.SUSPENDED) and torch.is_grad_enabled():
+            for tensor in tensors_in(output):
+                if tensor.grad_fn is not None:
+                    tensor.register_hook(self._before_looked_backward)
         if entry is _Entry.LOOKED or micro_step is None:
             return None
         if entry is _Entry.SUSPENDED:
@@ -191,6 +196,16 @@ class Passes:
         micro_step.stage = Stage.BACKWARD
         at_end_of_backward(functools.partial(self._after_backward, micro_step))
 
+    def _before_looked_backward(self, _: Tensor) -> None:
+        """A forward pass that saw clean weights has a backward pass, which must find them."""
+        if self._perturbation.noise is not Noise.SHOWN:
+            return
+        if self.micro_step is None or self.micro_step.stage is not Stage.PENDING:
+            raise RuntimeError(_LOOKED)
+        used = in_use(self._windows.gatherers)
+        self.suspend()  # the training pass's own backward pass is later, in this one too: autograd goes back in time
+        gather(used)
+
     def _after_backward(self, micro_step: MicroStep) -> None:
         if micro_step is not self.micro_step:
             return
@@ -227,6 +242,11 @@ _INSIDE = (
     "checkpointing of the whole model makes one. Checkpoint its layers instead. So do cached contrastive losses "
     "(GradCache, CachedMultipleNegativesRankingLoss): take the plain loss, with fewer pairs to a batch or "
     "checkpointed layers for memory"
+)
+_LOOKED = (
+    "an output of a forward pass in eval mode, at clean weights, is in the loss of a perturbed training pass that came "
+    "after it: its backward pass would find noisy weights. Take it after the training pass, or in training mode as "
+    "well, or under torch.no_grad() where it is a mere target"
 )
 _NOT_AVERAGED = (
     "the gradient of a weight that all processes of a mesh have whole is not a sum over them that is yet to be taken: "
