@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_rwp.runs.counts import few_classes
+
 PAPER = "2211.11489"
 DIGITS = "Handwritten digits (scikit-learn)"
 PICTURES = {  # files that a card shows if its repository has them, and what they show, for those who cannot see it
@@ -181,6 +183,8 @@ def build_facts(
     averaged = "top1_ema" in final
     metrics = {key: final.get(f"{key}_ema", final.get(key)) for key in _METRICS}
     metrics = {key: value for key, value in metrics.items() if value is not None and math.isfinite(value)}
+    if few_classes(results):
+        metrics.pop("top5", None)  # always right
     model = architecture or arguments.get("model") or ""
     known_task = next((task for ending, (task, _) in _TASKS.items() if model.endswith(ending)), None)
     images = "top1" in metrics or user.get("library", "timm") == "timm" or known_task == "image-classification"

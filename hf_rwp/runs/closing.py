@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_rwp.runs.counts import class_count, few_classes
 from hf_rwp.runs.given import OF_A_SESSION, Flags, join_flags
 from hf_rwp.runs.records import Results, Row, aligned
 
@@ -158,17 +159,6 @@ def with_comments(next_commands: Mapping[str, str]) -> str:
 
 def method_of(arguments: Mapping[str, Any]) -> str:
     return arguments.get("method") or ("rwp" if arguments.get("rwp") else "base")
-
-
-def class_count(results: Mapping[str, Any]) -> int | None:
-    """Of the training images; None where it is not known."""
-    counts = results.get("found", {}).get("classes", {}).get("train")
-    return (counts["count"] if isinstance(counts.get("most"), Mapping) else len(counts)) if counts else None
-
-
-def few_classes(results: Mapping[str, Any]) -> bool:
-    """Whether top-5 is always right."""
-    return (class_count(results) or 6) <= 5
 
 
 def _is_own(name: str) -> bool:

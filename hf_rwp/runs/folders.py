@@ -26,6 +26,11 @@ def new_folder(first: Path) -> Path:
         return folder
 
 
+def unfinished(folder: Path) -> bool:
+    """Whether a run is there that was cut, and can go on."""
+    return not (folder / "results.json").exists() and any(any(folder.glob(pattern)) for pattern in _CHECKPOINTS)
+
+
 def latest_folder(first: Path) -> Path:
     """The last in the row that holds a checkpoint; the first where none does."""
     there = itertools.takewhile(Path.is_dir, (_numbered(first, number) for number in itertools.count(1)))

@@ -150,6 +150,11 @@ class Progress:
         return since >= LATEST or (since >= EARLIEST and enough)
 
 
+def nothing_left(all_of_it: str, flag: str) -> str:
+    """What to say of a run that goes on where there is nothing to train."""
+    return f"nothing is left to train: {all_of_it} are behind this run. A larger {flag} goes on"
+
+
 def epoch_figures(row: Row, unit: str = "images") -> dict[str, str]:
     """The figures of an epoch that its line has; those per second are of its training. unit: what a second has."""
     shown = {"train_loss": "loss {:.4f}", "top1": "top-1 {:.2%}", "top1_ema": "of averaged weights {:.2%}"}

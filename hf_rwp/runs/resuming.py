@@ -1,5 +1,6 @@
 """What a run goes on from: the checkpoint that its flags name, and whether those flags fit it."""
 
+import shlex
 import sys
 import tempfile
 from collections.abc import Collection, Mapping
@@ -11,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 
 from hf_rwp.runs.arguments import RunArguments
 from hf_rwp.runs.checkpoints import newest, read_state
-from hf_rwp.runs.folders import latest_folder, new_folder
+from hf_rwp.runs.folders import latest_folder, new_folder, unfinished
 from hf_rwp.runs.given import FLAGS
 from hf_rwp.runs.sharded import processes_per_replica
 
@@ -61,7 +62,10 @@ def settle_folder(args: Any) -> None:
         try:
             check_writable(first)
             if args.resume_from_checkpoint is None:
-                folder = new_folder(first)
+                before, folder = latest_folder(first), new_folder(first)
+                if unfinished(before):
+                    where = shlex.quote(str(before))
+                    print(f"{before} has a run that was cut: --resume_from_checkpoint {where} goes on")
             elif args.resume_from_checkpoint == "latest":
                 folder = latest_folder(first)
         except (OSError, ValueError) as error:

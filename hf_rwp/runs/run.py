@@ -37,7 +37,7 @@ from hf_rwp.runs.distributed_checkpoints import load_weights
 from hf_rwp.runs.divergence import refuse_meaningless
 from hf_rwp.runs.files import as_json, write
 from hf_rwp.runs.given import save_flags
-from hf_rwp.runs.progress import Progress, epoch_figures
+from hf_rwp.runs.progress import Progress, epoch_figures, nothing_left
 from hf_rwp.runs.records import Results, Row, weights_digest, with_by_class, without_by_class
 from hf_rwp.runs.resuming import RESULTS
 from hf_rwp.runs.sharded import gather_into, is_mesh, processes_per_replica
@@ -181,6 +181,8 @@ class Run:
         begin_tracking(self.accelerator, self.folder, self.flags, self.step, resumed=checkpoint is not None)
         done, main = len(self.history) * updates + self.images // images, self.accelerator.is_main_process
         self.progress = Progress(epochs * updates, part=updates, done=done, images=images, shown=main)
+        if len(self.history) == epochs:
+            self.progress.say(nothing_left(f"{epochs} epochs", "--epochs"))
 
     def __enter__(self) -> "Run":
         self.signals.__enter__()

@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C while a run trains: the first is noted, for the run to save and stop; a second Ctrl-C ends it."""
 
 import os
+import shlex
 import signal
 from types import FrameType
 
@@ -44,4 +45,4 @@ class Signals:
     def saved(self, step: int, folder: object) -> str:
         """What to say once a checkpoint of the run in `folder` is saved."""
         name = "Ctrl-C" if self.seen is signal.SIGINT else "SIGTERM"
-        return f"{name}: saved step {step}; --resume_from_checkpoint {folder} goes on"
+        return f"{name}: saved step {step}; --resume_from_checkpoint {shlex.quote(str(folder))} goes on"

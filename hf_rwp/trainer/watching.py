@@ -6,7 +6,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils.logging import disable_progress_bar
 
-from hf_rwp.runs.progress import PARTS, Progress, epoch_figures
+from hf_rwp.runs.progress import PARTS, Progress, epoch_figures, nothing_left
 from hf_rwp.runs.records import Row
 
 
@@ -36,6 +36,8 @@ class Watch(TrainerCallback):
         options: dict[str, Any] = {"images": per_step, "bar": not args.disable_tqdm, "unit": self.unit}
         options["shown"] = state.is_world_process_zero
         self.progress = Progress(state.max_steps, part=part, done=state.global_step, **options)
+        if state.global_step >= state.max_steps:
+            self.progress.say(nothing_left(f"{state.max_steps:,} steps", "--num_train_epochs"))
 
     @property
     def unit(self) -> str:

@@ -139,6 +139,15 @@ def test_the_average_of_the_weights_counts_where_it_was_saved():
     assert rows(render_card(facts))["Loss, held-out images"] == "0.2000"
 
 
+def test_top_5_of_up_to_five_classes_is_left_out():
+    final = RESULTS["final"] | {"top1": 0.9, "top5": 1.0}
+    for classes, shown in ((5, False), (6, True)):
+        found = {"classes": {"train": {str(number): 8 for number in range(classes)}}}
+        facts = build_facts(RESULTS | {"final": final, "found": found})
+        assert ("top5" in facts.metrics) == shown
+        assert ("top-5" in render_card(facts).lower()) == shown
+
+
 def test_a_card_without_results_is_a_card():
     card = render_card(build_facts({"arguments": {"method": "base"}}))
     assert not _yaml_errors(card)

@@ -121,6 +121,12 @@ def test_the_first_command_works_twice_and_says_what_comes_next(recipe, tmp_path
     recipe.main(parse_arguments(recipe.Arguments, [f"--resume_from_checkpoint={first}", "--epochs=2"]))
     assert len(results(first)["history"]) == 2
     assert not (first / "3").exists()
+    capsys.readouterr()
+    recipe.main(parse_arguments(recipe.Arguments, [f"--resume_from_checkpoint={first}"]))
+    assert (
+        "\nnothing is left to train: 2 epochs are behind this run. A larger --epochs goes on\n"
+        in capsys.readouterr().out
+    )
     recipe.main(parse_arguments(recipe.Arguments, [*flags, "--overwrite_output_dir"]))
     assert len(results(first)["history"]) == 1
 

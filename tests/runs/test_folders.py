@@ -77,6 +77,16 @@ def test_only_a_new_run_gets_a_new_folder(tmp_path):
     assert args.output_dir == str(first)  # as a flag named it
 
 
+def test_a_run_that_was_cut_is_named_ahead_of_a_new_one(tmp_path, capsys):
+    first = tmp_path / "my run"
+    (first / "checkpoints" / "step_2").mkdir(parents=True)
+    settled(first)
+    assert f"{first} has a run that was cut: --resume_from_checkpoint '{first}' goes on" in capsys.readouterr().out
+    (first / "results.json").touch()
+    settled(first)
+    assert capsys.readouterr().out == ""
+
+
 def settled_on_rank(first):
     Accelerator(cpu=True)
     return settled(first)

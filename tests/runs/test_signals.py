@@ -30,6 +30,7 @@ def test_the_first_is_noted(sent, status, said):
         assert signals.seen == (sent[-1] if sent else None)
         assert signals.status == status
         assert signals.saved(3, "outputs/a") == f"{said}; --resume_from_checkpoint outputs/a goes on"
+        assert signals.saved(3, "my runs/a").endswith("; --resume_from_checkpoint 'my runs/a' goes on")
     assert [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)] == before
 
 
