@@ -107,12 +107,11 @@ def words(argv: list[str]) -> list[str]:
 
 flags_first("landscape", __name__, Arguments, __doc__, words(sys.argv[1:]))  # ahead of the slow imports
 
-import PIL.Image
 import torch
 from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from hf_rwp.analysis.plots import landscape, sharpness_curves
 from hf_rwp.analysis.sharpness import (
@@ -131,6 +130,7 @@ from hf_rwp.images.loaders import build_loader
 from hf_rwp.runs.files import replacing
 from hf_rwp.runs.progress import Progress
 from hf_rwp.runs.records import command_of, environment, scrub_paths, without_nan
+from hf_rwp.trainer.classifiers import classes_of, load_classifier, prepared
 
 BITS = (8, 4)
 # The flags of images that mean something here; the others are those of training, or each model's own affair.
@@ -294,31 +294,10 @@ def read(
     return [(images.to(device), labels.to(device)) for images, labels in batches if len(labels)]
 
 
-def prepared(processor: BaseImageProcessor, image: PIL.Image.Image) -> Tensor:
-    return processor(image, return_tensors="pt")["pixel_values"][0]
-
-
 def load_model(place: str, label_names: list[str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """A classifier, timm's or transformers' by what its config.json says, and its preprocessing.
-
-    Raises ValueError where there is none, where a part of it has no trained weights, and for other classes.
-    """
-    try:
-        model, loading = AutoModelForImageClassification.from_pretrained(
-            place, dtype=torch.float32, output_loading_info=True
-        )
-        processor = AutoImageProcessor.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{place!r} could not be loaded: {error}. Name a folder that holds a model, such as outputs/RUN/model, or "
-            "the id of an image classifier on the Hub, and check the connection and your access (`hf auth login`)"
-        ) from error
-    if loading["missing_keys"]:
-        raise ValueError(
-            f"{place} has no trained weights for {', '.join(sorted(loading['missing_keys'])[:3])}: an image classifier "
-            "with its head is needed, not a backbone"
-        )
-    check_classes(place, [model.config.id2label[index] for index in range(model.config.num_labels)], label_names)
+    """A classifier, timm's or transformers', and its preprocessing. Raises ValueError where it has other classes."""
+    model, processor = load_classifier(place, "models")
+    check_classes(place, classes_of(model), label_names)
     return model, processor
 
 

@@ -56,7 +56,11 @@ def draw(runs: Sequence[str], output: Path) -> None:
 
     Raises ValueError for what is no run, for runs without curves, and for runs that were evaluated on unlike data.
     """
-    found = [curves for run in dict.fromkeys(runs) for curves in curves_of(run)]
+    once: dict[Path, str] = {}  # however often a run is named, and in whatever way
+    for run in runs:
+        place = Path(run).expanduser().resolve()
+        once.setdefault(place.parent if place.name == RESULTS else place, run)
+    found = [curves for run in once.values() for curves in curves_of(run)]
     refuse_unlike_data(found)
     named = dict(zip(names_of(found), (curves.history for curves in found), strict=True))
     from hf_rwp.analysis.run_plots import overlaid_curves
