@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Collection, Sequence
-from functools import partial
 from pathlib import Path
 
 from hf_rwp import EXTRAS, __version__, missing
@@ -44,15 +43,27 @@ RECIPES = {  # the file, and what it is for
     "benchmark": ("benchmark.py", "what a step costs on this machine"),
 }
 COMMANDS = {  # module:function, which is called with the words after the command, and what it is for
+    "predict": ("hf_rwp.trainer.predict:main", "the classes that a trained model sees in images"),
+    "curves": ("hf_rwp.hub.curves:main", "the curves of runs over one another, in one picture"),
     "push": ("hf_rwp.hub.__main__:push_folder", "a folder that a run left, to the Hub"),
     "record": ("hf_rwp.hub.__main__:record", "append a run's results.json to a file of records"),
     "card": ("hf_rwp.hub.__main__:card", "render the model cards of records"),
 }
-LIGHT_FLAGS = ("train", "compare", "landscape", "benchmark", "demo", "report")  # read within a second: see flags_first
+WITH_RECIPES = ("predict", "curves")  # commands that need the packages of the recipes
+# Whose flags are read within a second, see flags_first.
+LIGHT_FLAGS = ("train", "compare", "landscape", "benchmark", "demo", "report", *WITH_RECIPES)
 EPILOG = """\
 hf-rwp COMMAND --help lists a command's flags. Ahead of a recipe's: --processes N,
 --config_file FILE.yaml (Accelerate's), as in hf-rwp train --processes 2 --epochs 3
 """
+
+
+class Aligned(argparse.RawDescriptionHelpFormatter):
+    """Each command in one line: argparse forgets that commands are indented once more than flags."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        self._action_max_length = max(map(len, {**RECIPES, **COMMANDS})) + 4
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -67,7 +78,7 @@ def start(argv: Sequence[str]) -> None:
         usage="%(prog)s COMMAND ...",
         description="Random Weight Perturbation: train, compare, measure, publish.",
         epilog=EPILOG,
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=16),
+        formatter_class=Aligned,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=__version__)
@@ -79,6 +90,8 @@ def start(argv: Sequence[str]) -> None:
         raise ValueError(no_command(argv, table))
     command, words = parser.parse_args(argv[:1]).command, list(argv[1:])
     os.environ[PROGRAM] = f"hf-rwp {command}"  # for what the command says of itself
+    if command in WITH_RECIPES:
+        refuse_missing(command)
     if command in COMMANDS:
         module, _, function = COMMANDS[command][0].partition(":")
         getattr(importlib.import_module(module), function)(words)
@@ -124,7 +137,7 @@ def refuse_missing(command: str, module: str = "__main__") -> None:
     for extra in ("recipes", *own.get(command, ())):
         for package in EXTRAS[extra]:
             if importlib.util.find_spec(package) is None:
-                who = f"hf-rwp {command}" if command in RECIPES else f"{command}.py"
+                who = f"hf-rwp {command}" if command in {**RECIPES, **COMMANDS} else f"{command}.py"
                 refuse(missing(who, package, extra), everywhere=True)
     if command not in LIGHT_FLAGS:
         announce(command)

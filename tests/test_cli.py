@@ -58,20 +58,9 @@ def test_help_fits_a_screen_and_answers_at_once():
     lines = run.stdout.splitlines()
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 100
-    for command in (
-        "train",
-        "vit",
-        "lora",
-        "demo",
-        "gamma",
-        "compare",
-        "landscape",
-        "benchmark",
-        "push",
-        "record",
-        "card",
-    ):
-        assert f"\n    {command}" in run.stdout
+    assert {"train", "demo", "gamma", "predict", "curves", "push"} <= {*cli.RECIPES, *cli.COMMANDS}
+    for command in (*cli.RECIPES, *cli.COMMANDS):
+        assert f"\n    {command} " in run.stdout
 
 
 @pytest.mark.parametrize(("command", "recipe"), [(name, file) for name, (file, _) in cli.RECIPES.items()])

@@ -4,14 +4,15 @@ A run is a folder that a recipe left, or its results.json. A file of records, RE
 one of compare.py for each of its methods, in the mean over seeds.
 """
 
-import argparse
 import json
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from hf_rwp.runs.files import replacing
+from hf_rwp.runs.mistakes import Parser
 
 RESULTS = "results.json"
 ENDINGS = (".png", ".svg", ".pdf", ".jpg", ".webp")
@@ -30,7 +31,7 @@ class Curves:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-rwp curves", description=str(__doc__).split("\n\n")[1].replace("\n", " "), allow_abbrev=False
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="outputs/NAME, a results.json, or RECORDS.jsonl")
@@ -42,13 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         help=f"the picture ({', '.join(ENDINGS)}); outputs/curves.png if not set",
     )
     options = parser.parse_args(argv)
-    try:
-        if options.output.suffix not in ENDINGS:
-            raise ValueError(f"--output {options.output} must end in one of {', '.join(ENDINGS)}")
-        draw(options.runs, options.output)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    if options.output.suffix not in ENDINGS:
+        raise ValueError(f"--output {options.output} must end in one of {', '.join(ENDINGS)}")
+    draw(options.runs, options.output)
 
 
 def draw(runs: Sequence[str], output: Path) -> None:
@@ -64,7 +61,6 @@ def draw(runs: Sequence[str], output: Path) -> None:
     refuse_unlike_data(found)
     named = dict(zip(names_of(found), (curves.history for curves in found), strict=True))
     from hf_rwp.analysis.run_plots import overlaid_curves
-    from hf_rwp.runs.files import replacing
 
     with replacing(output) as partial:
         overlaid_curves(named, partial, output.suffix[1:])

@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+from hf_rwp.runs.mistakes import Parser, tell
+
 EPILOG = """\
 examples:
   hf-rwp predict outputs/digits_rwp_seed0 photo.jpg
@@ -24,7 +26,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-rwp predict",
         description="The most probable classes of images; in a pipe with tabs between the fields:\n"
         "image, class, probability, class, probability, ...",
@@ -41,21 +43,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     for name in ("top_k", "batch_size"):
         if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+            raise ValueError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    found, failed = find_images(options.images)
+    for name, reason in failed.items():
+        tell(f"error: {name}: {reason}")
+    printed = printer(found, sys.stdout, options.json)
     try:
-        found, failed = find_images(options.images)
-        for name, reason in failed.items():
-            print(f"error: {name}: {reason}", file=sys.stderr)
-        results = predictions(options.model, found, options.top_k, options.batch_size, options.device)
-        printed = printer(found, sys.stdout, options.json)
-        for image, result in results:
+        for image, result in predictions(options.model, found, options.top_k, options.batch_size, options.device):
             if isinstance(result, str):
                 failed[image] = result
-                print(f"error: {image}: {result}", file=sys.stderr)
+                tell(f"error: {image}: {result}")
             printed(image, result)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     except BrokenPipeError:  # whoever reads has enough, as `head`
         sys.stdout = None  # type: ignore[assignment]  # else Python flushes it at its end, and says so
         raise SystemExit(141) from None

@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 
 from hf_rwp.analysis import run_plots
-from hf_rwp.hub.curves import main
+from hf_rwp.cli import main as hf_rwp
 
 ROOT = Path(__file__).parents[2]
 DIGITS, COMPARED = ROOT / "recipes/results/digits.jsonl", ROOT / "recipes/results/compare/digits16.jsonl"
@@ -54,7 +54,7 @@ def refused(capsys, tmp_path):
     def said(*runs):
         picture = tmp_path / "none.png"
         with pytest.raises(SystemExit) as stopped:
-            main([*map(str, runs), "--output", str(picture)])
+            hf_rwp(["curves", *map(str, runs), "--output", str(picture)])
         assert stopped.value.code == 2
         assert not picture.exists()
         out, err = capsys.readouterr()
@@ -72,7 +72,7 @@ def test_runs_are_drawn_under_their_folders_and_methods(drawn, capsys, tmp_path)
         write(tmp_path / "digits_sam", results("sam")),
         write(tmp_path / "digits_base", results("base")),
     ]
-    main([*map(str, runs), str(runs[0]), "--output", str(tmp_path / "new" / "curves.png")])
+    hf_rwp(["curves", *map(str, runs), str(runs[0]), "--output", str(tmp_path / "new" / "curves.png")])
     assert list(drawn) == [
         "digits_rwp: test_resnet, RWP, gamma 0.01, alpha 0.5",
         "digits_sam: test_resnet, SAM, rho 0.05",
@@ -91,7 +91,7 @@ def test_runs_are_drawn_under_their_folders_and_methods(drawn, capsys, tmp_path)
 def test_as_much_of_a_path_is_shown_as_tells_runs_apart(drawn, tmp_path):
     places = ["one/model", "two/model", "two/1", "two/2"]
     runs = [write(tmp_path / place, results(gamma=0.1 if place == "two/2" else 0.01)) for place in places]
-    main([*map(str, runs), str(runs[0] / "results.json"), "--output", str(tmp_path / "curves.svg")])
+    hf_rwp(["curves", *map(str, runs), str(runs[0] / "results.json"), "--output", str(tmp_path / "curves.svg")])
     assert [name.split(": ")[0] for name in drawn] == ["one/model", "two/model", "1", "2"]
     assert (tmp_path / "curves.svg").read_text().startswith("<?xml")
 
@@ -99,19 +99,19 @@ def test_as_much_of_a_path_is_shown_as_tells_runs_apart(drawn, tmp_path):
 def test_a_run_that_was_moved_is_found_by_a_relative_path(drawn, monkeypatch, tmp_path):
     write(tmp_path / "digits", results())
     monkeypatch.chdir(tmp_path / "digits")
-    main(["."])
+    hf_rwp(["curves", "."])
     assert next(iter(drawn)).startswith("digits: ")
     assert (tmp_path / "digits" / "outputs" / "curves.png").is_file()  # and not over the run's own
 
 
 def test_records_stand_for_their_runs(drawn, tmp_path):
-    main([str(DIGITS), "--output", str(tmp_path / "curves.png")])
+    hf_rwp(["curves", str(DIGITS), "--output", str(tmp_path / "curves.png")])
     (record,) = map(json.loads, DIGITS.read_text().splitlines())
     assert drawn == {"digits: test_resnet, RWP, gamma 0.01, alpha 0.5": record["history"]}
 
 
 def test_records_of_a_comparison_stand_for_the_means_of_its_methods(drawn, tmp_path):
-    main([str(COMPARED), "--output", str(tmp_path / "curves.png")])
+    hf_rwp(["curves", str(COMPARED), "--output", str(tmp_path / "curves.png")])
     records = [json.loads(line) for line in COMPARED.read_text().splitlines()]
     runs = [record for record in records if record["kind"] == "run"]
     assert len(drawn) == len({(run["protocol"], run["method"]) for run in runs})
@@ -125,14 +125,14 @@ def test_records_of_a_comparison_stand_for_the_means_of_its_methods(drawn, tmp_p
 
 def test_runs_and_records_of_the_same_data_lie_over_one_another(drawn, tmp_path):
     run = write(tmp_path / "mine", results())
-    main([str(run), str(DIGITS), "--output", str(tmp_path / "curves.png")])
+    hf_rwp(["curves", str(run), str(DIGITS), "--output", str(tmp_path / "curves.png")])
     assert len(drawn) == 2
 
 
 def test_a_run_of_text_has_losses_alone(drawn, capsys, tmp_path):
     history = [{"epoch": 1.0, "train_loss": 2.0, "eval_loss": 3.0}]
     made = {"arguments": {"method": "rwp", "rwp_gamma": 0.05}, "history": history, "final": {}}
-    main([str(write(tmp_path / "sums", made)), "--output", str(tmp_path / "curves.png")])
+    hf_rwp(["curves", str(write(tmp_path / "sums", made)), "--output", str(tmp_path / "curves.png")])
     assert drawn == {"sums: RWP, gamma 0.05": history}
     assert capsys.readouterr().out.splitlines()[1].split()[:5] == ["1", "-", "-", "3.0000", "2.0000"]
 
@@ -187,7 +187,7 @@ def test_records_of_something_else_are_refused(refused, tmp_path):
 
 def test_a_picture_of_no_known_kind_is_refused_before_anything_is_read(capsys, tmp_path):
     with pytest.raises(SystemExit) as stopped:
-        main([str(tmp_path / "gone"), "--output", str(tmp_path / "curves.bmpx")])
+        hf_rwp(["curves", str(tmp_path / "gone"), "--output", str(tmp_path / "curves.bmpx")])
     assert stopped.value.code == 2
     assert "must end in one of .png, .svg, .pdf" in capsys.readouterr().err
 
@@ -195,5 +195,5 @@ def test_a_picture_of_no_known_kind_is_refused_before_anything_is_read(capsys, t
 def test_help_fits_80_columns(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
-        main(["--help"])
+        hf_rwp(["curves", "--help"])
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_data_config
 from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel
 
+from hf_rwp.cli import main as hf_rwp
 from hf_rwp.hub.export import save_model
-from hf_rwp.trainer.predict import find_images, line, main, printer
+from hf_rwp.trainer.predict import find_images, line, printer
 
 NAMES = ["a\tb", "cat", "dog, Canis familiaris", "fox"]
 NO_NETWORK = """
@@ -26,9 +27,9 @@ import socket, sys
 def refuse(*address, **_):
     raise SystemExit(f"the network was asked: {address}")
 socket.socket.connect = socket.getaddrinfo = refuse
-from hf_rwp.trainer.predict import main
+from hf_rwp.cli import main
 for model in sys.argv[1:3]:
-    main([model, sys.argv[3]])
+    main(["predict", model, sys.argv[3]])
 """
 
 
@@ -76,7 +77,7 @@ def images(tmp_path):
 def said(capsys, *arguments):
     """Exit status, what is on stdout and what on stderr."""
     try:
-        main(list(map(str, arguments)))
+        hf_rwp(["predict", *map(str, arguments)])
         status = 0
     except SystemExit as stopped:
         status = stopped.code
@@ -215,7 +216,7 @@ def test_a_terminal_gets_lines_that_fit_with_the_first_class_always_there(monkey
 def test_on_a_real_terminal_no_line_is_wider_than_it_and_no_bar_is_drawn(run, images):
     master, slave = pty.openpty()
     environment = {**os.environ, "COLUMNS": "80"}
-    program = "import sys; from hf_rwp.trainer.predict import main; main(sys.argv[1:])"
+    program = "import sys; from hf_rwp.cli import main; main(['predict', *sys.argv[1:]])"
     command = [sys.executable, "-c", program, str(run), str(images / "a.png"), str(images / "b.jpg")]
     with subprocess.Popen(command, stdout=slave, stderr=slave, env=environment) as process:
         os.close(slave)
@@ -252,7 +253,7 @@ def test_whoever_reads_only_the_first_line_ends_it_quietly(capsys, monkeypatch, 
 
     monkeypatch.setattr(sys, "stdout", Pipe())
     with pytest.raises(SystemExit) as stopped:
-        main([str(run), str(images / "a.png")])
+        hf_rwp(["predict", str(run), str(images / "a.png")])
     assert stopped.value.code == 141
     assert sys.stdout is None  # at its end Python has nothing to flush
     assert capsys.readouterr().err == ""
@@ -306,11 +307,20 @@ def test_damaged_weights_are_no_certainty(capsys, run, images, tmp_path):
     assert "outputs are not finite numbers" in err
 
 
-@pytest.mark.parametrize("flags", [["--top_k=0"], ["--batch_size=0"], ["--topk=3"]])
-def test_wrong_flags_are_refused_before_anything_is_loaded(capsys, run, images, flags):
-    status, out, err = said(capsys, run, images / "a.png", *flags)
+@pytest.mark.parametrize(
+    ("flag", "text"),
+    [
+        ("--top_k=0", "--top_k must be at least 1, got 0"),
+        ("--batch_size=two", "--batch_size must be a whole number, got 'two'"),
+        ("--topk=3", "did you mean --top_k"),
+        ("--device=gpu", "--device must be one of auto, cpu, got 'gpu'"),
+    ],
+)
+def test_wrong_flags_are_refused_before_anything_is_loaded(capsys, images, flag, text):
+    status, out, err = said(capsys, "a/model/that/is/not/there", images / "a.png", flag)
     assert (status, out) == (2, "")
-    assert "usage: hf-rwp predict" in err
+    assert err.startswith("error: ")
+    assert text in err
 
 
 def test_no_image_is_no_reason_to_load_a_model(capsys, tmp_path):
