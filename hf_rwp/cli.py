@@ -52,10 +52,7 @@ COMMANDS = {  # module:function, which is called with the words after the comman
 WITH_RECIPES = ("predict", "curves")  # commands that need the packages of the recipes
 # Whose flags are read within a second, see flags_first.
 LIGHT_FLAGS = ("train", "compare", "landscape", "benchmark", "demo", "report", *WITH_RECIPES)
-EPILOG = """\
-hf-rwp COMMAND --help lists a command's flags. Ahead of a recipe's: --processes N,
---config_file FILE.yaml (Accelerate's), as in hf-rwp train --processes 2 --epochs 3
-"""
+EPILOG = "Ahead of a recipe's flags: --processes N, --config_file FILE.yaml (Accelerate's)"
 
 
 class Aligned(argparse.RawDescriptionHelpFormatter):
@@ -75,7 +72,7 @@ def start(argv: Sequence[str]) -> None:
     """Run a command. Raises ValueError for what is none."""
     parser = Parser(
         prog="hf-rwp",
-        usage="%(prog)s COMMAND ...",
+        usage="%(prog)s COMMAND ...    (its flags: hf-rwp COMMAND --help)",
         description="Random Weight Perturbation: train, compare, measure, publish.",
         epilog=EPILOG,
         formatter_class=Aligned,
