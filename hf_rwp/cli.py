@@ -56,11 +56,15 @@ EPILOG = "Ahead of a recipe's flags: --processes N, --config_file FILE.yaml (Acc
 
 
 class Aligned(argparse.RawDescriptionHelpFormatter):
-    """Each command in one line: argparse forgets that commands are indented once more than flags."""
+    """Each command in one line: argparse forgets that commands are indented once more than flags. None ahead of them."""
 
     def add_argument(self, action: argparse.Action) -> None:
         super().add_argument(action)
         self._action_max_length = max(map(len, {**RECIPES, **COMMANDS})) + 4
+
+    def _format_action(self, action: argparse.Action) -> str:
+        text = super()._format_action(action)
+        return text.partition("\n")[2] if action.dest == "command" and action.nargs else text
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -79,7 +83,7 @@ def start(argv: Sequence[str]) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND ...")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     table = {**RECIPES, **COMMANDS}
     for name, (_, said) in table.items():
         commands.add_parser(name, help=said, add_help=False, allow_abbrev=False)
