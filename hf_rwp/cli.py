@@ -56,7 +56,7 @@ EPILOG = "Ahead of a recipe's flags: --processes N, --config_file FILE.yaml (Acc
 
 
 class Aligned(argparse.RawDescriptionHelpFormatter):
-    """Each command in one line: argparse forgets that commands are indented once more than flags. None ahead of them."""
+    """Each command in one line: argparse forgets that commands are indented once more than flags."""
 
     def add_argument(self, action: argparse.Action) -> None:
         super().add_argument(action)
