@@ -32,6 +32,7 @@ _BY_NAME = {
 _ELSEWHERE = ("transformers.", "trl.")
 _EXAMPLE = re.compile(r"^(?:# (?P<said>.*)\n)?```bash\n(?P<command>(?:.*\n)*?)```$", re.MULTILINE)
 _LAUNCHER = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:accelerate launch|python)(?P<options>.*?) recipes/\w+\.py")
+_LONG = 50  # characters of choices, which then stand in the help and not beside the flag
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -77,6 +78,8 @@ class Formatter(argparse.HelpFormatter):
         flag = action.option_strings[0] if action.dest != "help" else ", ".join(action.option_strings)
         if getattr(action.type, "__name__", "") == "string_to_bool":
             return f"{flag} [true|false]" if action.nargs == "?" else f"{flag} true|false"
+        if len(_choices(action)) > _LONG:
+            return f"{flag} NAME"
         values = self._format_args(action, self._get_default_metavar_for_optional(action)) if action.nargs != 0 else ""
         return f"{flag} {values}".rstrip()
 
@@ -85,12 +88,18 @@ class Formatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         default, said = getattr(action.default, "value", action.default), action.help or ""
+        if len(_choices(action)) > _LONG:
+            said = f"{said} One of {_choices(action)}."
         if default is None or default is argparse.SUPPRESS or default in ("", [], {}) or action.nargs == 0:
             return said
         told = str(default).lower() if isinstance(default, bool) else str(default)
         if isinstance(default, list):
             told = " ".join(map(str, default))
         return f"{said} (default: {told.replace('%', '%%')})"
+
+
+def _choices(action: argparse.Action) -> str:
+    return ", ".join(map(str, action.choices or ()))
 
 
 def group_of(kind: type[Any], name: str) -> str:
