@@ -66,7 +66,7 @@ from hf_rwp.runs.records import read_records
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"
 SHOWN = ("base", "sam", "sam10", "rwp", "rwp_1x")  # in README.md
-IN_README = ("wrong", "shares", "weights")
+IN_README = ("wrong", "shares", "elsewhere")
 RIVALS = ("base", "sam", "sam10")
 SEARCH_SEEDS = (100, 101)  # of the demonstration, by its plan
 UNDECIDED = "not to be told apart"
@@ -160,13 +160,13 @@ def brief(comparisons: Mapping[str, Sequence[Mapping[str, Any]]], benchmarks: Se
     lines += [f"- {line}" for key in IN_README if (line := in_short(key, tested))]
     tasks = [by_protocol(records) for name, records in comparisons.items() if name not in (*COMMANDS, *STOPPED)]
     said = []
-    for protocol, terms in PROTOCOLS.items():
+    for protocol in PROTOCOLS:
         found = [by_method(task[protocol]) for task in tasks if protocol in task]
         kinds = [verdict(runs.get("rwp", []), runs.get("base", []))[0] for runs in found]
         if found:
-            said.append(f"at {terms} better {kinds.count('better')}, worse {kinds.count('worse')} of {len(found)}")
+            said.append(f"{kinds.count('better')} and {kinds.count('worse')} of {len(found)} at equal {protocol}")
     if said:
-        lines.append(f"- Without a plan, RWP against plain, tasks: {'; '.join(said)}.")
+        lines.append(f"- Without a plan, tasks where RWP is better and worse than plain: {', '.join(said)}.")
     return "\n".join(lines)
 
 

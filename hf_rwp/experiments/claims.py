@@ -219,20 +219,17 @@ def sentence(key: str, tested: Iterable[Outcome]) -> str:
 
 
 def in_short(key: str, tested: Iterable[Outcome]) -> str:
-    """A sentence's claims in one line for README.md; empty without runs."""
-    mine = [outcome for outcome in tested if outcome.claim.sentence == key]
+    """A sentence's claims about accuracy in one line for README.md, without p where there is no effect."""
+    mine = [outcome for outcome in tested if outcome.claim.sentence == key and outcome.figure.more_is_better]
     parts = []
     for task in dict.fromkeys(outcome.claim.task for outcome in mine):
         some = []
         for outcome in (outcome for outcome in mine if outcome.claim.task == task):
-            claim, points = outcome.claim, outcome.figure.unit == "points"
-            ours = "" if claim.ours == "rwp" else f"{METHODS[claim.ours].title} "
-            about = "" if claim.figure == "top1" else f"{outcome.figure.title} "
-            gain = f"{outcome.gain:+.1f}" if points else f"{outcome.ours:.2g} against {outcome.theirs:.2g}"
-            p = "" if outcome.p is None else f", p {outcome.p:.2g}"
-            some.append(f"{ours}{about}{gain} over {claim.rival} ({outcome.verdict}{p})")
-        parts.append(f"{task}: {', '.join(some)}")
-    return f"{SENTENCES[key]}. {'; '.join(parts)}." if parts else ""
+            ours = "" if outcome.claim.ours == "rwp" else f"{METHODS[outcome.claim.ours].title} "
+            how = f"p {outcome.p:.2g}" if outcome.verdict in ("better", "worse") else outcome.verdict
+            some.append(f"{ours}{outcome.gain:+.1f} over {outcome.claim.rival} ({how})")
+        parts.append(f"{task} {', '.join(some)}")
+    return f"{SENTENCES[key]}, RWP in points: {'; '.join(parts)}." if parts else ""
 
 
 def plans_of(key: str) -> list[str]:

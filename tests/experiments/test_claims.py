@@ -71,9 +71,11 @@ def test_a_sentence_has_every_figure_its_p_and_its_record():
     few = outcomes({"digits_wrong40": records[:2] + records[8:10]})
     assert "RWP against plain: 90 against 70 %, +20.0 points, 2 of 8 seeds, no claim" in claims.sentence("wrong", few)
     assert claims.in_short("wrong", found) == (
-        "Wrong labels. 40 % of labels random: +20.0 over plain (better, p 0.0078), +20.0 over plain, stopped early "
-        "(better, p 0.0078)."
+        "Wrong labels, RWP in points: 40 % of labels random +20.0 over plain (p 0.0078), +20.0 over plain, stopped "
+        "early (p 0.0078)."
     )
+    assert "+20.0 over plain (unfinished)" in claims.in_short("wrong", few)
+    assert claims.in_short("weights", found) == ""  # all of it is of less that is better
     assert claims.in_favour("weights", found)["40 % of labels random: RWP over plain\naccuracy lost at 3 bits"] == (
         pytest.approx([-20] * 8)
     )

@@ -83,7 +83,7 @@ def test_the_lines_of_readme_count_the_tasks_on_which_rwp_differs(report):
     assert report.brief(comparisons, [{"rows": rows, "hardware": hardware}]).splitlines() == [
         "- Costs (2 models on x86_64, 2 ranks of 1 thread(s) each, and one process of 1): RWP step / plain step 1.02 "
         "to 1.07.",
-        "- Without a plan, RWP against plain, tasks: at equal images per step and equal steps better 1, worse 1 of 2.",
+        "- Without a plan, tasks where RWP is better and worse than plain: 1 and 1 of 2 at equal images.",
     ]
     assert report.brief({}, []) == ""
 
@@ -168,7 +168,4 @@ def test_the_command_writes_all_of_it(report, tmp_path, monkeypatch):
     assert (results / "compare" / "small_images.png").exists()
     assert "| RWP | 62.50 ± 3.54 | +7.50 ± 3.54 | 2 |" in (results / "README.md").read_text()
     assert "| 55.00 ± 7.07 |  |  | 62.50 ± 3.54 |" in (results / "README.md").read_text()
-    assert (
-        "tasks: at equal images per step and equal steps better 0, worse 0 of 1."
-        in (tmp_path / "README.md").read_text()
-    )
+    assert "better and worse than plain: 0 and 0 of 1 at equal images." in (tmp_path / "README.md").read_text()
