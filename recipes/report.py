@@ -50,7 +50,7 @@ from hf_rwp.experiments.claims import (
     sentence as conclusion,
 )
 from hf_rwp.experiments.demonstration import pairs_table, search_table, title, words
-from hf_rwp.experiments.gammas import for_picture
+from hf_rwp.experiments.gammas import for_picture, is_finished
 from hf_rwp.experiments.gammas import section as gamma_section
 from hf_rwp.runs.comparison import (
     accuracy_curves,
@@ -98,8 +98,9 @@ def main() -> None:
             (RESULTS / "claims").mkdir(exist_ok=True)
             differences(gains, RESULTS / "claims" / f"{key}.png", AXIS)
     gammas = read_gammas(RESULTS)
-    if gammas:
-        accuracy_over_gamma({n: for_picture(records) for n, records in gammas.items()}, RESULTS / "gamma" / "grid.png")
+    drawn = {name: for_picture(records) for name, records in gammas.items() if is_finished(records)}
+    if drawn:
+        accuracy_over_gamma(drawn, RESULTS / "gamma" / "grid.png")
     sections = details(comparisons, benchmarks, landscapes, shown) + gamma_section(gammas)
     (RESULTS / "README.md").write_text(sections, encoding="utf-8")
     readme = ROOT / "README.md"

@@ -145,42 +145,69 @@ def finder_table(models: Sequence[Judged]) -> str:
 
 def rules_table(models: Sequence[Judged]) -> str:
     """A row a rule: how far it is from the best, on the whole, and for each model the ratio and the points lost."""
-    rows: list[Sequence[str]] = [("rule", "hits", "off by a factor of", *(found.model for found in models))]
+    rows: list[Sequence[str]] = [
+        ("rule", "hits", "lost on average", "off by a factor of", *(found.model for found in models))
+    ]
     rows.append(("---",) * len(rows[0]))
     for rule in RULES:
         ratios = [ratio for found in models if (ratio := found.ratio(rule)) is not None]
         factor = math.exp(statistics.mean(abs(math.log(ratio)) for ratio in ratios)) if ratios else None
         cells = []
         for found in models:
-            ratio, lost = found.ratio(rule), found.lost(rule)
-            cells.append("no proposal" if ratio is None or lost is None else f"{ratio:.2f}, {lost:+.2f}")
+            ratio, points = found.ratio(rule), found.lost(rule)
+            cells.append("no proposal" if ratio is None or points is None else f"{ratio:.2f}, {points:+.2f}")
         hits = f"{sum(found.hit(rule) for found in models)} of {len(models)}"
-        rows.append((rule, hits, "" if factor is None else f"{factor:.2f}", *cells))
+        lost = mean_lost(models, rule)
+        rows.append((rule, hits, *("" if n is None else f"{n:.2f}" for n in (lost, factor)), *cells))
     return markdown_table(rows)
 
 
+def is_finished(records: Sequence[Record]) -> bool:
+    """Whether all seeds have a run with the proposal, which is their last."""
+    seeds = {record["seed"] for record in records}
+    return {record["seed"] for record in records if record["kind"] == "proposal"} == seeds != set()
+
+
 def section(gammas: Mapping[str, Sequence[Record]]) -> str:
-    """For recipes/results/README.md: proposals of `find_gamma` beside the best of a grid."""
-    if not gammas:
+    """For recipes/results/README.md: proposals of `find_gamma` beside the best of a grid. gammas: records by model."""
+    done = {name: records for name, records in gammas.items() if is_finished(records)}
+    if not done:
         return ""
-    found = [judge(records) for records in gammas.values()]
-    hits = sum(model.hit(FINDER) for model in found)
-    losses = {model.model: lost for model in found if (lost := model.lost(FINDER)) is not None}
-    worst = max(losses, key=lambda name: losses[name])
-    first = next(iter(gammas.values()))[0]
+    models = [judge(records) for records in done.values()]
+    first, others = next(iter(done.values()))[0], [name for name in gammas if name not in done]
     parts = [
         "## How far off the gamma finder is",
         f"The plan is [plans/gamma_finder.md](plans/gamma_finder.md); {first['date']}, torch "
         f"{first['versions']['torch']}, {first['hardware']['device']}. `hf-rwp gamma --validate true --config "
-        "recipes/configs/gamma/NAME.yaml` repeats a model's runs.",
-        finder_table(found),
-        f"{hits} of {len(found)} are hits; the most that was lost is {losses[worst]:.2f} points, on {worst}.",
+        "recipes/configs/gamma/NAME.yaml` repeats a model's runs."
+        + (f" Not finished, and not here: {', '.join(others)}." if others else ""),
+        finder_table(models),
+        words(models),
         "![accuracy over the gamma of training](gamma/grid.png)",
         "The same measurements by other rules: the proposal over the best of the grid, and the points lost (for other "
         "rules than the finder interpolated between the grid's points):",
-        rules_table(found),
+        rules_table(models),
     ]
     return "\n" + "\n\n".join(parts) + "\n"
+
+
+def words(models: Sequence[Judged]) -> str:
+    """What came out, whichever rule it favors."""
+    hits = {rule: sum(found.hit(rule) for found in models) for rule in RULES}
+    lost = {rule: mean_lost(models, rule) for rule in RULES}
+    worst = max(models, key=lambda found: found.lost(FINDER) or 0.0)
+    better = [rule for rule, points in lost.items() if points is not None and points < (lost[FINDER] or 0.0)]
+    simpler = f"On average less is lost by: {', '.join(better)}" if better else "No other rule loses less"
+    return (
+        f"The finder hits {hits[FINDER]} of {len(models)}, and loses {lost[FINDER]:.2f} points on average, the most, "
+        f"{worst.lost(FINDER):.2f}, on {worst.model}. {simpler}. Where seeds differ much a hit says little."
+    )
+
+
+def mean_lost(models: Sequence[Judged], rule: str) -> float | None:
+    """Points, over models; None where a rule had no proposal for some."""
+    lost = [points for found in models if (points := found.lost(rule)) is not None]
+    return statistics.mean(lost) if len(lost) == len(models) else None
 
 
 def for_picture(records: Sequence[Record]) -> dict[str, Any]:

@@ -2,7 +2,17 @@
 
 import pytest
 
-from hf_rwp.experiments.gammas import FINDER, RULES, finder_table, for_picture, interpolated, judge, rules_table
+from hf_rwp.experiments.gammas import (
+    FINDER,
+    RULES,
+    finder_table,
+    for_picture,
+    interpolated,
+    judge,
+    rules_table,
+    section,
+    words,
+)
 
 GRID = {0.01: (0.80, 0.82), 0.02: (0.90, 0.92), 0.04: (0.5, 0.9)}
 
@@ -69,8 +79,8 @@ def test_tables_have_a_row_for_each():
     rows = finder_table(models).splitlines()
     assert rows[2] == "| net | 2 | 70.00 | 0.02 | 91.00 | 0.04 | 2.00 | 90.00 | 1.00 | yes (≤ 2.83) |"
     rows = rules_table(models).splitlines()
-    assert rows[2] == "| finder | 1 of 1 | 2.00 | 2.00, +1.00 |"
-    assert rows[5] == "| as initialized | 0 of 1 |  | no proposal |"
+    assert rows[2] == "| finder | 1 of 1 | 1.00 | 2.00 | 2.00, +1.00 |"
+    assert rows[5] == "| as initialized | 0 of 1 |  |  | no proposal |"
     assert len(rows) == 2 + len(RULES)
 
 
@@ -80,3 +90,22 @@ def test_the_picture_has_every_seed():
     assert shown["top1"] == [[0.80, 0.82], [0.90, 0.92], [0.5, 0.9]]
     assert shown["plain"] == [0.7, 0.7]
     assert shown["proposals"] == pytest.approx({"finder": 0.04, "noise of 20%": 0.08, "always 0.01": 0.01})
+
+
+def test_words_name_the_rules_that_lose_less():
+    good = judge(records(top1=(0.95, 0.95)))
+    assert words([good]).startswith(
+        "The finder hits 1 of 1, and loses -4.00 points on average, the most, -4.00, on net. "
+    )
+    assert "No other rule loses less." in words([good])
+    bad = judge(records(top1=(0.5, 0.5)))
+    assert "On average less is lost by: after a quarter, curvature, noise of 20%, always 0.01." in words([bad])
+
+
+def test_a_model_that_is_not_finished_is_named_and_left_out():
+    facts = {"date": "2026-11-30", "versions": {"torch": "2"}, "hardware": {"device": "x86_64"}}
+    whole = [record | facts for record in records()]
+    text = section({"net": whole, "other": whole[:-1]})
+    assert "Not finished, and not here: other." in text
+    assert text.count("\n| net |") == 1
+    assert section({"other": whole[:-1]}) == section({}) == ""
