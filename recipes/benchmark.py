@@ -25,21 +25,16 @@ python recipes/benchmark.py --collectives --output recipes/results/collectives/c
 It starts its own ranks, which share the CPU's cores; a single process has all of them, but for noise and restore by
 themselves, which have one thread. Within one process, or one group of ranks, every round takes each kind of step once,
 in an order drawn anew; a step lasts until the slowest rank is done. Ratios are taken within rounds, and the table shows
-their median and quartiles. One JSON line with all times goes to the end of `--output`.
+their median and quartiles. One JSON line with all times goes to the end of `--output`. What is measured is kept beside
+it until then, in FILE.unfinished: the same command goes on there after a cut.
 """
 
 import contextlib
-import copy
 import json
 import math
-import multiprocessing
 import os
-import random
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -64,7 +59,7 @@ class Arguments:
     quick: bool = field(default=False, metadata={"help": "Whether to be done in two minutes on two cores."})
     rounds: int | None = field(
         default=None,
-        metadata={"help": "How often each variant is timed, at least 2; on a CPU 9, on a GPU 50, with `--quick` 3."},
+        metadata={"help": "How often each variant is timed, at least 2; on a CPU 9, on a GPU 50, with `--quick` 2."},
     )
     batch_size: int | None = field(
         default=None, metadata={"help": "Images per rank, even; on a GPU 128, on a CPU 16, or 64 of 32 pixels."}
@@ -95,7 +90,7 @@ class Arguments:
         cuda = torch.cuda.is_available()
         everything = ["cifar_resnet18", "resnet18", "resnet50", "vit_small_patch16_224"]
         self.models = self.models or (everything[:1] if self.quick else everything)
-        self.rounds = (3 if self.quick else 50 if cuda else 9) if self.rounds is None else self.rounds
+        self.rounds = (2 if self.quick else 50 if cuda else 9) if self.rounds is None else self.rounds
         self.threads = max(1, len(os.sched_getaffinity(0)) // self.ranks) if self.threads is None else self.threads
         unknown = [name for name in self.models if name != "cifar_resnet18" and not timm.is_model(name)]
         check_all(
@@ -113,6 +108,11 @@ class Arguments:
         return max(2, torch.cuda.device_count())
 
     @property
+    def loops(self) -> int:
+        """How often each of two training loops is timed."""
+        return 1 if self.quick else min(self.rounds, 5)
+
+    @property
     def shared(self) -> bool:
         """Whether the ranks have one GPU between them, so that steps side by side cannot be timed."""
         return torch.cuda.device_count() == 1
@@ -123,35 +123,23 @@ import timm
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from datasets import Image
-from timm.data import create_loader, resolve_data_config
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.utils import AverageMeter
-from torch import Tensor, nn
-from torch.multiprocessing import start_processes
-from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
+from torch import nn
 
-from hf_rwp import RWP
 from hf_rwp.analysis.collectives import LAYOUTS, Network, traffic_rows, units_of
 from hf_rwp.analysis.costs import rows, table
 from hf_rwp.analysis.frozen_cost import run_frozen
-from hf_rwp.analysis.noise_cost import kernels_without_launches, noise_and_restore, noise_variants
-from hf_rwp.analysis.timing import collectives, on_one_thread, peak_bytes, timed
-from hf_rwp.core.noise import Source
+from hf_rwp.analysis.noise_cost import kernels_without_launches, noise_and_restore
+from hf_rwp.analysis.pieces import Piece, kept_pieces, measure_pieces, round_done, start, total_rounds
+from hf_rwp.analysis.timing import on_one_thread
+from hf_rwp.experiments.loops import LOOP, timm_loop
+from hf_rwp.experiments.step_costs import KINDS, WARM_UP, combined, run_memory, run_steps
 from hf_rwp.images.data import load_images
-from hf_rwp.images.small_models import make_stem_small
-from hf_rwp.runs.determinism import use_fast_kernels
+from hf_rwp.runs.progress import Progress
 from hf_rwp.runs.records import append_record, command_of, environment, scrub_paths
-from hf_rwp.runs.steps import accumulate, plain_step, sam_step, wrap_sam
+from hf_rwp.runs.signals import INTERRUPTED
 
 RECIPE = Path(__file__).with_name("imagenet_rwp.py")
-LOOP: dict[str, Any] = {"model": "test_resnet", "img_size": 32, "batch_size": 64}  # where loading is most of the work
 HOST_WEIGHTS = 161  # as many as a ResNet-50 has; of 2 elements each, so that the time is Python's and the launches'
-# Rounds that are not counted: memory is allocated, DDP's buckets are built, kernels are tried, writes are looked for.
-WARM_UP = 2
 IMPORT = """
 import time, torch
 start = time.perf_counter()
@@ -167,30 +155,74 @@ def main(args: Arguments) -> None:
         record_collectives(args)
         return
     busy = os.getloadavg()[0]  # before there is any load of our own
-    facts = environment(Accelerator(mixed_precision=args.mixed_precision))
-    facts["hardware"] |= {"replicas": args.ranks, "threads": args.threads, "threads_alone": args.threads * args.ranks}
-    print(f"{facts['hardware']['device']}, {args.ranks} ranks of {args.threads} threads, load average {busy:.2f}")
-    groups = start(run_rank, args.ranks, args)
-    (alones,) = start(run_rank, 1, args)
-    imports = [import_seconds() for _ in range(min(args.rounds, 5))]
-    defaults = {item.name: item.default for item in fields(Arguments)}
+    surroundings = environment(Accelerator(mixed_precision=args.mixed_precision))
+    surroundings["hardware"] |= {"replicas": args.ranks, "threads": args.threads}
+    surroundings["hardware"]["threads_alone"] = args.threads * args.ranks
+    where = f"{surroundings['hardware']['device']}, {args.ranks} ranks of {args.threads} threads"
+    print(f"{where}, load average {busy:.2f}", flush=True)
     given = scrub_paths(asdict(args))
-    record = {
-        "command": command_of("python recipes/benchmark.py", given, defaults),
+    facts = {
+        "command": command_of("python recipes/benchmark.py", given, {item.name: item.default for item in fields(args)}),
         "arguments": given,
-        "load_average": busy,
         "device_type": "cuda" if torch.cuda.is_available() else "cpu",
         "shared_gpu": args.shared,
-        **facts,
-        "loop_images_per_second": start(run_loops, 1, args)[0],
-        "host_milliseconds": start(run_host, 1, args)[0],
-        "frozen": start(run_frozen, 1, args)[0],
-        "import_seconds": dict(zip(("hf_rwp", "RWP"), zip(*imports, strict=True), strict=True)),
-        "measurements": [combined(*found) for found in zip(zip(*groups, strict=True), alones, strict=True)],
+        **surroundings,
     }
+    output, pieces = Path(args.output), pieces_of(args)
+    kept = output.with_name(f"{output.name}.unfinished")
+    if there := kept_pieces(kept, facts):
+        print(f"goes on with what {kept} has: {len(there)} of {len(pieces)} pieces", flush=True)
+    progress = Progress(total_rounds([*pieces.values()]), unit="rounds", step="round")
+    try:
+        found = measure_pieces(pieces, args, kept, facts, progress)
+    except KeyboardInterrupt:
+        progress.close()
+        print(table(rows(record_of(args, facts, kept_pieces(kept, facts)))))
+        raise SystemExit(cut(kept)) from None
+    progress.close()
+    record = {"load_average": busy, **record_of(args, facts, found)}
     record["rows"] = rows(record)
-    append_record(Path(args.output), record)
+    append_record(output, record)
+    kept.unlink(missing_ok=True)
     print(table(record["rows"]))
+
+
+def cut(kept: Path) -> int:
+    """Say what is left of a run that Ctrl-C ends; its exit status."""
+    left = f"{kept} has what was measured, and the same command goes on there" if kept.exists() else "nothing is kept"
+    print(f"\nstopped by Ctrl-C: {left}", file=sys.stderr)
+    return INTERRUPTED
+
+
+def pieces_of(args: Arguments) -> dict[str, Piece]:
+    """All that is measured, by what it is called while it is. The costs of a step come first."""
+    rounds = WARM_UP + args.rounds
+    together = WARM_UP + 2 if args.shared else rounds  # ranks that share a GPU are there for what they exchange
+    found = {}
+    for name in args.models:
+        found[f"{name}, {args.ranks} ranks"] = Piece(partial(run_steps, name), args.ranks, together)
+        found[f"{name}, one process"] = Piece(partial(run_steps, name), 1, rounds)
+        for kind in KINDS:
+            found[f"{name}, memory of {kind}"] = Piece(partial(run_memory, name, kind), args.ranks)
+    found["loops"] = Piece(run_loops, rounds=2 * args.loops)
+    found["host"], found["frozen base"], found["import"] = Piece(run_host), Piece(run_frozen), Piece(run_imports)
+    return found
+
+
+def record_of(args: Arguments, facts: dict, found: dict[str, list]) -> dict[str, Any]:
+    """The record of the pieces that there are; without those that there are not."""
+    names = {"loop_images_per_second": "loops", "host_milliseconds": "host", "frozen": "frozen base"}
+    record = {**facts, **{key: found[title][0] for key, title in names.items() if title in found}}
+    if "import" in found:
+        record["import_seconds"] = found["import"][0]
+    record["measurements"] = []
+    for name in args.models:
+        group, alone = found.get(f"{name}, {args.ranks} ranks"), found.get(f"{name}, one process")
+        titles = {kind: f"{name}, memory of {kind}" for kind in KINDS}
+        memory = {kind: found[title] for kind, title in titles.items() if title in found}
+        if group or alone or memory:
+            record["measurements"].append(combined(group, alone, memory))
+    return record
 
 
 def record_collectives(args: Arguments) -> None:
@@ -200,7 +232,7 @@ def record_collectives(args: Arguments) -> None:
         "command": "python recipes/benchmark.py --collectives",
         **environment(Accelerator(cpu=True)),
         "weights": sum(math.prod(shape) for shapes in units_of(Network()) for shape in shapes),
-        "rows": [row for world in worlds for rows in start(run_collectives, world, args) for row in rows],
+        "rows": [row for world in worlds for rows in start(Piece(run_collectives, world), args) for row in rows],
     }
     record["hardware"] |= {"replicas": max(worlds), "threads": 1}
     append_record(Path(args.output), record)
@@ -217,135 +249,6 @@ def run_collectives(rank: int, ranks: int, args: Arguments, folder: str) -> None
 
 
 # Measuring.
-
-
-def start(function: Callable[[int, int, Arguments, str], None], ranks: int, args: Arguments) -> list[Any]:
-    """Run `function` in as many processes; what each of them found."""
-    multiprocessing.set_forkserver_preload(["timm.data", "datasets", "hf_rwp.runs.parsing"])  # imported once for all
-    with tempfile.TemporaryDirectory() as folder:
-        start_processes(function, (ranks, args, folder), nprocs=ranks, start_method="forkserver")
-        return [json.loads(Path(folder, str(rank)).read_text()) for rank in range(ranks)]
-
-
-def run_rank(rank: int, ranks: int, args: Arguments, folder: str) -> None:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own notes
-    torch.set_num_threads(args.threads * args.ranks // ranks)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    use_fast_kernels()
-    if ranks > 1:
-        backend = "nccl" if torch.cuda.device_count() >= ranks else "gloo"  # nccl wants a GPU for each rank
-        dist.init_process_group(backend, init_method=f"file://{folder}/group", rank=rank, world_size=ranks)
-    found = [measure(name, rank, ranks, device, args) for name in args.models]
-    Path(folder, str(rank)).write_text(json.dumps(found))
-    if ranks > 1:
-        dist.destroy_process_group()
-
-
-def measure(name: str, rank: int, ranks: int, device: torch.device, args: Arguments) -> dict:
-    """What one model costs on this rank."""
-    torch.manual_seed(args.seed)
-    module, img_size = create_model(name, args.img_size)
-    batch_size = args.batch_size or images_per_rank(name, args.quick)
-    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    module.to(device, memory_format=memory_format)
-    torch.manual_seed(args.seed + rank)
-    images = torch.randn(batch_size, 3, img_size, img_size).to(device, memory_format=memory_format)
-    labels = torch.randint(module.num_classes, (batch_size,)).to(device)
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16")
-
-    kinds = ["base", "rwp"] + (["sam"] if ranks > 1 or args.shared else [])
-    steps = {kind: step_of(kind, copy.deepcopy(module), images, labels, ranks, autocast) for kind in kinds}
-    variants = {kind: partial(timed, step, device) for kind, step in steps.items()}
-    if ranks == 1:
-        variants |= noise_variants(module, device)
-    # Ranks that share a GPU are there for what they exchange and hold, not for the time that takes.
-    rounds = 2 if ranks > 1 and args.shared else args.rounds
-    seconds: dict[str, list[float]] = {kind: [] for kind in variants}
-    order = random.Random(args.seed)  # the same on all ranks
-    progress = tqdm(range(WARM_UP + rounds), desc=f"{name}, ranks: {ranks}", disable=rank > 0)
-    for index in progress:
-        for kind in order.sample(list(variants), len(variants)):
-            progress.set_postfix_str(kind)
-            if ranks > 1:
-                dist.barrier()
-            taken = variants[kind]()
-            if index >= WARM_UP:
-                seconds[kind].append(taken)
-
-    weights = list(module.parameters())
-    found: dict[str, Any] = {
-        "model": name,
-        "img_size": img_size,
-        "batch_size": batch_size,
-        "seconds": seconds,
-        "weights_bytes": sum(weight.nbytes for weight in weights),
-        "buffers_bytes": sum(buffer.nbytes for buffer in module.buffers()),
-        "scratch_bytes": Source(weights[0]).scratch.nbytes,
-    }
-    if ranks > 1:
-        found["collectives"] = {kind: collectives(step) for kind, step in steps.items()}
-        found["extra_bytes"] = peak_bytes(noise_and_restore(module, device, accumulation_steps=1), device)
-        found["peak_bytes"] = {
-            kind: peak_bytes(step_of(kind, copy.deepcopy(module), images, labels, ranks, autocast), device)
-            for kind in kinds
-        }
-    return found
-
-
-def combined(group: tuple[dict, ...], alone: dict) -> dict:
-    """One model's figures, of the ranks and of a single process. A step of ranks lasts until the slowest is done."""
-    parallel = {
-        kind: [max(times) for times in zip(*(rank["seconds"][kind] for rank in group), strict=True)]
-        for kind in group[0]["seconds"]
-    }
-    return {
-        **{name: value for name, value in alone.items() if name != "seconds"},
-        "alone_seconds": alone["seconds"],
-        "parallel_seconds": parallel,
-        "collectives": group[0]["collectives"],
-        "extra_bytes": [rank["extra_bytes"] for rank in group],
-        "peak_bytes": {kind: [rank["peak_bytes"][kind] for rank in group] for kind in group[0]["peak_bytes"]},
-    }
-
-
-def images_per_rank(name: str, quick: bool) -> int:
-    if torch.cuda.is_available():
-        return 128
-    return (32 if quick else 64) if name == "cifar_resnet18" else 16
-
-
-def create_model(name: str, img_size: int | None) -> tuple[nn.Module, int]:
-    """The model and the size of its images."""
-    if name == "cifar_resnet18":
-        model = timm.create_model("resnet18", num_classes=10)
-        make_stem_small(model)
-        return model, img_size or 32
-    model = timm.create_model(name)
-    return model, img_size or model.pretrained_cfg["input_size"][-1]
-
-
-def step_of(
-    kind: str, module: nn.Module, images: Tensor, labels: Tensor, ranks: int, autocast: Callable[[], Any]
-) -> Callable[[], None]:
-    """One optimizer step of the kind, as imagenet_rwp.py takes it: RWP on one rank halves its batch."""
-    base = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
-    parts = 2 if kind == "rwp" and ranks == 1 else 1
-    optimizer = RWP(base, module, accumulation_steps=parts) if kind == "rwp" else base
-    on = [images.device] if images.is_cuda else None
-    model = DistributedDataParallel(module, device_ids=on) if ranks > 1 else module
-
-    def loss_of(part: Tensor, targets: Tensor) -> Tensor:
-        with autocast():
-            return cross_entropy(model(part), targets)
-
-    chunks = list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
-    add_gradients = partial(accumulate, model, chunks, loss_of)
-    if kind == "sam":
-        return partial(sam_step, wrap_sam(base, rho=0.05), model, add_gradients)
-    return partial(plain_step, optimizer, add_gradients)
 
 
 def run_host(_: int, __: int, args: Arguments, folder: str) -> None:
@@ -369,9 +272,11 @@ def run_loops(_: int, __: int, args: Arguments, folder: str) -> None:
     flags += ["--scale", "0.08", "1", f"--workers={args.workers}", "--overwrite_output_dir=true"]
     flags += [f"--data_dir={args.data_dir}"] if args.data_dir else []
     found: dict[str, list[float]] = {"imagenet_rwp": [], "timm": []}
-    for _ in tqdm(range(min(args.rounds, 5)), desc="loops"):
+    for _ in range(args.loops):
         found["imagenet_rwp"].append(recipe_loop(Path(folder, "run"), flags, threads))
+        round_done(folder)
         found["timm"].append(timm_loop(load_images(data_dir=args.data_dir)["train"], args.workers))
+        round_done(folder)
     Path(folder, "0").write_text(json.dumps(found))
 
 
@@ -386,57 +291,11 @@ def recipe_loop(output_dir: Path, flags: list[str], threads: int) -> float:
     return results["history"][-1]["images_per_second"]
 
 
-class Rows(torch.utils.data.Dataset):
-    """Images and labels as timm's reader of datasets takes them: one by one."""
-
-    transform: Callable[[Any], Any]  # timm's create_loader sets it
-
-    def __init__(self, split: Any) -> None:
-        self.split = split
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        row = self.split[index]
-        return self.transform(row["image"].convert("RGB")), row["label"]
-
-
-def timm_loop(split: Any, workers: int) -> float:
-    """Images per second of the second epoch, as timm's train.py trains."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = timm.create_model(LOOP["model"], num_classes=split.features["label"].num_classes).to(device)
-    config = resolve_data_config({"img_size": LOOP["img_size"]}, model=model)
-    loader = create_loader(
-        Rows(split.cast_column("image", Image())),
-        input_size=config["input_size"],
-        batch_size=LOOP["batch_size"],
-        is_training=True,
-        scale=(0.08, 1.0),
-        hflip=0.5,
-        color_jitter=0.4,
-        interpolation="bilinear",
-        mean=config["mean"],
-        std=config["std"],
-        num_workers=workers,
-        device=device,
-        persistent_workers=workers > 0,
-    )
-    optimizer = create_optimizer_v2(model, opt="sgd", lr=0.01, weight_decay=5e-4, momentum=0.9)
-    scheduler, _ = create_scheduler_v2(optimizer, num_epochs=2, step_on_epochs=False, updates_per_epoch=len(loader))
-    losses, updates = AverageMeter(), 0
-    for _ in range(2):
-        seen, start = 0, time.perf_counter()
-        for images, labels in loader:
-            loss = cross_entropy(model(images), labels)
-            losses.update(loss.item(), len(images))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            seen, updates = seen + len(images), updates + 1
-            scheduler.step_update(num_updates=updates, metric=losses.avg)
-        seconds = time.perf_counter() - start
-    return seen / seconds
+def run_imports(_: int, __: int, args: Arguments, folder: str) -> None:
+    """Seconds that `import hf_rwp`, and also taking RWP from it, last after `import torch`."""
+    imports = [import_seconds() for _ in range(min(args.rounds, 5))]
+    found = dict(zip(("hf_rwp", "RWP"), zip(*imports, strict=True), strict=True))
+    Path(folder, "0").write_text(json.dumps(found))
 
 
 def import_seconds() -> list[float]:

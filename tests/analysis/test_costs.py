@@ -55,3 +55,19 @@ def test_with_one_gpu_the_parallel_step_is_a_plain_one_with_noise():
     assert figure(rows, "noise + restore / memory floor")["limit"] == 3
     assert figure(rows, "noise + restore / the reference")["limit"] == 0.1
     assert not figure(rows, "collectives")["holds"]
+
+
+def test_a_record_that_was_cut_has_the_rows_of_what_it_has():
+    whole = record_with([1.0] * 4)
+    every = [row["what"] for row in costs.rows(whole)]
+    for key in ("loop_images_per_second", "host_milliseconds", "import_seconds"):
+        assert [row["what"] for row in costs.rows({name: whole[name] for name in whole if name != key})] == [
+            what for what in every if not what.startswith({"l": "images/s", "h": "host", "i": "seconds of"}[key[0]])
+        ]
+    (measured,) = whole["measurements"]
+    cut = {name: measured[name] for name in ("model", "img_size", "batch_size", "parallel_seconds")} | {
+        "peak_bytes": {}
+    }
+    rows = costs.rows({"device_type": "cpu", "shared_gpu": False, "measurements": [cut]})
+    assert [row["what"] for row in rows] == ["parallel RWP step / DDP step", "SAM step / parallel RWP step"]
+    assert costs.rows({"device_type": "cpu", "shared_gpu": False, "measurements": []}) == []
