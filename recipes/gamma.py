@@ -272,6 +272,7 @@ def said(proposals: Mapping[str, GammaProposal], steps: int) -> str:
         lines.append(
             f"  proposal: --rwp_gamma {found.gamma:.2g}{flag}, where the loss rises by {found.allowed:.3g}{unreached}"
         )
+    lines += ["", "That is where to begin: try half and twice of it too. How far off it was: recipes/results/README.md"]
     return "\n".join(lines)
 
 

@@ -52,6 +52,7 @@ def test_a_new_model_learns_first_and_gets_a_proposal_in_both_modes(run, tmp_pat
     assert "output_dir" not in record["command"]
     said = capsys.readouterr().out
     assert "after 40 steps without noise" in said
+    assert "try half and twice of it too" in said
     for mode, found in record["proposals"].items():
         assert found["levels"][-2]["rise"] < found["allowed"] <= found["levels"][-1]["rise"]
         assert found["levels"][-2]["gamma"] < found["gamma"] <= found["levels"][-1]["gamma"]
