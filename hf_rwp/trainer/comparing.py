@@ -31,7 +31,7 @@ _TRAINERS = {"KTOTrainer": "the mean KL divergence of a batch"}
 def noticing(trainer: Any, model: nn.Module, half: Any) -> Iterator[None]:
     """Say it where names, or the model's outputs of half a batch meanwhile, tell of such a loss."""
     found = [*_named(trainer), *(["return_loss"] if isinstance(half, Mapping) and half.get("return_loss") else [])]
-    handle = model.register_forward_hook(functools.partial(_look, found, rows(half)))
+    handle = model.register_forward_hook(functools.partial(_look, found, half))
     try:
         yield
     finally:
@@ -45,12 +45,14 @@ def noticing(trainer: Any, model: nn.Module, half: Any) -> Iterator[None]:
         )
 
 
-def _look(found: list[str], size: int, model: nn.Module, _: Any, output: Any) -> None:
-    """Add what an output of `size` samples says."""
+def _look(found: list[str], half: Any, model: nn.Module, _: Any, output: Any) -> None:
+    """Add what the output for half a batch says."""
+    size = rows(half)
     names = output.keys() if isinstance(output, Mapping) else ()
     found.extend(str(name) for name in names if str(name).startswith("logits_per_"))
-    # As many columns as rows, and no weight has so many outputs: they come from the batch.
-    if size > 1 and all(parameter.shape[:1] != (size,) for parameter in model.parameters()):
+    # As many columns as rows, no sample is so long, and no weight has so many outputs: they come from the batch.
+    within = any(size in tensor.shape[1:] for tensor in tensors_in(half))
+    if size > 1 and not within and all(parameter.shape[:1] != (size,) for parameter in model.parameters()):
         shapes = [tuple(tensor.shape) for tensor in tensors_in(output)]
         found.extend(f"an output of shape {shape}" for shape in shapes if shape == (size, size))
 

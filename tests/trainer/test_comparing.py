@@ -17,10 +17,10 @@ from hf_rwp import RWPArguments, RWPTrainer
 class Pairs(nn.Module):
     """Embeds two views of a sample. whole: the name of what it returns beside the loss, a number for every two."""
 
-    def __init__(self, whole="", width=7):
+    def __init__(self, whole="", width=7, features=4):
         super().__init__()
         torch.manual_seed(0)
-        self.net, self.whole = nn.Linear(3, width, dtype=torch.float64), whole
+        self.net, self.whole = nn.Linear(features, width, dtype=torch.float64), whole
 
     def forward(self, one, other):
         scores = self.net(one) @ self.net(other).mT
@@ -31,8 +31,8 @@ class Pairs(nn.Module):
 class InfoNCELoss(nn.Module): ...
 
 
-def pairs(count):
-    views = torch.randn(2, count, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+def pairs(count, features=4):
+    views = torch.randn(2, count, features, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return [{"one": one, "other": other} for one, other in zip(*views, strict=True)]
 
 
@@ -72,6 +72,12 @@ def test_it_is_said_once_when_a_batch_is_first_split(tmp_path, caplog, model, sa
     assert len(lines) == bool(said)
     assert all(line.startswith(said) and "rwp_split=False" in line for line in lines)
     assert all(len(model._forward_hooks) == 1 for _ in lines)  # RWP's own
+
+
+def test_an_output_as_long_as_the_samples_are_is_not_taken_for_one(tmp_path, caplog):
+    """Tokens, say, of which a sample has as many as half a batch has samples."""
+    *_, lines = train(tmp_path, Pairs("scores", features=3), caplog, train_dataset=pairs(20, features=3))
+    assert not lines
 
 
 def contrastive(outputs, labels, num_items_in_batch=None):
