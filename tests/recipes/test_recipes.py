@@ -31,5 +31,5 @@ def test_a_script_names_a_missing_package_in_the_line_that_hf_rwp_says(name):
     as_command = program + f"from hf_rwp.cli import main; main([{name!r}])"
     for code in (as_script, as_command):
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        line = f"hf-rwp {name} needs timm, which is not installed: pip install 'hf-rwp[recipes]'\n"
-        assert (run.returncode, run.stderr) == (1, line)
+        line = f"error: hf-rwp {name} needs timm, which is not installed: pip install 'hf-rwp[recipes]'\n"
+        assert (run.returncode, run.stderr) == (2, line)
