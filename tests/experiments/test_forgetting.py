@@ -73,6 +73,7 @@ def test_the_page_has_every_arm_every_pair_and_the_verdicts_of_the_plan(tmp_path
     assert "| noise on base and adapters - plain LoRA | +5.35 (+5.15 to +5.55), p 0.00781 |" in text
     assert "held-out accuracy (points): more by 5.35 (p 0.00781, with Holm's correction 0.0156)" in text
     assert "known text at 36% (nats): less by 0.5" in text
+    assert "Not in the plan, and no claim" in text
 
 
 def test_what_is_not_told_apart_is_said_and_whether_that_is_for_sure(tmp_path):
@@ -99,3 +100,10 @@ def test_seeds_that_never_reach_the_accuracy_are_left_out_and_few_make_no_test(t
 
 def test_nothing_is_said_where_nothing_was_run(tmp_path):
     assert forgetting.section(tmp_path) == []
+
+
+def test_forgetting_is_also_compared_at_accuracies_that_both_runs_of_a_seed_reach():
+    ours = [record("frozen", 1, [(0.2, 1.0), (0.4, 2.0)]), record("frozen", 2, [(0.1, 1.0)])]
+    theirs = [record("plain", 1, [(0.1, 3.0), (0.5, 5.0)])]
+    # At 0.32: 0.6 of the way from 1 to 2, and 0.55 of that from 3 to 5.
+    assert forgetting.at_accuracies_of_their_own(ours, theirs) == [pytest.approx(1.6 - 4.1)]
