@@ -126,7 +126,7 @@ def verdict(by_arm: Mapping[str, Sequence[Record]], accuracy: float) -> str:
     said = []
     for name, own in found.items():
         if own.p is None or own.mean is None:
-            said.append(f"{name}: no test, {own.pairs} seeds")
+            said.append(f"{name}: no test, seeds: {own.pairs}")
             continue
         within = -figures(accuracy)[name][1] < own.mean.low and own.mean.high < figures(accuracy)[name][1]
         if adjusted[name] < LEVEL:
@@ -191,7 +191,7 @@ def _differences(by_arm: Mapping[str, Sequence[Record]], accuracy: float) -> str
         for figure, _ in figures(accuracy).values():
             own = difference(by_arm[ours], by_arm[theirs], figure)
             if own.mean is None:
-                cells.append(f"{own.pairs} seeds")
+                cells.append(f"seeds: {own.pairs}")
                 continue
             tested = "no test" if own.p is None else f"p {own.p:.3g}"
             few = f", {own.left_out} left out" if own.left_out else ""

@@ -94,7 +94,7 @@ def test_seeds_that_never_reach_the_accuracy_are_left_out_and_few_make_no_test(t
             run["history"][-1]["accuracy"] = 0.3
     text = written(tmp_path, runs)
     assert "no test, 3 left out" in text
-    assert "known text at 36% (nats): no test, 5 seeds" in text
+    assert "known text at 36% (nats): no test, seeds: 5" in text
     assert "(5 of 8)" in text
 
 
