@@ -45,6 +45,7 @@ from hf_rwp.experiments.claims import (
     plans_of,
     robustness_table,
     stopped_table,
+    without_runs,
 )
 from hf_rwp.experiments.claims import (
     sentence as conclusion,
@@ -66,7 +67,7 @@ from hf_rwp.runs.records import read_records
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"
 SHOWN = ("base", "sam", "sam10", "rwp", "rwp_1x")  # in README.md
-IN_README = ("wrong", "shares", "elsewhere")
+IN_README = ("wrong", "shares")
 RIVALS = ("base", "sam", "sam10")
 SEARCH_SEEDS = (100, 101)  # of the demonstration, by its plan
 UNDECIDED = "not to be told apart"
@@ -188,6 +189,9 @@ def conclusions(comparisons: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[
         said = conclusion(key, tested)
         if said:
             parts.append(f"- {said}")
+    unfinished = without_runs(tested)
+    if unfinished:
+        parts.append(f"Planned, and not run to the end: {'; '.join(unfinished)}.")
     for key, topic in SENTENCES.items():
         if in_favour(key, tested):
             plans = ", ".join(f"[{plan}](plans/{plan}.md)" for plan in plans_of(key))

@@ -219,17 +219,29 @@ def sentence(key: str, tested: Iterable[Outcome]) -> str:
 
 
 def in_short(key: str, tested: Iterable[Outcome]) -> str:
-    """A sentence's claims about accuracy in one line for README.md, without p where there is no effect."""
-    mine = [outcome for outcome in tested if outcome.claim.sentence == key and outcome.figure.more_is_better]
+    """A sentence's finished claims about accuracy in one line for README.md, without p where there is no effect."""
+    finished = (outcome for outcome in tested if outcome.claim.sentence == key and outcome.corrected is not None)
+    mine = [outcome for outcome in finished if outcome.figure.more_is_better]
     parts = []
     for task in dict.fromkeys(outcome.claim.task for outcome in mine):
         some = []
         for outcome in (outcome for outcome in mine if outcome.claim.task == task):
             ours = "" if outcome.claim.ours == "rwp" else f"{METHODS[outcome.claim.ours].title} "
-            how = f"p {outcome.p:.2g}" if outcome.verdict in ("better", "worse") else outcome.verdict
+            how = f"p {outcome.p:.2g}" if outcome.verdict != "no effect" else "no effect"
             some.append(f"{ours}{outcome.gain:+.1f} over {outcome.claim.rival} ({how})")
         parts.append(f"{task} {', '.join(some)}")
     return f"{SENTENCES[key]}, RWP in points: {'; '.join(parts)}." if parts else ""
+
+
+def without_runs(tested: Iterable[Outcome]) -> list[str]:
+    """The tasks of claims that have no pair of runs yet, or too few pairs for a claim."""
+    tested = list(tested)
+    there = {outcome.claim for outcome in tested if outcome.corrected is not None}
+    pairs = {outcome.claim: len(outcome.gains) for outcome in tested}
+    tasks = {
+        claim.task: f"{claim.task} ({pairs.get(claim, 0)} of {PAIRS} pairs)" for claim in CLAIMS if claim not in there
+    }
+    return list(tasks.values())
 
 
 def plans_of(key: str) -> list[str]:

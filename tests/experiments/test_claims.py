@@ -74,11 +74,20 @@ def test_a_sentence_has_every_figure_its_p_and_its_record():
         "Wrong labels, RWP in points: 40 % of labels random +20.0 over plain (p 0.0078), +20.0 over plain, stopped "
         "early (p 0.0078)."
     )
-    assert "+20.0 over plain (unfinished)" in claims.in_short("wrong", few)
+    assert claims.in_short("wrong", few) == ""
     assert claims.in_short("weights", found) == ""  # all of it is of less that is better
     assert claims.in_favour("weights", found)["40 % of labels random: RWP over plain\naccuracy lost at 3 bits"] == (
         pytest.approx([-20] * 8)
     )
+
+
+def test_what_has_no_runs_yet_is_named():
+    whole = outcomes({"digits_wrong40": [r for name in ("base", "sam", "rwp") for r in runs(name, [0.7] * 8)]})
+    said = claims.without_runs(whole)
+    assert "40 % of labels random (0 of 8 pairs)" in said  # smoothing and the controls
+    assert "all labels right (0 of 8 pairs)" in said
+    few = claims.without_runs(outcomes({"digits_wrong80": runs("base", [0.5] * 3) + runs("rwp", [0.5] * 4)}))
+    assert "80 % random (3 of 8 pairs)" in few
 
 
 def test_a_method_does_not_help_where_it_is_not_clearly_above_plain_training():
