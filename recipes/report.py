@@ -102,8 +102,7 @@ def main() -> None:
     drawn = {name: for_picture(records) for name, records in gammas.items() if is_finished(records)}
     if drawn:
         accuracy_over_gamma(drawn, RESULTS / "gamma" / "grid.png")
-    sections = details(comparisons, benchmarks, landscapes, shown) + gamma_section(gammas)
-    (RESULTS / "README.md").write_text(sections, encoding="utf-8")
+    (RESULTS / "README.md").write_text(page(RESULTS), encoding="utf-8")
     readme = ROOT / "README.md"
     section = brief(comparisons, benchmarks)
     readme.write_text(with_section(readme.read_text(encoding="utf-8"), section), encoding="utf-8")
@@ -251,6 +250,12 @@ def gain_cell(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, A
         return ""
     points = f"{round(gain.mean, 2) + 0.0:+.2f}"  # no -0.00
     return points if kind == UNDECIDED else f"**{points}**"
+
+
+def page(folder: Path) -> str:
+    """All of recipes/results/README.md, from the records in a folder."""
+    records = read_comparisons(folder), read_benchmarks(folder), read_landscapes(folder), read_demonstration(folder)
+    return details(*records) + gamma_section(read_gammas(folder))
 
 
 def details(

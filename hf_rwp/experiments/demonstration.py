@@ -18,8 +18,8 @@ FEWEST_SEEDS = 6  # of fewer, no sign-flip test ends below 0.05
 STEP = 0.25  # from the weights, in norms of their filters: where the words look at the landscape
 ONE_SEED = "One seed is one draw, and another may end otherwise: --seeds 0 1 2 3 4 5 trains with six."
 CAVEAT = (
-    "This is a task where such methods help: many labels are wrong, and training lasts long enough to fit some of "
-    "them. Where labels are right expect no gain."
+    "This is a task where flat minima are said to help: many labels are wrong, and training lasts long enough to fit "
+    "some of them. Where labels are right expect no gain. What ten seeds say is in recipes/results/README.md."
 )
 _NAMES = {"base": "plain training", "sam": "SAM", "rwp": "RWP"}
 

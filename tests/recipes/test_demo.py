@@ -50,7 +50,7 @@ def test_in_a_pipe_it_says_what_it_does_and_what_it_saw(tmp_path):
         assert any(line.startswith(f"{name:<5}  ") and len(line.split()) == 6 for line in lines)
     text = " ".join(lines)
     assert "RWP made " in text
-    assert "task where such methods help" in text
+    assert "task where flat minima are said to help" in text
     assert lines[-4] == ""
     assert lines[-3].startswith("optimizer = RWP(optimizer, model, gamma=0.01) ")
     assert lines[-2].startswith("hf-rwp train --data_dir path/to/images ")

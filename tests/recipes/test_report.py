@@ -134,7 +134,7 @@ def test_readme_says_what_the_records_do(report):
     assert report.with_section(readme, report.brief(*records)) == readme
     assert len(report.brief(*records).splitlines()) <= 5
     full = (report.RESULTS / "README.md").read_text(encoding="utf-8")
-    assert report.details(*records, report.read_landscapes(report.RESULTS)) == full
+    assert report.page(report.RESULTS) == full
     for picture in re.findall(r"\]\(([^)]+\.png)\)", full):
         assert (report.RESULTS / picture).exists()
 
