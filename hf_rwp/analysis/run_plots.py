@@ -79,7 +79,7 @@ def training_curves(
     history: one mapping an epoch with epoch, train_loss and, where they exist, loss_clean, loss_perturbed, eval_loss
     and eval_loss_ema (held-out), known_loss (on text that the model knew before), top1 and top1_ema (fractions in
     [0, 1]); other keys are ignored. Losses that span more than a factor of ten get a logarithmic axis. The last
-    accuracy is written out, top1_ema's if there is one. title: of the whole, such as `title_of` a run.
+    accuracy is written out beside its curve, top1_ema's if there is one. title: of the whole, such as `title_of` a run.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     losses, accuracy = figure.subplots(1, 2)
@@ -96,8 +96,9 @@ def training_curves(
     if len(accuracy.lines) > 1:
         accuracy.legend(frameon=False)
     _finish(accuracy, accuracy_title)
-    for point in [(x, y) for line in accuracy.lines for x, y in line.get_xydata()][-1:]:
-        accuracy.annotate(f"{point[1]:.2f} %", point, (0, -8), textcoords="offset points", ha="right", va="top")
+    for last in [y for line in accuracy.lines for _, y in line.get_xydata()][-1:]:  # beside the panel: no curve there
+        where = ("axes fraction", "data")
+        accuracy.annotate(f"{last:.2f} %", (1, last), (4, 0), where, "offset points", ha="left", va="center")
     figure.savefig(path, format="png", dpi=150)
 
 

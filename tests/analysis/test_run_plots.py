@@ -72,6 +72,17 @@ def test_losses_are_on_the_left_and_percent_on_the_right(draw):
     assert [text.get_text() for text in accuracy.texts] == ["87.50 %"]
 
 
+@pytest.mark.parametrize("top1", [[0.5], [0.2278, 0.9194], [0.9, 0.3]])
+def test_no_curve_crosses_the_accuracy_that_is_written_out(draw, figures, top1):
+    _, accuracy, _ = draw(epochs(len(top1), train_loss=[1.0] * len(top1), top1=top1))
+    figures[-1].draw_without_rendering()  # in the figure's own resolution, not in the file's
+    text, panel = accuracy.texts[0].get_window_extent(), accuracy.get_window_extent()
+    assert panel.x1 <= text.x0
+    assert text.x1 <= figures[-1].bbox.x1
+    ends_at = accuracy.transData.transform((len(top1), 100 * top1[-1]))[1]
+    assert text.y0 < ends_at < text.y1
+
+
 def test_clean_perturbed_and_held_out_are_apart_in_colour_and_in_grey(draw):
     losses, _, pixels = draw(RUN)
     shown = {line.get_label(): line for line in losses.lines}
