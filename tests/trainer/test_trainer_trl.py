@@ -1,10 +1,12 @@
 """RWPTrainerMixin in front of another library's Trainer: TRL's SFTTrainer, with and without PEFT's LoRA."""
 
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import pytest
 import torch
 from distributed import run
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from small_language import llama, texts, tokenizer
@@ -12,6 +14,8 @@ from trainer_runs import LOUD, Watch, assert_gradient, logged, make, paper, same
 from trl import SFTConfig, SFTTrainer
 
 from hf_rwp import RWPArguments, RWPFactory, RWPTrainerMixin
+from hf_rwp.hub.card import add_card
+from hf_rwp.hub.export import save_any
 
 
 class RWPSFTTrainer(RWPTrainerMixin, SFTTrainer): ...
@@ -155,3 +159,18 @@ def test_sft_on_two_ranks_takes_the_papers_gradient_over_tokens(tmp_path):
         for step in steps:
             expected = paper(llama(), step.clean, slots, 0.5, tokens=True, loss=own_loss)
             assert_gradient(step, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+def test_the_card_names_task_class_and_the_versions_of_trl_and_peft(tmp_path, lora):
+    options = {"train_dataset": texts(8), "processing_class": tokenizer(), "bf16": False}
+    options |= {"peft_config": LoraConfig(r=2, task_type="CAUSAL_LM")} if lora else {}
+    trainer = make(llama(), tmp_path / "run", RWPSFTTrainer, RWPSFTConfig, **LOUD, **options)
+    facts = save_any(trainer.model, tmp_path / "model")
+    add_card(tmp_path / "model", trainer._results(), base_model="ada/base", **facts)
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    assert (card.data.pipeline_tag, card.data.library_name) == ("text-generation", "peft" if lora else "transformers")
+    assert f"{'AutoPeftModelForCausalLM' if lora else 'AutoModelForCausalLM'}.from_pretrained(" in card.text
+    (versions,) = [row for row in card.text.splitlines() if row.startswith("| versions |")]
+    assert f"trl {version('trl')}" in versions
+    assert (f"peft {version('peft')}" in versions) == lora
