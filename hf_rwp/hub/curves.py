@@ -180,7 +180,7 @@ def _counted(count: int | None) -> str:
 
 def names_of(found: Sequence[Curves]) -> list[str]:
     """What a legend calls the runs: as much of their folders' names as tells them apart, and what they are."""
-    depths = [1] * len(found)
+    depths = [1 + (curves.place[0].isdigit() and len(curves.place) > 1) for curves in found]  # outputs/NAME/2 is NAME/2
     while True:
         names = ["/".join(reversed(curves.place[:depth])) for curves, depth in zip(found, depths, strict=True)]
         full = [f"{name}: {curves.title}" for name, curves in zip(names, found, strict=True)]

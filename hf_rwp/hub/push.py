@@ -71,6 +71,7 @@ def push(
 ) -> str:
     """Send a folder to the Hub in one commit, and return the commit's address; what is there already is not sent.
 
+    folder: of a model; that of a run stands for its `model`.
     Weights at the top of the repository that the folder does not have are removed by the same commit, so that there is
     one set of them. revision: a branch, made if missing. tag: of the commit. private: of a repository that is made; an
     existing public one is refused. token: as huggingface_hub has it; True is the stored one, False none.
@@ -80,8 +81,8 @@ def push(
 
     Raises PushError once huggingface_hub's attempts, and some more with growing pauses, have failed.
     """
-    folder = Path(folder)
-    if not any(_is_weights(path.name) for path in (folder.iterdir() if folder.is_dir() else ())):
+    folder = next(filter(_holds_weights, (Path(folder), Path(folder) / "model")), None) or Path(folder)
+    if not _holds_weights(folder):
         raise ValueError(f"{folder} holds no weights: a push would remove those on the Hub. Name a model's folder")
     for wait in (*WAITS, None):
         try:
@@ -308,6 +309,10 @@ def _tag(api: HfApi, repo_id: str, tag: str, commit: str) -> None:
             raise PushError(
                 f"the model is there, but tag {tag} was taken by an earlier commit: choose another"
             ) from None
+
+
+def _holds_weights(folder: Path) -> bool:
+    return folder.is_dir() and any(_is_weights(path.name) for path in folder.iterdir())
 
 
 def _is_weights(name: str) -> bool:

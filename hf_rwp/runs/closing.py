@@ -15,6 +15,7 @@ COLUMNS = 80
 # A rise of the loss by r makes the right class exp(-r) times as likely: by a twentieth less, by two fifths less.
 FLAT, SHARP = 0.05, 0.5
 SMALL, USUAL = 0.05, "5 to 70 %"  # noise relative to the weights of the largest layer
+_FEW = 50  # gradients at noisy weights: their mean loss is not yet one of all images
 _GUESSING = 0.9  # of the loss of guessing: what is nearer to it has learned next to nothing
 _DATA = ("data_dir", "dataset", "dataset_config", "train_split", "validation_split", "image_column", "label_column")
 
@@ -104,6 +105,8 @@ def flatness(results: Results, rise: float, layer: Mapping[str, Any]) -> str:
     classes = class_count(results)
     if classes and classes > 1 and results["final"]["loss_clean"] > _GUESSING * math.log(classes):
         return f"little is learned yet (guessing has {math.log(classes):.2f}), so that this says nothing of flatness"
+    if results["final"]["rwp"]["slots"]["perturbed"] < _FEW:
+        return "too few gradients to tell flat from sharp"
     if rise >= SHARP:
         return "sharp. A smaller --rwp_gamma disturbs less"
     if layer["size"] < SMALL:

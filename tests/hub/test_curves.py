@@ -92,8 +92,14 @@ def test_as_much_of_a_path_is_shown_as_tells_runs_apart(drawn, tmp_path):
     places = ["one/model", "two/model", "two/1", "two/2"]
     runs = [write(tmp_path / place, results(gamma=0.1 if place == "two/2" else 0.01)) for place in places]
     hf_rwp(["curves", *map(str, runs), str(runs[0] / "results.json"), "--output", str(tmp_path / "curves.svg")])
-    assert [name.split(": ")[0] for name in drawn] == ["one/model", "two/model", "1", "2"]
+    assert [name.split(": ")[0] for name in drawn] == ["one/model", "two/model", "two/1", "two/2"]
     assert (tmp_path / "curves.svg").read_text().startswith("<?xml")
+
+
+def test_a_later_run_of_a_name_has_the_name_before_its_number(drawn, tmp_path):
+    runs = [write(tmp_path / name, results()) for name in ("digits", "digits/2")]
+    hf_rwp(["curves", *map(str, runs), "--output", str(tmp_path / "curves.png")])
+    assert [name.partition(":")[0] for name in drawn] == ["digits", "digits/2"]
 
 
 def test_a_run_that_was_moved_is_found_by_a_relative_path(drawn, monkeypatch, tmp_path):

@@ -29,6 +29,7 @@ from hf_rwp.hub.export import save_model
 from hf_rwp.runs.records import weights_digest
 
 MODEL = {"README.md", "config.json", "model.safetensors", "results.json", "curves.png", "confusion.png"}
+FOLDER = MODEL - {"confusion.png"}  # of the fixture
 PUSH = ("--push_to_hub", "--hub_model_id=ada/digits")
 ALWAYS = 999
 
@@ -269,11 +270,16 @@ def test_pushing_again_sends_what_changed_alone(hub, clients, folder):
     assert hub.files("ada/model") == {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+def test_a_runs_folder_stands_for_its_model(hub, clients, folder):
+    assert clients.run("push", folder.parent, "ada/model", token=WRITE).status == 0
+    assert hub.files("ada/model") == contents(folder)
+
+
 def test_there_is_one_set_of_weights(hub, clients, folder):
     earlier = {"pytorch_model.bin": b"pickle", "model-00001-of-00002.safetensors": b"half", "notes.md": b"mine"}
     hub.make("ada/model", **earlier)
     assert clients.run("push", folder, "ada/model", token=WRITE).status == 0
-    assert set(hub.files("ada/model")) == MODEL | {"notes.md"}
+    assert set(hub.files("ada/model")) == FOLDER | {"notes.md"}
     assert len(hub.commits("ada/model")) == 2
 
 
@@ -282,7 +288,7 @@ def test_a_revision_is_a_branch_that_others_do_not_see(hub, clients, folder):
         options = {"revision": "trial/1", "tag": tag}
         assert clients.run("push", folder, "ada/model", options, token=WRITE).status == 0
     assert hub.files("ada/model") == {}
-    assert set(hub.files("ada/model", "trial/1")) == MODEL
+    assert set(hub.files("ada/model", "trial/1")) == FOLDER
     commit = hub.head("ada/model", "trial/1").oid
     assert hub.repos["ada/model"].tags == {"a": commit, "b": commit}
     assert_same_logits(clients.run("logits", "ada/model", folder, {"revision": "a"}), ["bee", "crab", "eel"])
@@ -305,7 +311,7 @@ def test_a_private_repository_is_for_those_with_a_token(hub, clients, folder):
         refused = clients.run("download", "ada/model", token=token)
         assert refused.status == 1
         assert "RepositoryNotFoundError" in refused.output
-    assert clients.run("download", "ada/model", token=READ).value == sorted({*MODEL, ".gitattributes"})
+    assert clients.run("download", "ada/model", token=READ).value == sorted({*FOLDER, ".gitattributes"})
     assert_same_logits(clients.run("logits", "ada/model", folder, token=READ), ["bee", "crab", "eel"])
 
 
@@ -357,7 +363,7 @@ def test_what_passes_is_waited_for(hub, clients, folder, place, how):
     outcome = clients.run("push", folder, "ada/model", token=WRITE)
     assert outcome.status == 0, outcome.output
     assert how == "slow" or all(fault.times == 0 for fault in hub.faults)
-    assert set(hub.files("ada/model")) == MODEL
+    assert set(hub.files("ada/model")) == FOLDER
     assert len(hub.commits("ada/model")) == 1
 
 
@@ -366,7 +372,7 @@ def test_a_silent_server_is_given_up_and_asked_again(hub, clients, folder, place
     hub.fail(*PLACES[place], silent(3))
     outcome = clients.run("push", folder, "ada/model", token=WRITE, **{"hf_rwp.hub.push.TIMEOUT": 0.5})
     assert outcome.status == 0, outcome.output
-    assert set(hub.files("ada/model")) == MODEL
+    assert set(hub.files("ada/model")) == FOLDER
     assert outcome.seconds < 3
 
 
@@ -376,7 +382,7 @@ def test_a_silent_server_is_given_up_by_a_client_made_on_the_way_too(hub, client
         "push_with_a_new_client", folder, "ada/model", token=WRITE, **{"hf_rwp.hub.push.TIMEOUT": 0.5}
     )
     assert outcome.status == 0, outcome.output
-    assert set(hub.files("ada/model")) == MODEL
+    assert set(hub.files("ada/model")) == FOLDER
     assert outcome.seconds < 3
 
 
@@ -384,7 +390,7 @@ def test_the_users_own_client_keeps_its_own_limit(hub, clients, folder):
     outcome = clients.run("push_with_a_client_of_the_users", folder, "ada/model", 7.0, token=WRITE)
     assert outcome.status == 0, outcome.output
     assert outcome.value == (7.0, 7.0)
-    assert set(hub.files("ada/model")) == MODEL
+    assert set(hub.files("ada/model")) == FOLDER
 
 
 @pytest.mark.parametrize("number", [409, 412])

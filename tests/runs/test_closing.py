@@ -55,6 +55,8 @@ def test_noise_that_raises_the_loss_a_little_means_flat():
         ({"bce_loss": True}, ": a mean over classes, for which there is no scale of flat and sharp."),
         ({"clean": None}, "was in all of the last epoch, so that what it did to the loss was not measured."),
         ({"size": None}, "RWP took 220 of 440 gradients with noise in the weights."),
+        ({"slots": (49, 49)}, ": too few gradients to tell flat from sharp."),
+        ({"slots": (50, 50)}, ": flat."),
         ({"slots": (440, 0)}, "RWP did nothing: no gradient of 440 was perturbed (a gamma of 0, or --rwp_start"),
         ({"method": "base"}, "Plain training: no weight was perturbed."),
     ],
