@@ -170,6 +170,7 @@ def launch(recipe: Path, flags: Sequence[str], processes: int, config_file: str 
         options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     if not torch.accelerator.is_available() or torch.backends.mps.is_available():  # a machine has one of the latter
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # with --cpu Accelerate would start one process
+    before = logging.root.manager.disable
     if not shows_all():
         os.environ[OF_THE_LAUNCHER] = "1"
         logging.disable(logging.ERROR)  # the agent's, of processes that have failed
@@ -185,6 +186,9 @@ def launch(recipe: Path, flags: Sequence[str], processes: int, config_file: str 
             failed = STATUS
             tell(line)
         raise SystemExit(failed if failed > 0 else 128 - failed) from None
+    finally:
+        logging.disable(before)
+        os.environ.pop(OF_THE_LAUNCHER, None)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`hf-rwp`: every command reaches its recipe or the Hub's commands, with the flags that it was given."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -154,6 +155,7 @@ def test_the_launcher_is_told_all_that_it_would_warn_about(monkeypatch):
     monkeypatch.setattr(cli.os, "environ", {})
     cli.launch(Path("recipe.py"), ["--epochs", "3"], 2, None)
     cli.launch(Path("recipe.py"), [], 4, "mine.yaml")
+    assert logging.getLogger("hf_rwp").isEnabledFor(logging.WARNING)  # for whatever this process does next
     first, second = told
     assert (first.multi_gpu, first.num_processes, first.num_machines) == (True, 2, 1)
     assert (first.training_script, first.training_script_args) == ("recipe.py", ["--epochs", "3"])
