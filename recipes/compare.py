@@ -177,6 +177,7 @@ def main(args: Arguments) -> None:
     progress.steps = sum(what["steps"] * takes for what, takes in todo)
     for number, (what, takes) in enumerate(todo, start=1):
         what["settings"] = what["settings"] or chosen(args, what["method"], what["protocol"])
+        progress.note()  # the loss of the run before is not this one's
         progress.begin(f"{what['kind']} {number}/{total}, {what['method']}, seed {what['seed']}, {what['protocol']}")
         news += run(accelerator, args, data, facts, what, takes, progress)
     progress.close()

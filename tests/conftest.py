@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -13,6 +14,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the background, whose processes inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:

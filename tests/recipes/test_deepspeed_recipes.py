@@ -4,7 +4,6 @@ How to run the tests that need deepspeed on a CPU is in tests/engines/test_deeps
 """
 
 import importlib.util
-import json
 import os
 import pickle
 import shutil
@@ -274,7 +273,7 @@ def test_one_process_reads_what_the_engine_wrote(name, trained, tmp_path):
     checkpoint = trained / "zero" / name / "checkpoints" / "step_12"
     model = "--model=test_vit" if name == "vit" else "--model=test_resnet"
     imagenet.train(recipe, tmp_path, model, "--eval_only", f"--resume_from_checkpoint={checkpoint}")
-    found = json.loads((tmp_path / "eval.json").read_text())
+    found = imagenet.evaluated(tmp_path)
     assert found == pytest.approx({key: final[key] for key in found}, rel=1e-5)
     assert ("eval_loss_ema" in found) == (name == "vit")
     best = results(trained / "zero" / name / "best")["final"]["step"]

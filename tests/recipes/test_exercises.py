@@ -36,8 +36,8 @@ def test_another_augmentation_goes_into_the_transform_of_create_loader(recipe, m
 class Confident(Accuracy):
     """Also the mean probability of the class that a model is surest of."""
 
-    def __init__(self, device):
-        super().__init__(device)
+    def __init__(self, *given):
+        super().__init__(*given)
         self.total = self.count = 0.0
 
     def add(self, logits, labels):

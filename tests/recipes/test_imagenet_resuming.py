@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 import timm
 import torch
-from imagenet import SUPPORT, load_recipe, results, results_of, train, weights
+from imagenet import SUPPORT, evaluated, load_recipe, results, results_of, train, weights
 from test_imagenet_runs import assert_same_run, cut_back, steps
 
 from hf_rwp.hub.export import save_model
@@ -95,7 +95,7 @@ def test_flags_given_anew_win_and_are_listed(recipe, tmp_path, capsys):
 def test_a_checkpoint_is_evaluated_as_its_run_did(recipe, tmp_path):
     final = results_of(recipe, tmp_path, *OWN, "--img_size=24")["final"]
     start(recipe, f"--resume_from_checkpoint={tmp_path}", "--eval_only")
-    found = json.loads((tmp_path / "eval.json").read_text())
+    found = evaluated(tmp_path)
     assert found == pytest.approx({name: final[name] for name in found}, rel=1e-5)
     assert {"top1", "top1_ema", "eval_loss"} <= found.keys()
     start(recipe, f"--resume_from_checkpoint={tmp_path}", "--eval_only", "--crop_pct=1")
@@ -107,7 +107,7 @@ def test_weights_are_evaluated_at_their_own_size(recipe, tmp_path):
     """On the digits too, which have a size and a crop of their own for training."""
     final = results_of(recipe, tmp_path / "run", "--img_size=24", "--crop_pct=0.7")["final"]
     start(recipe, "--eval_only", f"--pretrained={tmp_path}/run/model", f"--output_dir={tmp_path}/eval")
-    found = json.loads((tmp_path / "eval" / "eval.json").read_text())
+    found = evaluated(tmp_path / "eval")
     assert found == pytest.approx({name: final[name] for name in found}, rel=1e-5)
 
 
@@ -117,7 +117,7 @@ def test_a_checkpoint_of_fine_tuning_is_evaluated_with_its_own_head(recipe, pict
     flags = [f"--data_dir={pictures}", f"--pretrained={tmp_path}/digits/model", "--batch_size=8"]
     final = results_of(recipe, tmp_path / "run", *flags)["final"]
     start(recipe, f"--resume_from_checkpoint={tmp_path}/run", "--eval_only")
-    found = json.loads((tmp_path / "run" / "eval.json").read_text())
+    found = evaluated(tmp_path / "run")
     assert found == pytest.approx({name: final[name] for name in found}, rel=1e-5)
 
 

@@ -70,3 +70,9 @@ def launch(*arguments, **environment):
         text=True,
         timeout=400,
     )
+
+
+def evaluated(folder):
+    """The figures of eval.json in a folder, without those by class."""
+    found = json.loads((Path(folder) / "eval.json").read_text())
+    return {name: value for name, value in found.items() if not name.startswith("by_class")}
