@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 
 from hf_rwp.runs.hints import no_such_flags
 from hf_rwp.runs.out_of_memory import advice
+from hf_rwp.runs.signals import INTERRUPTED
 
 STATUS = 2  # argparse's own
 PROGRAM = "HF_RWP_PROGRAM"  # how the program was called, where that is not its file
@@ -48,13 +49,18 @@ def shows_all() -> bool:
 
 @contextlib.contextmanager
 def told_in_a_line(arguments: Any = None, ahead: bool = False) -> Iterator[None]:
-    """What fails within is told and ends the process, if it is a mistake.
+    """What fails within is told and ends the process, if it is a mistake. So does Ctrl-C.
 
     arguments: the flags, for what to try where memory ends. ahead: whether what is within only reads what a user wrote,
     so that whatever is refused is a mistake, and every process refuses it.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        if shows_all():
+            raise
+        tell("\nstopped by Ctrl-C: what was not saved before is lost")
+        raise SystemExit(INTERRUPTED) from None
     except Exception as error:
         line = _line(error, arguments, ahead)
         if line is None or shows_all():

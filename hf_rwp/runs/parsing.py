@@ -24,7 +24,6 @@ from hf_rwp.runs.flags import FlagParser
 from hf_rwp.runs.given import Given, join_flags, split_flags, with_those_of_the_run
 from hf_rwp.runs.hints import no_such_flags
 from hf_rwp.runs.mistakes import told_in_a_line
-from hf_rwp.runs.signals import INTERRUPTED
 from hf_rwp.runs.started import announce
 
 Arguments = TypeVar("Arguments")
@@ -68,14 +67,10 @@ def start(
 
     description, argv: as `flags_first` has them.
     """
-    try:
-        with told_in_a_line(ahead=True):
-            arguments = parse_arguments(kind, argv, description or "")
-        with told_in_a_line(arguments):
-            main(arguments)
-    except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C: what was not saved before is lost", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+    with told_in_a_line(ahead=True):
+        arguments = parse_arguments(kind, argv, description or "")
+    with told_in_a_line(arguments):
+        main(arguments)
 
 
 def _words(parser: FlagParser, kind: type[Any], argv: Sequence[str], logs: bool = True) -> tuple[list[str], Any]:

@@ -123,7 +123,7 @@ def test_a_card_shows_its_own_landscape_and_keeps_what_was_edited(run, tmp_path)
     run(tmp_path / "digits_rwp_seed0", timm_model(tmp_path / "other"))  # the run's folder stands for its model
     text = card.read_text()
     assert "My own words." in text
-    assert text.count("![The loss around the trained weights](landscape.png)\n\n## Training\n") == 1
+    assert text.count("](landscape.png)\n\n## Training\n") == 1
     with PIL.Image.open(folder / "landscape.png") as mine, PIL.Image.open(tmp_path / "out/landscape.png") as both:
         assert mine.height < both.height  # a single model
     run(folder)
@@ -176,7 +176,7 @@ def test_names_of_the_same_classes_may_differ(recipe):
 def test_what_is_no_classifier_is_refused(recipe, tmp_path):
     with pytest.raises(ValueError, match=r"no trained weights for classifier.*not a backbone"):
         recipe.load_model(str(vit(tmp_path / "backbone", kind=ViTModel)), DIGITS)
-    with pytest.raises(ValueError, match=r"nowhere.* could not be loaded.*such as outputs/RUN/model"):
+    with pytest.raises(ValueError, match=r"nowhere. does not exist"):
         recipe.load_model(str(tmp_path / "nowhere"), DIGITS)
 
 

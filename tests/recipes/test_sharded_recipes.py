@@ -1,10 +1,10 @@
 """recipes/imagenet_rwp.py where processes hold the weights together: FSDP2 and HSDP as recipes/accelerate has them."""
 
-import json
 import os
 import shutil
 from pathlib import Path
 
+import imagenet
 import pytest
 import timm
 import torch
@@ -47,7 +47,7 @@ def evaluated(folder, *flags):
     recipe = load_recipe()
     recipe.load_images = few_digits
     train(recipe, folder, "--model=test_vit", "--eval_only", *flags)
-    return json.loads((Path(folder) / "eval.json").read_text())
+    return imagenet.evaluated(folder)
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_no_arguments_but_a_seed_learn_the_digits(tmp_path, seed):
     assert slots["clean"] == slots["perturbed"] == found["final"]["step"] == 20 * 23
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path / "results.json") in run.stdout
-    assert list((tmp_path / "runs").rglob("events.*"))
+    assert list((tmp_path / "logs").rglob("events.*"))
 
 
 def test_two_replicas_end_with_equal_weights(tmp_path):

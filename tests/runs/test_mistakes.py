@@ -94,6 +94,16 @@ def test_of_processes_without_an_agent_each_says_what_others_may_not_see(monkeyp
         assert capsys.readouterr().err == ("error: the images are not there\n" if said else "")
 
 
+def test_ctrl_c_is_told_in_a_line_wherever_it_comes(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped, told_in_a_line():
+        raise KeyboardInterrupt
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "\nstopped by Ctrl-C: what was not saved before is lost\n"
+    monkeypatch.setenv("HF_RWP_TRACEBACK", "1")
+    with pytest.raises(KeyboardInterrupt), told_in_a_line():
+        raise KeyboardInterrupt
+
+
 def test_a_bar_of_progress_does_not_stand_in_the_line(capsys):
     from tqdm import tqdm
 
