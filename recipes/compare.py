@@ -251,8 +251,8 @@ def run(
     """Train one model to the end and append its record, unless that is there already. Returns whether it trained.
 
     what: what makes it this run or trial, the head of its record. A `run` is on all training images, and evaluated on
-    the test images; a `trial` is on and with those held in and out. per_step: images of a step. progress: in
-    images, of all that is to be trained.
+    the test images; a `trial` is on and with those held in and out. per_step: images of a step. progress: of
+    all runs together, counted in images.
     """
     kind, name, seed, steps, replicas = (what[key] for key in ("kind", "method", "seed", "steps", "replicas"))
     results, there = Path(args.results), comparison_records(Path(args.results))

@@ -141,7 +141,7 @@ def confusion_matrix(by_class: Mapping[str, Any], path: StrPath, title: str = ""
     figure = Figure(figsize=(side + 4.2, side + 1.9), layout="constrained")
     matrix, accuracy = figure.subplots(1, 2, width_ratios=(side, 1.6), sharey=True)
 
-    # The root of the shares: a mistake of one image in a hundred is to be seen beside a class that is nearly right.
+    # The root of the shares: a mistake in one image of a hundred must show beside a class that is nearly right.
     image = matrix.imshow(
         np.ma.masked_equal(shares, 0), cmap=_colors(), norm=PowerNorm(0.5, 0, 1), aspect="auto", interpolation="nearest"
     )

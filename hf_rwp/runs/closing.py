@@ -101,7 +101,7 @@ def _verdict(results: Results, layer: Mapping[str, Any]) -> str:
 def flatness(results: Results, rise: float, layer: Mapping[str, Any]) -> str:
     """How flat the loss is around the weights, as far as its rise by noise tells. rise: in nats."""
     if results["arguments"].get("bce_loss"):
-        return "a mean over classes, for which there is no scale of flat and sharp"
+        return "a mean over classes, which has no scale from flat to sharp"
     classes = class_count(results)
     if classes and classes > 1 and results["final"]["loss_clean"] > _GUESSING * math.log(classes):
         return f"little is learned yet (guessing has {math.log(classes):.2f}), so that this says nothing of flatness"

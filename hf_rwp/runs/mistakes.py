@@ -43,7 +43,7 @@ _OF_THE_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.E
 
 
 def shows_all() -> bool:
-    """Whether HF_RWP_TRACEBACK asks for tracebacks and launchers' reports."""
+    """Whether HF_RWP_TRACEBACK turns tracebacks and launchers' reports on."""
     return os.environ.get(_SHOWS_ALL, "0") not in ("", "0")
 
 

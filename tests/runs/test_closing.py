@@ -52,7 +52,7 @@ def test_noise_that_raises_the_loss_a_little_means_flat():
         ({"size": 2.5, "perturbed": 3.0}, "Noise of 2.5 times the largest layer's weights"),
         ({"clean": 2.2, "perturbed": 2.21}, ": little is learned yet (guessing has 2.30), so that this says nothing"),
         ({"clean": 2.2, "perturbed": 2.21, "classes": 1000}, ": flat."),
-        ({"bce_loss": True}, ": a mean over classes, for which there is no scale of flat and sharp."),
+        ({"bce_loss": True}, ": a mean over classes, which has no scale from flat to sharp."),
         ({"clean": None}, "was in all of the last epoch, so that what it did to the loss was not measured."),
         ({"size": None}, "RWP took 220 of 440 gradients with noise in the weights."),
         ({"slots": (49, 49)}, ": too few gradients to tell flat from sharp."),
