@@ -46,6 +46,7 @@ def read_config(path: str, names: Collection[str], ignore: bool = False, logs: b
     settings = _loaded(path, text) or {}
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no flags: each must be a line of its own, `name: value`")
+    _check_that_each_stands_once(path, text)
     settings = {str(name).replace("-", "_"): value for name, value in settings.items() if value not in (None, "")}
     settings = from_timm(settings, names, replicas=int(os.environ.get("WORLD_SIZE", "1")))
     unknown = [name for name in settings if name not in names]
@@ -94,6 +95,16 @@ def _loaded(path: str, text: str) -> Any:
         where = f"{path}, line {mark.line + 1}" if mark else path
         problem = getattr(error, "problem", None) or str(error)
         raise ValueError(f"{where}: not YAML ({problem}). Each flag is a line of its own, `name: value`") from error
+
+
+def _check_that_each_stands_once(path: str, text: str) -> None:
+    """ValueError where a flag has two lines: YAML would take the last and drop the others without a word."""
+    marks: Any = yaml.compose(text)
+    lines: dict[str, int] = {}
+    for key, _ in marks.value if marks else ():
+        name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
+        if lines.setdefault(name, line) != line:
+            raise ValueError(f"{path}, line {line}: {name} is set on line {lines[name]} already. Keep one of them")
 
 
 def _no_such_names(path: str, unknown: Collection[str], names: Collection[str]) -> str:

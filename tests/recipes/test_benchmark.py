@@ -115,11 +115,11 @@ def test_collectives_and_memory_are_what_ddp_and_the_model_make_them(run):
     clean, perturbed = measured["extra_bytes"]
     assert clean < 1000
     assert perturbed > weights + measured["scratch_bytes"]
-    peak, page = measured["peak_bytes"], 2**19  # of the whole process, to some hundred pages
+    peak, near = measured["peak_bytes"], weights / 2  # of the whole process: a copy of the weights tells, pages do not
     assert max(peak["base"]) > 2 * weights  # gradients and momentum, and more; RWP and SAM have a copy of the weights
-    assert peak["rwp"][0] == pytest.approx(peak["base"][0], abs=page)  # whose gradients are clean
-    assert peak["rwp"][1] - peak["rwp"][0] == pytest.approx(weights + measured["scratch_bytes"], abs=page)
-    assert max(peak["sam"]) - max(peak["base"]) == pytest.approx(weights, abs=page)
+    assert peak["rwp"][0] == pytest.approx(peak["base"][0], abs=near)  # whose gradients are clean
+    assert peak["rwp"][1] - peak["rwp"][0] == pytest.approx(weights + measured["scratch_bytes"], abs=near)
+    assert max(peak["sam"]) - max(peak["base"]) == pytest.approx(weights, abs=near)
 
 
 @pytest.mark.parametrize(

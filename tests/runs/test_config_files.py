@@ -287,3 +287,18 @@ def test_timms_file_trains(tmp_path):
     recipe.main(parse_arguments(recipe.Arguments, [f"--config={file}", "--config_ignore_unknown", *flags]))
     assert results(tmp_path / "out")["arguments"]["batch_size"] == 64
     assert Path(tmp_path / "out" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("again", ["batch_size: 16", "batch-size: 16", "batch_size: 32"])
+def test_a_flag_that_stands_twice_is_named_with_both_lines(tmp_path, again):
+    """YAML takes the last without a word."""
+    path = tmp_path / "flags.yaml"
+    path.write_text(f"batch_size: 32\nepochs: 5\n{again}\n")
+    with pytest.raises(ValueError, match=r"flags\.yaml, line 3: batch_size is set on line 1 already"):
+        read_config(str(path), ["batch_size", "epochs"])
+
+
+def test_no_config_of_the_recipes_sets_a_flag_twice():
+    for path in (RECIPES / "configs").rglob("*.yaml"):
+        names = {name.replace("-", "_") for name in yaml.safe_load(path.read_text())}
+        assert read_config(str(path), names)
