@@ -73,12 +73,14 @@ class Claim:
 SENTENCES = {
     "wrong": "Wrong labels",
     "controls": "What does it",
+    "wide": "A wider grid",
     "shares": "Other shares of wrong labels, and none",
     "weights": "Noise, rounding and pruning",
     "elsewhere": "A small transformer, and training that is over",
 }
 PLANS = {  # of each family, in the folder plans
     "40 % of labels random": "wrong_labels",
+    "a wider grid": "wrong_labels_wide",
     "other shares": "wrong_labels",
     "robust weights": "weight_robustness",
     "small transformer": "small_transformers",
@@ -90,6 +92,7 @@ _SETTINGS = "--search false --settings_from digits_wrong40 digits_wrong40_narrow
 _SHARE = f"{_CONFIG}digits_wrong.yaml {_SETTINGS} --methods base sam rwp"
 COMMANDS = {
     "digits_wrong40": f"{_CONFIG}digits_wrong.yaml",
+    "digits_wrong_wide": f"{_CONFIG}digits_wrong_wide.yaml",
     "digits_wrong0": f"{_SHARE} --label_noise 0 --name digits_wrong0",
     "digits_wrong20": f"{_SHARE} --label_noise 0.2 --name digits_wrong20",
     "digits_wrong60": f"{_SHARE} --label_noise 0.6 --name digits_wrong60",
@@ -109,6 +112,9 @@ def _claims() -> Iterable[Claim]:
     yield Claim(family, "wrong", task, file, "base", rivals="early")
     for theirs in ("base_halves", "rwp_unmixed"):
         yield Claim(family, "controls", task, file, theirs)
+    pairs = (("rwp", "base"), ("rwp_unmixed", "base"), ("sam", "base"), ("rwp", "rwp_unmixed"), ("rwp_unmixed", "sam"))
+    for ours, theirs in pairs:
+        yield Claim("a wider grid", "wide", "40 % random, a wider grid", "digits_wrong_wide", theirs, ours=ours)
     shares = {"0": "all labels right", "20": "20 % random", "60": "60 % random", "80": "80 % random"}
     for share, said in shares.items():
         yield Claim("other shares", "shares", said, f"digits_wrong{share}")
