@@ -73,7 +73,7 @@ class Claim:
 SENTENCES = {
     "wrong": "Wrong labels",
     "controls": "What does it",
-    "wide": "A wider grid",
+    "wide": "Wrong labels, wider grids",
     "shares": "Other shares of wrong labels, and none",
     "weights": "Noise, rounding and pruning",
     "elsewhere": "A small transformer, and training that is over",
@@ -81,6 +81,7 @@ SENTENCES = {
 PLANS = {  # of each family, in the folder plans
     "40 % of labels random": "wrong_labels",
     "a wider grid": "wrong_labels_wide",
+    "wrong labels on CIFAR-10": "cifar10_wrong_labels",
     "other shares": "wrong_labels",
     "robust weights": "weight_robustness",
     "small transformer": "small_transformers",
@@ -93,6 +94,7 @@ _SHARE = f"{_CONFIG}digits_wrong.yaml {_SETTINGS} --methods base sam rwp"
 COMMANDS = {
     "digits_wrong40": f"{_CONFIG}digits_wrong.yaml",
     "digits_wrong_wide": f"{_CONFIG}digits_wrong_wide.yaml",
+    "cifar10_wrong": f"{_CONFIG}cifar10_wrong.yaml --dataset uoft-cs/cifar10",
     "digits_wrong0": f"{_SHARE} --label_noise 0 --name digits_wrong0",
     "digits_wrong20": f"{_SHARE} --label_noise 0.2 --name digits_wrong20",
     "digits_wrong60": f"{_SHARE} --label_noise 0.6 --name digits_wrong60",
@@ -115,6 +117,8 @@ def _claims() -> Iterable[Claim]:
     pairs = (("rwp", "base"), ("rwp_unmixed", "base"), ("sam", "base"), ("rwp", "rwp_unmixed"), ("rwp_unmixed", "sam"))
     for ours, theirs in pairs:
         yield Claim("a wider grid", "wide", "40 % random, a wider grid", "digits_wrong_wide", theirs, ours=ours)
+    for ours, theirs in (("rwp", "base"), ("sam", "base"), ("rwp", "sam"), ("rwp", "rwp_unmixed")):
+        yield Claim("wrong labels on CIFAR-10", "wide", "CIFAR-10, 30 % random", "cifar10_wrong", theirs, ours=ours)
     shares = {"0": "all labels right", "20": "20 % random", "60": "60 % random", "80": "80 % random"}
     for share, said in shares.items():
         yield Claim("other shares", "shares", said, f"digits_wrong{share}")
