@@ -148,7 +148,7 @@ def with_section(text: str, section: str) -> str:
 
 
 def brief(comparisons: Mapping[str, Sequence[Mapping[str, Any]]], benchmarks: Sequence[Mapping[str, Any]]) -> str:
-    """For README.md, a line each: what a step costs; what was planned and found; where else RWP differs from plain."""
+    """For README.md, a line each: what a step costs, and what was planned and found."""
     lines = []
     for record in benchmarks:
         medians: dict[str, list[float]] = {}
@@ -156,18 +156,9 @@ def brief(comparisons: Mapping[str, Sequence[Mapping[str, Any]]], benchmarks: Se
             medians.setdefault(row["what"], []).append(row["median"])
         ratios = ", ".join(f"{what} {min(found):.3g} to {max(found):.3g}" for what, found in medians.items())
         models = len({row["model"] for row in step_rows(record)})
-        lines.append(f"- Costs ({models} models on {machine(record)}): {ratios}.")
+        lines.append(f"- Costs ({models} models on {record['hardware']['device']}): {ratios}.")
     tested = outcomes(comparisons)
     lines += [f"- {line}" for key in IN_README if (line := in_short(key, tested))]
-    tasks = [by_protocol(records) for name, records in comparisons.items() if name not in (*COMMANDS, *STOPPED)]
-    said = []
-    for protocol in PROTOCOLS:
-        found = [by_method(task[protocol]) for task in tasks if protocol in task]
-        kinds = [verdict(runs.get("rwp", []), runs.get("base", []))[0] for runs in found]
-        if found:
-            said.append(f"{kinds.count('better')} and {kinds.count('worse')} of {len(found)} at equal {protocol}")
-    if said:
-        lines.append(f"- Without a plan, tasks where RWP is better and worse than plain: {', '.join(said)}.")
     return "\n".join(lines)
 
 

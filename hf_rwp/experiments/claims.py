@@ -229,18 +229,24 @@ def sentence(key: str, tested: Iterable[Outcome]) -> str:
 
 
 def in_short(key: str, tested: Iterable[Outcome]) -> str:
-    """A sentence's finished claims about accuracy in one line for README.md, without p where there is no effect."""
+    """A sentence's finished claims about accuracy in one line for README.md, rival by rival.
+
+    Bold, and with its p, is what is more than chance.
+    """
     finished = (outcome for outcome in tested if outcome.claim.sentence == key and outcome.corrected is not None)
     mine = [outcome for outcome in finished if outcome.figure.more_is_better]
-    parts = []
-    for task in dict.fromkeys(outcome.claim.task for outcome in mine):
-        some = []
-        for outcome in (outcome for outcome in mine if outcome.claim.task == task):
-            ours = "" if outcome.claim.ours == "rwp" else f"{METHODS[outcome.claim.ours].title} "
-            how = f"p {outcome.p:.2g}" if outcome.verdict != "no effect" else "no effect"
-            some.append(f"{ours}{outcome.gain:+.1f} over {outcome.claim.rival} ({how})")
-        parts.append(f"{task} {', '.join(some)}")
-    return f"{SENTENCES[key]}, RWP in points: {'; '.join(parts)}." if parts else ""
+    rivals: dict[str, list[str]] = {}
+    one_task = len({outcome.claim.task for outcome in mine}) == 1
+    for outcome in mine:
+        pair = f"{METHODS[outcome.claim.ours].title} over {outcome.claim.rival}"
+        where = "" if one_task else f" ({outcome.claim.task})"
+        decided = "" if outcome.verdict == "no effect" else f"**, p {outcome.p:.2g}"
+        rivals.setdefault(pair, []).append(
+            f"{'**' if decided else ''}{round(outcome.gain, 1) + 0:+.1f}{decided}{where}"
+        )
+    said = "; ".join(f"{pair} {', '.join(some)}" for pair, some in rivals.items())
+    about = f" ({mine[0].claim.task})" if one_task else ""
+    return f"{SENTENCES[key]}{about}, points: {said}." if mine else ""
 
 
 def without_runs(tested: Iterable[Outcome]) -> list[str]:

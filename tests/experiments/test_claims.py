@@ -71,8 +71,8 @@ def test_a_sentence_has_every_figure_its_p_and_its_record():
     few = outcomes({"digits_wrong40": records[:2] + records[8:10]})
     assert "RWP against plain: 90 against 70 %, +20.0 points, 2 of 8 seeds, no claim" in claims.sentence("wrong", few)
     assert claims.in_short("wrong", found) == (
-        "Wrong labels, RWP in points: 40 % of labels random +20.0 over plain (p 0.0078), +20.0 over plain, stopped "
-        "early (p 0.0078)."
+        "Wrong labels (40 % of labels random), points: RWP over plain **+20.0**, p 0.0078; RWP over plain, stopped "
+        "early **+20.0**, p 0.0078."
     )
     assert claims.in_short("wrong", few) == ""
     assert claims.in_short("weights", found) == ""  # all of it is of less that is better
