@@ -160,7 +160,7 @@ def test_the_command_writes_all_of_it(report, tmp_path, monkeypatch):
     lines = [json.dumps(record) for record in runs("base", [0.5, 0.6]) + runs("rwp", [0.6, 0.65])]
     (results / "compare" / "small.jsonl").write_text("\n".join(lines) + "\n")
     planned = [json.dumps(record) for record in runs("base", [0.5] * 8) + runs("rwp", [0.6] * 8)]
-    (results / "compare" / "digits_wrong40.jsonl").write_text("\n".join(planned) + "\n")
+    (results / "compare" / "digits_wrong20.jsonl").write_text("\n".join(planned) + "\n")
     (tmp_path / "README.md").write_text(f"# Mine\n{report.BEGIN}\n{report.END}\n")
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "RESULTS", results)
@@ -168,5 +168,5 @@ def test_the_command_writes_all_of_it(report, tmp_path, monkeypatch):
     assert (results / "compare" / "small_images.png").exists()
     assert "| RWP | 62.50 ± 3.54 | +7.50 ± 3.54 | 2 |" in (results / "README.md").read_text()
     assert "| 55.00 ± 7.07 |  |  | 62.50 ± 3.54 |" in (results / "README.md").read_text()
-    said = "Wrong labels (40 % of labels random), points: RWP over plain **+10.0**, p 0.0078."
+    said = "Other shares of wrong labels, and none (20 % random), points: RWP over plain **+10.0**, p 0.0078."
     assert said in (tmp_path / "README.md").read_text()
