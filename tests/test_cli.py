@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
 
@@ -126,7 +127,7 @@ def test_a_mistake_is_one_line_and_status_2(arguments, line, capfd):
 
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
 def test_a_command_of_the_package_tells_a_mistake_in_one_line(command):
-    run = hf_rwp(command, "--zzz=1")
+    run = forked.run("-m", "hf_rwp.cli", command, "--zzz=1")
     assert (run.returncode, run.stdout) == (2, "")
     assert re.fullmatch(r"error: .*\n", run.stderr)
 
@@ -164,7 +165,7 @@ def test_the_launcher_is_told_all_that_it_would_warn_about(monkeypatch):
 
 
 def test_train_trains_in_this_process(tmp_path):
-    run = hf_rwp("train", *SMALL, "--output_dir", tmp_path / "out", cwd=tmp_path)
+    run = forked.run("-m", "hf_rwp.cli", "train", *SMALL, "--output_dir", tmp_path / "out", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["final"]["rwp"]["placement"] == "sequential"
@@ -172,7 +173,8 @@ def test_train_trains_in_this_process(tmp_path):
 
 
 def test_train_trains_on_two_processes(tmp_path):
-    run = hf_rwp("train", "--processes", "2", *SMALL, "--output_dir", tmp_path / "out", ACCELERATE_USE_CPU="true")
+    command = ["-m", "hf_rwp.cli", "train", "--processes", "2", *SMALL, "--output_dir", tmp_path / "out"]
+    run = forked.run(*command, ACCELERATE_USE_CPU="true")
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["final"]["rwp"]["placement"] == "parallel"
@@ -181,7 +183,8 @@ def test_train_trains_on_two_processes(tmp_path):
 
 
 def test_what_two_processes_refuse_is_told_without_the_launchers_traceback(tmp_path):
-    run = hf_rwp("train", "--processes", "2", "--batch_size=0", cwd=tmp_path, ACCELERATE_USE_CPU="true")
+    command = ["-m", "hf_rwp.cli", "train", "--processes", "2", "--batch_size=0"]
+    run = forked.run(*command, cwd=tmp_path, ACCELERATE_USE_CPU="true")
     assert (run.returncode, run.stderr) == (2, f"{STARTED}error: batch_size must be at least 1, got 0\n")
 
 

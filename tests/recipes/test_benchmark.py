@@ -15,7 +15,7 @@ import torch
 from hf_rwp.runs.parsing import parse_arguments
 
 UNLIMITED = ("copy", "flat_lora")
-FLAGS = ["--models=test_resnet", "--img_size=32", "--batch_size=4", "--rounds=2", "--threads=1"]
+FLAGS = ["--models=test_resnet", "--img_size=32", "--batch_size=4", "--rounds=2", "--threads=1", "--quick"]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_every_row_of_the_design_is_measured_and_shown(run):
 
 def test_the_record_says_what_ran_and_where_but_not_whose(run):
     record, _ = run
-    assert record["command"].startswith("python recipes/benchmark.py --models test_resnet --rounds 2")
+    assert record["command"].startswith("python recipes/benchmark.py --models test_resnet --quick True --rounds 2")
     assert record["versions"]["torch"] == torch.__version__
     assert record["hardware"].items() >= {"replicas": 2, "threads": 1, "threads_alone": 2}.items()
     assert record["load_average"] >= 0

@@ -110,11 +110,15 @@ def test_a_launch_file_that_shards_weights_is_what_accelerate_reads(file, replic
         assert (mesh.dp_replicate_size, mesh.dp_shard_size, mesh.total_size) == (replicas, shards, config.num_processes)
 
 
-# Accelerate refuses a mesh, and DeepSpeed is not there, where there is no GPU.
+# Accelerate refuses a mesh, and DeepSpeed is not there, where there is no GPU. On a CPU the files of GPUs under DDP
+# start what cpu_2 does.
 @pytest.mark.parametrize(
     "config",
-    [path for path in LAUNCHES if path.stem not in ("hsdp_2x8", "deepspeed_zero2")],
-    ids=lambda path: path.stem,
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in ("gpu_1", "gpu_8") else [])
+        for path in LAUNCHES
+        if path.stem not in ("hsdp_2x8", "deepspeed_zero2")
+    ],
 )
 def test_a_launch_file_starts_its_replicas(config, tmp_path):
     """On CPUs, with at most two processes; several machines are two launches on this one."""

@@ -55,20 +55,20 @@ def pictures(tmp_path):
 # A run's own flags
 
 
-@pytest.mark.parametrize("named", ["", "checkpoints/step_2", "latest"])
-def test_a_run_goes_on_with_its_own_flags(recipe, tmp_path, named):
+def test_a_run_goes_on_with_its_own_flags(recipe, tmp_path):
     flags = [*OWN, "--checkpointing_steps=2", "--save_total_limit=9"]
     whole = results_of(recipe, tmp_path / "whole", *flags)
-    folder = cut_back(tmp_path / "whole", tmp_path / "again", 2)
-    if named == "latest":
-        start(recipe, "--resume_from_checkpoint=latest", f"--output_dir={folder}")
-    else:
-        start(recipe, f"--resume_from_checkpoint={folder / named}")
-    assert_same_run(results(folder), whole)
-    assert results(folder)["arguments"] == whole["arguments"] | {
-        "output_dir": "again",
-        "resume_from_checkpoint": (named or "again").rpartition("/")[2],
-    }
+    for name, named in (("folder", ""), ("checkpoint", "checkpoints/step_2"), ("latest", "latest")):
+        folder = cut_back(tmp_path / "whole", tmp_path / name, 2)
+        if named == "latest":
+            start(recipe, "--resume_from_checkpoint=latest", f"--output_dir={folder}")
+        else:
+            start(recipe, f"--resume_from_checkpoint={folder / named}")
+        assert_same_run(results(folder), whole)
+        assert results(folder)["arguments"] == whole["arguments"] | {
+            "output_dir": name,
+            "resume_from_checkpoint": (named or name).rpartition("/")[2],
+        }
 
 
 def test_flags_given_anew_win_and_are_listed(recipe, tmp_path, capsys):
@@ -234,7 +234,7 @@ def test_ctrl_c_reaches_everybody_and_only_the_main_process_decides(tmp_path):
     assert "goes on" in said
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ctrl_c_under_accelerate_launch(tmp_path, processes):
     """A terminal reaches the launcher and, where it has only one, its process; others the launcher tells itself."""
     (tmp_path / "driver.py").write_text(driver_of(tmp_path / "out"))

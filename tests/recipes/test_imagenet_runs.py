@@ -125,7 +125,7 @@ def test_other_replicas_go_on_where_the_checkpoint_was(recipe, tmp_path, capsys)
     assert "not end in the same bits" in said
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_and_resumed_runs_end_in_the_same_bits(tmp_path, kills):
     code = (
         f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(SUPPORT)!r}]\n"

@@ -1,9 +1,8 @@
 """What a user of a recipe has done wrong: one line at last, status 2, ahead of data and model."""
 
 import os
-import subprocess
-import sys
 
+import forked
 import pytest
 from imagenet import RECIPES
 
@@ -12,14 +11,7 @@ LIGHT = ["imagenet_rwp", "landscape", "benchmark", "compare"]
 
 def told(recipe, *flags, cwd=None, **environment):
     """The last line of a recipe that ends with status 2; nothing else is on the screen but that it was started."""
-    run = subprocess.run(
-        [sys.executable, str(RECIPES / f"{recipe}.py"), *map(str, flags)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, **environment},
-        timeout=500,
-    )
+    run = forked.run(RECIPES / f"{recipe}.py", *flags, cwd=cwd, **environment)
     *before, last = run.stderr.splitlines() or [""]
     assert (run.returncode, run.stdout) == (2, ""), run.stderr
     assert len(before) <= 1, run.stderr
@@ -79,16 +71,14 @@ def test_what_a_recipe_refuses(recipe, flags, line, tmp_path):
 
 def test_a_recipe_that_runs_out_of_memory_says_what_to_try(tmp_path):
     flags = ["--model=test_vit", "--model_kwargs={embed_dim: 200000000}", f"--output_dir={tmp_path}"]
-    run = subprocess.run([sys.executable, RECIPES / "imagenet_rwp.py", *flags], capture_output=True, text=True)
+    run = forked.run(RECIPES / "imagenet_rwp.py", *flags)
     line = "error: out of memory: try a smaller model, or smaller images or texts"
     assert (run.returncode, run.stderr.splitlines()[-1]) == (2, line)
     assert "Traceback" not in run.stderr
 
 
 def test_all_of_it_is_shown_if_told_to(tmp_path):
-    command = [sys.executable, str(RECIPES / "imagenet_rwp.py"), "--config=nowhere"]
-    environment = {**os.environ, "HF_RWP_TRACEBACK": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=500)
+    run = forked.run(RECIPES / "imagenet_rwp.py", "--config=nowhere", cwd=tmp_path, HF_RWP_TRACEBACK="1")
     assert run.returncode == 1
     assert "Traceback" in run.stderr
     assert "ValueError: --config nowhere: there is no such file" in run.stderr.splitlines()[-1]

@@ -45,17 +45,17 @@ def pictures(tmp_path):
 # A run's own flags
 
 
-@pytest.mark.parametrize("named", ["", "checkpoint-2", "latest"])
-def test_a_run_goes_on_with_its_own_flags(tmp_path, named):
+def test_a_run_goes_on_with_its_own_flags(tmp_path):
     flags = [*SCRATCH, *OWN, "--save_strategy=steps", "--save_steps=2", "--save_total_limit=9"]
     whole = results_of(tmp_path / "whole", *flags)
-    folder = cut_back(tmp_path / "whole", tmp_path / "again", 2)
-    if named == "latest":
-        start("--resume_from_checkpoint=latest", f"--output_dir={folder}")
-    else:
-        start(f"--resume_from_checkpoint={folder / named}")
-    assert weights(results(folder)) == weights(whole)
-    assert figures_of(results(folder)) == figures_of(whole)
+    for name, named in (("folder", ""), ("checkpoint", "checkpoint-2"), ("latest", "latest")):
+        folder = cut_back(tmp_path / "whole", tmp_path / name, 2)
+        if named == "latest":
+            start("--resume_from_checkpoint=latest", f"--output_dir={folder}")
+        else:
+            start(f"--resume_from_checkpoint={folder / named}")
+        assert weights(results(folder)) == weights(whole)
+        assert figures_of(results(folder)) == figures_of(whole)
 
 
 def test_flags_given_anew_win_and_are_listed(tmp_path, capsys):
@@ -112,9 +112,16 @@ def test_unreadable_images_of_before_still_count(tmp_path, pictures):
 # Signals
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-@pytest.mark.parametrize("step", [2, 4])
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypatch, sent, status, step):
+@pytest.mark.parametrize(
+    ("step", "sent", "status"),
+    [
+        (2, signal.SIGINT, 130),
+        (4, signal.SIGTERM, 75),
+        pytest.param(2, signal.SIGTERM, 75, marks=pytest.mark.slow),
+        pytest.param(4, signal.SIGINT, 130, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, capsys, monkeypatch, step, sent, status):
     """In the middle of the first of two epochs of four steps, and in its last step."""
     flags = [*SCRATCH, "--save_strategy=no", "--save_steps=99"]
     original, done = RWP.step, []

@@ -109,15 +109,21 @@ def assert_figures_are(final, logits, labels):
 # As a user starts it
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
-def test_no_arguments_but_a_seed_learn_the_digits(tmp_path, seed):
-    run = launch("-m", "accelerate.commands.launch", RECIPE, f"--seed={seed}", f"--output_dir={tmp_path}")
+@pytest.mark.parametrize(
+    ("flags", "epochs", "top1"),
+    [
+        (["--seed=0", "--num_train_epochs=6"], 6, 0.85),
+        *(pytest.param([f"--seed={seed}"], 20, 0.97, marks=pytest.mark.slow) for seed in range(5)),
+    ],
+)
+def test_no_arguments_learn_the_digits(tmp_path, flags, epochs, top1):
+    run = launch("-m", "accelerate.commands.launch", RECIPE, *flags, f"--output_dir={tmp_path}")
     assert run.returncode == 0, run.stderr
     found = results(tmp_path)
-    assert found["final"]["top1"] >= 0.97
+    assert found["final"]["top1"] >= top1
     assert found["final"]["rwp"]["placement"] == "sequential"
     slots = found["final"]["rwp"]["slots"]
-    assert slots["clean"] == slots["perturbed"] == found["final"]["step"] == 20 * 23
+    assert slots["clean"] == slots["perturbed"] == found["final"]["step"] == epochs * 23
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path / "results.json") in run.stdout
     assert list((tmp_path / "logs").rglob("events.*"))
@@ -278,7 +284,7 @@ def test_resuming_in_the_middle_of_an_epoch_is_bit_exact(trained, tmp_path, kind
     flags = [*SMALL, *flags, "--save_strategy=steps", "--save_steps=1", "--save_total_limit=9", "--reprob=0.5"]
     flags += ["--aa=rand-m9-mstd0.5", "--rwp_eta=0.1", "--rwp_schedule=cosine", "--rwp_growth=2"]
     whole = results_of(tmp_path / "whole", *flags)
-    for step in (2, 4, 5) if kind == "scratch" else (2,):
+    for step in (2, 4) if kind == "scratch" else (2,):
         folder = cut_back(tmp_path / "whole", tmp_path / f"from_{step}", step)
         again = results_of(folder, *flags, "--resume_from_checkpoint=latest")
         assert weights(again) == weights(whole)

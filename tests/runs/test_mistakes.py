@@ -4,9 +4,9 @@ import argparse
 import errno
 import os
 import re
-import subprocess
 import sys
 
+import forked
 import pytest
 
 from hf_rwp.runs.mistakes import Parser, in_words, refuse, told_in_a_line
@@ -47,10 +47,7 @@ def launched(tmp_path):
             "alone": ["-m", "accelerate.commands.launch", "--cpu", script, *flags],
             "quiet": ["-m", "accelerate.commands.launch", "--cpu", "--quiet", script, *flags],
         }[way]
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
-        return subprocess.run(
-            [sys.executable, *program], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=500
-        )
+        return forked.run(*program, cwd=tmp_path, **{"ACCELERATE_USE_CPU": "true", **environment})
 
     return launched
 

@@ -1,10 +1,9 @@
 """runs/out_of_memory.py: what is to be tried is smaller, is accepted, and leaves a step's images as they are."""
 
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
+import forked
 import pytest
 
 from hf_rwp.core.arguments import RWPArguments
@@ -38,7 +37,7 @@ start(evaluate, Flags)
 @pytest.mark.parametrize(("kind", "where"), [("cpu", ""), ("python", ""), ("gpu", " on the GPU")])
 def test_a_script_that_runs_out_of_memory_ends_with_what_to_try(tmp_path, kind, where):
     (tmp_path / "recipe.py").write_text(SCRIPT)
-    run = subprocess.run([sys.executable, tmp_path / "recipe.py", "--kind", kind], capture_output=True, text=True)
+    run = forked.run(tmp_path / "recipe.py", "--kind", kind)
     smaller = "a smaller model, or smaller images or texts"
     line = f"error: out of memory{where}: try --batch_size 32 (it was 64), or {smaller}\n"
     assert (run.returncode, run.stderr) == (2, line)

@@ -1,8 +1,6 @@
 """runs/parsing.py: how a recipe is started; tests/recipes/test_arguments.py has what its flags mean."""
 
-import subprocess
-import sys
-
+import forked
 import pytest
 
 SCRIPT = """
@@ -35,9 +33,7 @@ start(main, Flags)
 @pytest.fixture
 def script(tmp_path):
     (tmp_path / "recipe.py").write_text(SCRIPT)
-    return lambda *flags: subprocess.run(
-        [sys.executable, str(tmp_path / "recipe.py"), *flags], capture_output=True, text=True
-    )
+    return lambda *flags: forked.run(tmp_path / "recipe.py", *flags)
 
 
 def test_a_refusal_is_one_line(script):

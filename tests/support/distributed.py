@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -29,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _context = multiprocessing.get_context("forkserver")
-_HEAVY = ["accelerate", "hf_rwp.core.optimizer", "lightning", "timm", "torch.distributed.fsdp"]
+_HEAVY = ["accelerate", "datasets", "hf_rwp.core.optimizer", "lightning", "timm", "torch.distributed.fsdp"]
 _HEAVY += ["torch.distributed.tensor.parallel", "transformers.trainer"]
 _workers: list[tuple[BaseProcess, Connection]] = []
 _kept: dict[int, tempfile.TemporaryDirectory[str]] = {}  # by world: the store of a group that the next call may have
@@ -51,11 +52,9 @@ def run(
         stop()  # plans of DTensor name groups of the past
     _kept.clear()
     folder = folder or tempfile.TemporaryDirectory()
-    if not _workers:  # what these tests use is imported once; DistributedDataParallel needs torch._dynamo
-        _context.set_forkserver_preload(["torch._dynamo", *[name for name in _HEAVY if name in sys.modules]])
     while len(_workers) < world:
         ours, theirs = _context.Pipe()
-        process = _context.Process(target=_serve, args=(theirs, len(_workers)), daemon=True)
+        process = context().Process(target=_serve, args=(theirs, len(_workers)), daemon=True)
         process.start()
         theirs.close()
         _workers.append((process, ours))
@@ -73,6 +72,12 @@ def run(
     if keep_group:
         _kept[world] = folder
     return [value for value, _ in outcomes]
+
+
+def context() -> ForkServerContext:
+    """Of processes that are forked from the server, which imports once what these tests have imported."""
+    _context.set_forkserver_preload(["torch._dynamo", *[name for name in _HEAVY if name in sys.modules]])
+    return _context  # DistributedDataParallel needs torch._dynamo
 
 
 def run_each(world: int, function: Callable[..., Any], cases: Iterable[tuple[Any, ...]], **options: Any) -> list[Any]:

@@ -3,10 +3,10 @@
 import importlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 from accelerate.state import AcceleratorState
 from datasets import DatasetDict
 
@@ -63,13 +63,7 @@ def weights(results):
 
 
 def launch(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    return forked.run(*arguments, **environment)
 
 
 def evaluated(folder):
