@@ -234,7 +234,8 @@ def test_ctrl_c_reaches_everybody_and_only_the_main_process_decides(tmp_path):
     assert "goes on" in said
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow  # `hf-rwp` with two processes, below, is the same launcher
+@pytest.mark.parametrize("processes", [1, 2])
 def test_ctrl_c_under_accelerate_launch(tmp_path, processes):
     """A terminal reaches the launcher and, where it has only one, its process; others the launcher tells itself."""
     (tmp_path / "driver.py").write_text(driver_of(tmp_path / "out"))

@@ -51,7 +51,11 @@ def evaluated(folder, *flags):
 
 
 @pytest.mark.parametrize(
-    ("file", "changed", "flags"), [("hsdp_2x8", None, ["--model_ema", "--model_ema_decay=0.9"]), ("fsdp2_8", FULL, [])]
+    ("file", "changed", "flags"),
+    [
+        ("fsdp2_8", FULL, []),
+        pytest.param("hsdp_2x8", None, ["--model_ema", "--model_ema_decay=0.9"], marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_its_checkpoints_and_its_model(file, changed, flags, tmp_path):
     """Both layouts, both ways to save: slots, equal replicas, a resumed run, the model for anybody."""
