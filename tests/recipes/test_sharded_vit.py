@@ -31,7 +31,9 @@ def start(file, changed, folder, *flags):
     return results(folder)
 
 
-@pytest.mark.parametrize(("file", "changed"), [("hsdp_2x8", BLOCKS), pytest.param("fsdp2_8", FULL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("file", "changed"), [("hsdp_2x8", BLOCKS), pytest.param("fsdp2_8", FULL, marks=pytest.mark.slow)]
+)
 def test_a_run_its_checkpoints_and_its_model(file, changed, tmp_path):
     whole = start(file, changed, tmp_path / "whole")
     final, parallel = whole["final"], file == "hsdp_2x8"
