@@ -67,7 +67,7 @@ from hf_rwp.runs.records import read_records
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"
 SHOWN = ("base", "sam", "sam10", "rwp", "rwp_1x")  # in README.md
-IN_README = ("wrong", "wide", "shares")
+IN_README = ("wide", "shares")
 RIVALS = ("base", "sam", "sam10")
 SEARCH_SEEDS = (100, 101)  # of the demonstration, by its plan
 UNDECIDED = "not to be told apart"
