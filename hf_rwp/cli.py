@@ -51,7 +51,7 @@ COMMANDS = {  # module:function, which is called with the words after the comman
 }
 WITH_RECIPES = ("predict", "curves")  # commands that need the packages of the recipes
 # Whose flags are read within a second, see flags_first.
-LIGHT_FLAGS = ("train", "compare", "landscape", "benchmark", "demo", "report", *WITH_RECIPES)
+LIGHT_FLAGS = ("train", "gamma", "compare", "landscape", "benchmark", "demo", "report", *WITH_RECIPES)
 EPILOG = "Ahead of a recipe's flags: --processes N, --config_file FILE.yaml (Accelerate's)"
 
 

@@ -87,21 +87,24 @@ class Arguments:
     )
 
     def __post_init__(self) -> None:
-        cuda = torch.cuda.is_available()
         everything = ["cifar_resnet18", "resnet18", "resnet50", "vit_small_patch16_224"]
         self.models = self.models or (everything[:1] if self.quick else everything)
-        self.rounds = (2 if self.quick else 50 if cuda else 9) if self.rounds is None else self.rounds
-        self.threads = max(1, len(os.sched_getaffinity(0)) // self.ranks) if self.threads is None else self.threads
-        unknown = [name for name in self.models if name != "cifar_resnet18" and not timm.is_model(name)]
         check_all(
             self,
-            ("models", not unknown, f"timm models, or cifar_resnet18; not {', '.join(unknown)}"),
-            ("rounds", self.rounds >= 2, "at least 2"),
+            ("rounds", self.rounds is None or self.rounds >= 2, "at least 2"),
             ("batch_size", self.batch_size is None or self.batch_size % 2 == 0 < self.batch_size, "even and above 0"),
-            ("threads", self.threads >= 1, "at least 1"),
+            ("threads", self.threads is None or self.threads >= 1, "at least 1"),
         )
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ValueError("more than one process was started: start one, with python; it starts its own ranks")
+
+    def look_up(self) -> None:
+        """Settle what this machine decides. Raises ValueError for a model that timm does not have."""
+        unknown = [name for name in self.models if name != "cifar_resnet18" and not timm.is_model(name)]
+        check_all(self, ("models", not unknown, f"timm models, or cifar_resnet18; not {', '.join(unknown)}"))
+        rounds = 2 if self.quick else 50 if torch.cuda.is_available() else 9
+        self.rounds = rounds if self.rounds is None else self.rounds
+        self.threads = max(1, len(os.sched_getaffinity(0)) // self.ranks) if self.threads is None else self.threads
 
     @property
     def ranks(self) -> int:

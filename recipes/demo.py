@@ -29,6 +29,8 @@ from hf_rwp.core.checks import check_all
 from hf_rwp.experiments.arguments import SmallArguments
 from hf_rwp.runs.parsing import flags_first, start
 
+STEP = SmallArguments.batch_size
+
 
 @dataclass
 class Arguments:
@@ -87,7 +89,6 @@ SETTINGS: Mapping[
     "sam": {"lr": 0.2, "weight_decay": 2e-2, "strength": 0.1},
     "rwp": {"lr": 0.1, "weight_decay": 4e-2, "strength": 0.04},
 }
-STEP = SmallArguments.batch_size
 COORDINATES = [step / 16 for step in range(-8, 9)]  # of the landscape, in norms of the filters
 DIRECTIONS, AROUND = 3, 512  # random ones, over which the landscape is averaged, and the training images that it is of
 NEXT = {

@@ -43,6 +43,18 @@ from hf_rwp.core.gamma import DEFAULT_GAMMA, MODES
 from hf_rwp.images.arguments import ImageArguments
 from hf_rwp.runs.parsing import flags_first, parse_arguments, start
 
+# The flags of images that mean something here; the others are those of training, or each model's own affair.
+USED = {"data_dir", "dataset", "dataset_config", "train_split", "validation_split", "image_column", "label_column"}
+USED |= {
+    "dataset_revision",
+    "validation_fraction",
+    "num_classes",
+    "streaming",
+    "shuffle_buffer",
+    "max_bad_images",
+    "workers",
+}
+
 
 @dataclass
 class Arguments(ImageArguments):
@@ -133,17 +145,6 @@ from hf_rwp.runs.records import command_of, environment, scrub_paths, without_na
 from hf_rwp.trainer.classifiers import classes_of, load_classifier, prepared
 
 BITS = (8, 4)
-# The flags of images that mean something here; the others are those of training, or each model's own affair.
-USED = {"data_dir", "dataset", "dataset_config", "train_split", "validation_split", "image_column", "label_column"}
-USED |= {
-    "dataset_revision",
-    "validation_fraction",
-    "num_classes",
-    "streaming",
-    "shuffle_buffer",
-    "max_bad_images",
-    "workers",
-}
 PLACES = {"models", "device", "output_dir"}
 
 

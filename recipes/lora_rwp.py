@@ -178,7 +178,7 @@ class Arguments(ModelConfig, RWPArguments, SFTConfig):
         return not (self.data_file or self.dataset)
 
 
-flags_first("lora", __name__, Arguments, __doc__)  # ahead of the slow imports
+flags_first("lora", __name__, Arguments, __doc__, light=False)  # ahead of the slow imports
 from datasets import Dataset, load_dataset
 from datasets import disable_progress_bars as hide_bars_of_datasets
 from transformers import PrinterCallback, ProgressCallback, set_seed

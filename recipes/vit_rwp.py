@@ -168,7 +168,7 @@ class Arguments(ModelArguments, RWPTrainingArguments):
         return "rwp" if self.rwp else "base"
 
 
-flags_first("vit", __name__, Arguments, __doc__)  # ahead of the slow imports
+flags_first("vit", __name__, Arguments, __doc__, light=False)  # ahead of the slow imports
 from accelerate.utils import gather_object
 from datasets import DatasetDict
 from transformers import set_seed

@@ -36,14 +36,14 @@ def push_folder(argv: Sequence[str]) -> None:
 
 
 def record(argv: Sequence[str]) -> None:
-    from hf_rwp.runs.records import append_record
-
     parser = Parser(prog="hf-rwp record", description="Append a run's results.json to a file of records.")
     parser.add_argument("results", type=Path, metavar="RESULTS.json")
     parser.add_argument("records", type=Path, metavar="RECORDS.jsonl")
     parser.add_argument("--dataset", metavar="ID", help="What `--data_dir` held, by its id on the Hub.")
     parser.add_argument("--note", help="What the figures do not say, for the card.")
     options = parser.parse_args(argv)
+    from hf_rwp.runs.records import append_record  # which imports torch
+
     own = {name: value for name in ("dataset", "note") if (value := getattr(options, name))}
     append_record(options.records, _read(options.results, _json, "a run's results.json") | own)
 

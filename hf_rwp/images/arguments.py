@@ -223,7 +223,7 @@ def _increasing(pair: Sequence[float] | None) -> bool:
 class TimmArguments:
     """What timm's train.py knows of model, batch, optimizer, schedule, mixing and loss, under its names.
 
-    Raises ValueError for a value out of range and for a name that timm does not have.
+    Raises ValueError for a value out of range; `look_up` does for a name that timm does not have.
     """
 
     # Model
@@ -331,7 +331,10 @@ class TimmArguments:
             ("mixup_switch_prob", 0 <= self.mixup_switch_prob <= 1, "in [0, 1]"),
             ("smoothing", 0 <= self.smoothing < 1, "in [0, 1)"),
         )
-        from hf_rwp.images.names import check_model, check_optimizer, check_schedule  # heavy, and `--help` needs none
+
+    def look_up(self) -> None:
+        """Raise ValueError for a name that timm does not have."""
+        from hf_rwp.images.names import check_model, check_optimizer, check_schedule  # they import timm
 
         check_model("model", self.model)
         check_optimizer(self.opt)

@@ -1,4 +1,5 @@
-"""What was meant by a flag that there is not: one of a similar name, or what timm and Hugging Face call by its name."""
+"""What was meant by a flag that there is not: one of a similar name, what timm and Hugging Face call so, or another
+recipe's."""
 
 import difflib
 from collections.abc import Collection
@@ -88,6 +89,34 @@ _HABITS: dict[str, tuple[str, ...]] = {
     "workers": ("dataloader_num_workers",),
 }
 _ELSEWHERE = dict.fromkeys(("rho", "sam", "sam_rho", "method"), "SAM is in imagenet_rwp.py and compare.py")
+_OF_RECIPES = {  # each flag of the recipes once, at the one to name to whoever gives it to another
+    "train": "aa aug_repeats batch_size bce_loss bce_sum bce_target_thresh channels_last checkpointing_steps clip_grad "
+    "clip_mode color_jitter cooldown_epochs crop_padding crop_pct cutmix cutout data_dir dataset "
+    "dataset_config dataset_revision decay_epochs decay_milestones decay_rate deterministic drop drop_path "
+    "epochs eval_only gradient_accumulation_steps hflip hub_logs hub_model_id hub_private hub_revision "
+    "hub_strategy hub_tag image_column img_size interpolation label_column layer_decay logging_steps lr "
+    "max_bad_images method min_lr mixed_precision mixup mixup_mode mixup_off_epoch mixup_prob "
+    "mixup_switch_prob model model_ema model_ema_decay model_ema_warmup model_kwargs momentum num_classes opt "
+    "opt_betas opt_eps output_dir overwrite_output_dir pretrained push_to_hub ratio recount remode report_to "
+    "reprob resume_from_checkpoint rwp rwp_alpha rwp_antithetic rwp_beta rwp_eta rwp_frozen rwp_gamma "
+    "rwp_growth rwp_noise rwp_noise_1d rwp_schedule rwp_seed rwp_start sam_rho save_total_limit "
+    "scale sched seed shuffle_buffer smoothing streaming sync_bn torch_compile train_interpolation "
+    "train_num_samples train_split validation_fraction validation_split vflip warmup_epochs warmup_lr "
+    "weight_decay weight_decay_1d workers",
+    "vit": "bf16 data_seed dataloader_num_workers dataloader_pin_memory disable_tqdm eval_steps eval_strategy "
+    "gradient_checkpointing learning_rate load_best_model_at_end logging_nan_inf_filter logging_strategy "
+    "lora_alpha lora_dropout lora_r lr_scheduler_type max_steps metric_for_best_model model_name_or_path "
+    "num_train_epochs optim per_device_eval_batch_size per_device_train_batch_size rwp_split save_strategy warmup_steps",
+    "lora": "assistant_only_loss attn_implementation base_dir base_steps completion_only_loss data_file "
+    "dataset_train_split held_out known_file load_in_4bit load_in_8bit lora_target_modules max_length "
+    "max_new_tokens packing quick records train_samples use_dora use_peft",
+    "compare": "checkpoint_seconds early_stopping evaluations label_noise label_noise_kind lrs methods name "
+    "pretrain_epochs pretrain_lr pretrain_weight_decay protocols results robustness_images search seeds "
+    "settings_from small_stem strengths test_images train_images validation_images weight_decays",
+    "gamma": "device draws gammas num_batches share steps text_file validate",
+    "landscape": "grid iterations models noise num_images rho span",
+    "benchmark": "collectives output rounds threads",
+}
 
 
 def meant(name: str, names: Collection[str], close: bool = True) -> str | None:
@@ -109,11 +138,14 @@ def meant(name: str, names: Collection[str], close: bool = True) -> str | None:
 
 def no_flag(name: str, names: Collection[str], dashes: str = "--") -> str:
     """The sentence that says so. name: without dashes. dashes: those that it was written with."""
-    flag = meant(name, names)
-    if flag is not None:
-        return f"no flag {dashes}{name}; did you mean {dashes and '--'}{flag}?"
-    elsewhere = _ELSEWHERE.get(name.replace("-", "_"))
-    return f"no flag {dashes}{name}" + (f": {elsewhere}" if elsewhere else "")
+    habit, flag, plain = meant(name, names, close=False), meant(name, names), name.replace("-", "_")
+    told = f"no flag {dashes}{name}"
+    if habit is None and flag is None and plain in _ELSEWHERE:
+        return f"{told}: {_ELSEWHERE[plain]}"
+    recipe = next((recipe for recipe, flags in _OF_RECIPES.items() if plain in flags.split()), None)
+    if habit is None and recipe is not None:
+        told += f" (a flag of {recipe})"
+    return told if flag is None else f"{told}; did you mean {dashes and '--'}{flag}?"
 
 
 def no_such_flags(unknown: Collection[str], names: Collection[str]) -> str:

@@ -5,7 +5,7 @@ from hf_rwp.runs.parsing import flags_first, start
 @dataclass
 class Arguments(...): ...
 
-flags_first("NAME", __name__, Arguments, __doc__)  # ahead of imports that take seconds: --help, and wrong flags
+flags_first("NAME", __name__, Arguments, __doc__)  # ahead of imports that take seconds: --help, and wrong flags and values
 
 import torch
 ...
@@ -34,29 +34,36 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None, de
 
     The file maps the same names to values, or timm's (`configs.RENAMED`); a flag on the command line overrides it.
     Where `--resume_from_checkpoint` names a run, that run's flags come first (`given.Given`, which the instance has as
-    `given`). argv: None is the process's own. description: as `flags_first` has it. Raises ValueError for an unknown
-    flag, for a value of another kind, and for a file of something else.
+    `given`). argv: None is the process's own. description: as `flags_first` has it. Where `kind` has a method
+    `look_up`, it checks or settles what only imports of seconds tell. Raises ValueError for an unknown flag, for a
+    value of another kind, and for a file of something else.
     """
-    parser = FlagParser(kind, description)
-    words, given = _read(parser, kind, sys.argv[1:] if argv is None else argv)
-    instance: Arguments = _parsed(parser, [*join_flags(given.of_the_run), *words])
+    instance, given = _read(FlagParser(kind, description), kind, sys.argv[1:] if argv is None else argv)
     vars(instance)["given"] = given
-    return instance
+    getattr(instance, "look_up", lambda: None)()
+    found: Arguments = instance
+    return found
 
 
 def flags_first(
-    command: str, module: str, kind: type[Any], description: str | None, argv: Sequence[str] | None = None
+    command: str,
+    module: str,
+    kind: type[Any],
+    description: str | None,
+    argv: Sequence[str] | None = None,
+    light: bool = True,
 ) -> None:
     """Answer `--help` and refuse wrong flags where a recipe is the program, ahead of the imports that take seconds.
 
     What takes those to find is left to `start`. command: the recipe's name, for the line that says it was started.
     module: its `__name__`. description: its docstring, whose first line and first commands head the help. argv: as
-    `parse_arguments` has it.
+    `parse_arguments` has it. light: whether `kind` checks values without such imports (Trainer's arguments do not).
     """
     if module != "__main__":
         return
     with told_in_a_line(ahead=True):
-        _words(FlagParser(kind, description or ""), kind, sys.argv[1:] if argv is None else argv, logs=False)
+        parse = _read if light else _words
+        parse(FlagParser(kind, description or ""), kind, sys.argv[1:] if argv is None else argv, logs=False)
     announce(command)
 
 
@@ -91,13 +98,14 @@ def _words(parser: FlagParser, kind: type[Any], argv: Sequence[str], logs: bool 
     return [*join_flags(settings), *argv], settings  # as flags ahead of the others: the later flag wins
 
 
-def _read(parser: FlagParser, kind: type[Any], argv: Sequence[str]) -> tuple[list[str], Given]:
-    words, settings = _words(parser, kind, argv)
+def _read(parser: FlagParser, kind: type[Any], argv: Sequence[str], logs: bool = True) -> tuple[Any, Given]:
+    words, settings = _words(parser, kind, argv, logs)
 
     def default_folder() -> str:
         return str(_parsed(parser, [word for word in words if word.partition("=")[0] != "--eval_only"]).output_dir)
 
-    return words, with_those_of_the_run(settings | split_flags(argv, _names(kind)), default_folder, _names(kind))
+    given = with_those_of_the_run(settings | split_flags(argv, _names(kind)), default_folder, _names(kind))
+    return _parsed(parser, [*join_flags(given.of_the_run), *words]), given
 
 
 def _parsed(parser: FlagParser, words: Sequence[str]) -> Any:

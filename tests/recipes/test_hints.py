@@ -1,5 +1,6 @@
 """A flag that a recipe does not have: what a user with timm's, Hugging Face's or another recipe's habits is told."""
 
+import inspect
 import subprocess
 import sys
 from dataclasses import fields
@@ -8,6 +9,7 @@ import pytest
 from imagenet import RECIPES, load_recipe
 from vit import load_vit_recipe
 
+from hf_rwp import cli
 from hf_rwp.runs import hints
 from hf_rwp.runs.hints import meant
 from hf_rwp.runs.parsing import parse_arguments
@@ -71,6 +73,33 @@ def test_what_cannot_be_told_is_not_guessed(recipes):
     assert refusal(recipes["imagenet"], "--zzz", "3") == f"no flag --zzz{listed}"
     assert refusal(recipes["vit"], "--rho", "3") == f"no flag --rho: SAM is in imagenet_rwp.py and compare.py{listed}"
     assert "values follow the name of a flag" in refusal(recipes["imagenet"], "photos")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "word", "said"),
+    [
+        ("imagenet", "--train_images", "no flag --train_images (a flag of compare){}"),
+        ("imagenet", "--max-steps=9", "no flag --max-steps (a flag of vit){}"),
+        ("imagenet", "--noise", "no flag --noise (a flag of landscape); did you mean --rwp_noise?"),
+        ("vit", "--pretrain_epochs", "no flag --pretrain_epochs (a flag of compare){}"),
+        ("vit", "--mixup_prob", "no flag --mixup_prob (a flag of train){}"),
+    ],
+)
+def test_a_flag_of_another_recipe_is_known(recipes, recipe, word, said):
+    assert refusal(recipes[recipe], word, "3") == said.format(". --help lists the flags that there are")
+
+
+def test_every_recipe_knows_the_flags_of_the_others():
+    """Of each of ours some recipe is told that has it; Trainer's and TRL's own are too many."""
+    homes = {name: recipe for recipe, flags in hints._OF_RECIPES.items() for name in flags.split()}
+    assert len(homes) == sum(len(flags.split()) for flags in hints._OF_RECIPES.values())
+    kinds = {name: load_recipe(RECIPES / file).Arguments for name, (file, _) in cli.RECIPES.items()}
+    has = {command: {field.name for field in fields(kind) if field.init} for command, kind in kinds.items()}
+    assert [name for name, command in homes.items() if name not in has[command]] == []
+    for command, kind in kinds.items():
+        ours = [base for base in kind.__mro__ if not base.__module__.startswith(("transformers", "trl"))]
+        own = {name for base in ours for name in inspect.get_annotations(base)} & has[command]
+        assert own - homes.keys() == set(), command
 
 
 def test_all_unknown_flags_are_told_in_a_line(recipes):

@@ -53,9 +53,7 @@ def test_a_configuration_is_named_without_its_ending_or_its_folder(tmp_path):
         ("imagenet_rwp", ["--sched=cosin"], "sched must be one of cosine, "),
         ("imagenet_rwp", ["--method", "rpw"], "--method must be one of base, rwp, sam, got 'rpw'; did you mean rwp?"),
         ("imagenet_rwp", ["--data_dir=nowhere"], ""),
-        ("compare", ["--methods", "rpw"], "methods must be some of base, "),
         ("benchmark", ["--models", "resnet"], "models must be timm models, or cifar_resnet18; not resnet"),
-        ("landscape", [], "models must be one or more folders or ids"),
         ("landscape", ["nowhere/model"], ""),
         ("vit_rwp", ["--model_name_or_path=vit_base"], "model_name_or_path='vit_base' is neither a folder, nor an id"),
         ("vit_rwp", ["--lr_scheduler_type", "cosin"], ""),
@@ -67,6 +65,34 @@ def test_a_configuration_is_named_without_its_ending_or_its_folder(tmp_path):
 def test_what_a_recipe_refuses(recipe, flags, line, tmp_path):
     assert told(recipe, *flags, cwd=tmp_path).startswith(f"error: {line}")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "line"),
+    [
+        ("imagenet_rwp", ["--epochs=0"], "epochs must be at least 1, got 0"),
+        ("imagenet_rwp", ["--rwp_alpha=2"], "rwp_alpha must be in [0, 1], got 2.0"),
+        ("imagenet_rwp", ["--eval_only"], "eval_only has nothing to evaluate"),
+        ("gamma", ["--draws=0"], "draws must be at least 1, got 0"),
+        ("compare", ["--methods", "rpw"], "methods must be some of base, "),
+        ("demo", ["--train_images=8"], "train_images must be at least 64, those of a step, got 8"),
+        ("benchmark", ["--rounds=1"], "rounds must be at least 2, got 1"),
+        ("landscape", [], "models must be one or more folders or ids"),
+        ("landscape", ["net", "--grid=4"], "grid must be odd, "),
+    ],
+)
+def test_a_value_out_of_range_is_refused_ahead_of_torch(recipe, flags, line, tmp_path):
+    script = str(RECIPES / f"{recipe}.py")
+    program = f"""
+import runpy, sys
+sys.modules["torch"] = None
+sys.argv = {[script, *flags]}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=500)
+    assert (run.returncode, run.stdout) == (2, ""), run.stderr
+    assert run.stderr.startswith(f"error: {line}")
+    assert run.stderr.count("\n") == 1  # nothing was loaded
 
 
 def test_a_recipe_that_runs_out_of_memory_says_what_to_try(tmp_path):
