@@ -141,6 +141,7 @@ from hf_rwp.images.memory import Batches, Images, select_images
 from hf_rwp.images.models import create_model, create_optimizer
 from hf_rwp.images.orders import in_order_of
 from hf_rwp.images.transforms import BatchTransform
+from hf_rwp.runs.closing import said_of_files
 from hf_rwp.runs.determinism import derive_seed, use_fast_kernels
 from hf_rwp.runs.files import replacing
 from hf_rwp.runs.records import append_record, command_of, environment, read_records, scrub_paths, without_nan
@@ -249,7 +250,7 @@ def main(args: Arguments) -> None:
         numbers.write_text(json.dumps(without_nan(record), indent=2, allow_nan=False))
         loss_over_gamma(figures, picture)
     print(said(proposals, steps))
-    print(f"Wrote {written[0]} and {written[1]}")
+    print(said_of_files(written))
 
 
 def said(proposals: Mapping[str, GammaProposal], steps: int) -> str:

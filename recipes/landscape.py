@@ -139,6 +139,7 @@ from hf_rwp.analysis.sharpness import (
 from hf_rwp.hub.card import with_picture
 from hf_rwp.images.data import load_images
 from hf_rwp.images.loaders import build_loader
+from hf_rwp.runs.closing import said_of_files
 from hf_rwp.runs.files import replacing
 from hf_rwp.runs.progress import Progress
 from hf_rwp.runs.records import command_of, environment, scrub_paths, without_nan
@@ -198,7 +199,7 @@ def main(args: Arguments) -> None:
         landscape(planes, coordinates, picture, label)
         sharpness_curves(figures, curves)
     print(table(figures, args))
-    print(f"Wrote {', '.join(map(str, written))}")
+    print(said_of_files(written))
     for name, place in folders.items():
         card = Path(place) / "README.md"
         if card.is_file():

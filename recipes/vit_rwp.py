@@ -291,7 +291,7 @@ def main(args: Arguments) -> None:
         "history": history,
     }
     results = with_by_class(results)
-    curves, *_ = pictures = pictures_of_run(results, output_dir)
+    pictures = pictures_of_run(results, output_dir)
     write(results_file, as_json(results))
     of_pushed = results_of_pushed(results, trainer.state.best_global_step)
     add_card(
@@ -305,7 +305,7 @@ def main(args: Arguments) -> None:
     waits, logs = None if args.push_to_hub else args.hub_model_id, output_dir / "logs"
     where = {"logs": logs if "tensorboard" in args.report_to else None, "processes": accelerator.num_processes}
     then = commands(output_dir, "vit", results, given.flags, **where, repo_id=waits)
-    print(last_screen(results, [results_file, curves, folder, *([pushed] if args.lora_r else [])], then))
+    print(last_screen(results, [results_file, folder, *pictures, *([pushed] if args.lora_r else [])], then))
     if args.push_to_hub:
         where = {"revision": args.hub_revision, "private": args.hub_private_repo, "token": args.hub_token}
         try:

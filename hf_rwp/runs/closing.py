@@ -12,6 +12,7 @@ from hf_rwp.runs.given import OF_A_SESSION, Flags, join_flags
 from hf_rwp.runs.records import Results, Row, aligned
 
 COLUMNS = 80
+_SPACE = "\0"
 # A rise of the loss by r makes the right class exp(-r) times as likely: by a twentieth less, by two fifths less.
 FLAT, SHARP = 0.05, 0.5
 SMALL, USUAL = 0.05, "5 to 70 %"  # noise relative to the weights of the largest layer
@@ -21,11 +22,16 @@ _DATA = ("data_dir", "dataset", "dataset_config", "train_split", "validation_spl
 
 
 def last_screen(results: Results, written: Sequence[Path], next_commands: Mapping[str, str]) -> str:
-    """All of it. written: what is named as written. next_commands: by what each is for, see `commands`."""
-    files = [shlex.quote(str(path)) for path in written]
-    parts = [summary(results), _wrapped(in_words(results))]
-    parts += [_wrapped(f"Wrote {', '.join(files[:-1])} and {files[-1]}"), with_comments(next_commands)]
+    """All of it. written: paths in the run's folder. next_commands: by what each is for, see `commands`."""
+    parts = [summary(results), wrapped(in_words(results)), said_of_files(written), with_comments(next_commands)]
     return "\n\n".join(part for part in parts if part)
+
+
+def said_of_files(written: Sequence[Path]) -> str:
+    """Which files there are now, with the folder of the first, which all of them are below, as it can be copied."""
+    folder = written[0].parent
+    names = [shlex.quote(str(path)).replace(" ", _SPACE) for path in (folder, *(p.relative_to(folder) for p in written))]
+    return wrapped(f"Wrote to {names[0]}: {', '.join(names[1:])}")
 
 
 def summary(results: Results) -> str:
@@ -126,16 +132,17 @@ def commands(
 ) -> dict[str, str]:
     """What to do next, by what it is for: to predict, to look, and to compare, or to push where that was meant.
 
-    recipe: the command of `hf-rwp`. given: the flags that the run was given. logs: TensorBoard's, if there are any.
+    Curves are compared with those of an earlier run, where there is one. recipe: the command of `hf-rwp`. given: the flags that the run was given. logs: TensorBoard's, if there are any.
     processes: that trained. repo_id: on the Hub, where the run was to go and was not pushed.
     """
     model, method = str(folder), method_of(results["arguments"])
     found = {"predict": shlex.join(["hf-rwp", "predict", model, "IMAGE"])}
     found["look"] = shlex.join(["tensorboard", "--logdir", str(logs)] if logs else ["hf-rwp", "landscape", model])
+    other = beside(folder, method)
+    found |= curves_beside(folder, other)
     if repo_id:
         return found | {"push": shlex.join(["hf-rwp", "push", str(folder / "model"), repo_id])}
-    other = beside(folder, method)
-    if other is not None:
+    if other is not None and (other / "model").is_dir():
         data = {name: given[name] for name in _DATA if name in given}
         return found | {"compare": shlex.join(["hf-rwp", "landscape", model, str(other), *join_flags(data)])}
     kept = {name: values for name, values in given.items() if name not in OF_A_SESSION and not _is_own(name)}
@@ -144,20 +151,42 @@ def commands(
     return found | {"compare": shlex.join(words)}
 
 
+def curves_beside(folder: Path, other: Path | None) -> dict[str, str]:
+    """The command that draws a run's curves beside those of `other`, else of the run before it in its row of folders
+    (outputs/NAME, outputs/NAME/2, ...); empty where there is neither."""
+    if other is None and folder.name.isdigit():
+        number = int(folder.name) - 1
+        before = folder.with_name(str(number)) if number > 1 else folder.parent
+        other = before if (before / "results.json").is_file() else None
+    return {} if other is None else {"curves": shlex.join(["hf-rwp", "curves", str(folder), str(other)])}
+
+
 def beside(folder: Path, method: str) -> Path | None:
     """The finished run that differs from the one in `folder` by the method in its name, if there is one."""
     places = [folder, folder.parent] if folder.name.isdigit() else [folder]  # outputs/NAME/2
     name = next((path.name for path in places if f"_{method}_" in path.name), "")
     others = [another for another in ("base", "rwp") if another != method] if name else []
     found = [places[-1].with_name(name.replace(f"_{method}_", f"_{another}_")) for another in others]
-    return next((path for path in found if (path / "model").is_dir() and (path / "results.json").is_file()), None)
+    return next((path for path in found if (path / "results.json").is_file()), None)
 
 
 def with_comments(next_commands: Mapping[str, str]) -> str:
-    """A command a line, to copy, each with what it is for as the shell's comment."""
-    width = max(map(len, next_commands.values()), default=0)
-    width = min(width, COLUMNS - max(map(len, next_commands), default=0) - 4)
-    return "\n".join(f"{command:<{width}}  # {name}" for name, command in next_commands.items())
+    """Commands to copy, each with what it is for as the shell's comment.
+
+    One that a line does not hold stands below its comment, on lines that the shell takes for one.
+    """
+    room = COLUMNS - max(map(len, next_commands), default=0) - 4
+    width = max((len(command) for command in next_commands.values() if len(command) <= room), default=0)
+    return "\n".join(
+        f"{command:<{width}}  # {name}" if len(command) <= room else f"# {name}\n{continued(command)}"
+        for name, command in next_commands.items()
+    )
+
+
+def continued(command: str) -> str:
+    """A command of a shell on lines that end in a backslash, parted between its words; a longer word stays whole."""
+    words = [shlex.quote(word).replace(" ", _SPACE) for word in shlex.split(command)]
+    return wrapped(" ".join(words), COLUMNS - 2, indent="    ").replace("\n", " \\\n")
 
 
 def method_of(arguments: Mapping[str, Any]) -> str:
@@ -177,5 +206,7 @@ def _figure(rise: float) -> str:
     return f"{rise:.2f}" if rise >= 0.1 else f"{rise:.1g}"
 
 
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, COLUMNS, break_long_words=False, break_on_hyphens=False)
+def wrapped(text: str, columns: int = COLUMNS, indent: str = "") -> str:
+    """Text in lines, all but the first indented. Words stay whole, and `_SPACE` is a space that parts none."""
+    options: Any = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": indent}
+    return textwrap.fill(text, columns, **options).replace(_SPACE, " ")

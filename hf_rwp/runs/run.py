@@ -312,8 +312,9 @@ class Run:
         waits = None if self.flags.get("push_to_hub") else self.flags.get("hub_model_id")
         where = {"logs": logs, "processes": self.accelerator.num_processes, "repo_id": waits}
         then = commands(self.folder, recipe, results, self.args.given.flags, **where)
-        last = newest(self.checkpoints)
-        print(last_screen(results, [self.results_file, self.model_folder, *([last] if last else [])], then))
+        pictures = [self.folder / name for name in ("curves.png", "confusion.png")]
+        written = [self.results_file, self.model_folder, *pictures, newest(self.checkpoints)]
+        print(last_screen(results, [path for path in written if path and path.exists()], then))
 
     def write_best(self) -> Path:
         """Write the weights of the best epoch, which the model has from then on; returns their folder.

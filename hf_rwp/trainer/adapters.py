@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from hf_rwp.runs.closing import with_comments
+from hf_rwp.runs.closing import beside, curves_beside, said_of_files, with_comments, wrapped
 from hf_rwp.runs.given import OF_A_SESSION, Flags, join_flags
 from hf_rwp.runs.progress import Progress
 from hf_rwp.runs.records import aligned, scrub_paths
@@ -105,8 +105,7 @@ def last_screen(
     if "forgetting" in final:
         rows["known text"] = f"loss {final['known_loss']:.4f}, {final['known_loss_before']:.4f} before"
     rows |= {"peak memory": f"{final['peak_memory_bytes'] / 2**20:,.0f} MiB", "seconds": f"{results['seconds']:.1f}"}
-    names = [shlex.quote(str(path)) for path in written]
-    parts = [aligned(rows), in_words(results), f"Wrote {', '.join(names[:-1])} and {names[-1]}"]
+    parts = [aligned(rows), "\n".join(map(wrapped, in_words(results).splitlines())), said_of_files(written)]
     return "\n\n".join([*parts, with_comments(next_commands(results, given, folder, base, prompt))])
 
 
@@ -141,9 +140,11 @@ def next_commands(
     code += f't = T.from_pretrained({place}); i = t({quoted}, return_tensors="pt").input_ids; '
     code += f"print(t.decode({model}.generate(i, max_new_tokens={results['max_new_tokens']})[0]))"
     own = {n: v for n, v in given.items() if n not in OF_A_SESSION | {"rwp", "records"} and not n.startswith("rwp_")}
-    other = "true" if results["arguments"]["method"] == "base" else "false"
+    method = results["arguments"]["method"]
+    other = "true" if method == "base" else "false"
     return {
         "generate": shlex.join(["python", "-c", code]),
+        **curves_beside(folder.parent, beside(folder.parent, method)),
         "compare": shlex.join(["hf-rwp", "lora", f"--rwp={other}", *join_flags(own)]),
         "push": shlex.join(["hf-rwp", "push", str(folder), "USER/NAME"]),
     }

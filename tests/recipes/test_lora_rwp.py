@@ -3,6 +3,7 @@
 import contextlib
 import getpass
 import io
+import itertools
 import json
 import re
 import shlex
@@ -113,14 +114,16 @@ def test_progress_is_lines_in_a_pipe_and_the_end_has_figures_words_and_commands(
     assert "RWP took 3 of 6 gradients with noise in the weights." in lines
     assert "It is 5 % of the largest of them" in text
     assert f"Text that the base knew costs {abs(final['forgetting']):.2f} nats a token" in text
-    assert [line.rpartition("# ")[2] for line in lines if "  # " in line] == ["generate", "compare", "push"]
+    assert list(commands(text)) == ["generate", "compare", "push"]
     assert "it/s" not in text
 
 
 def commands(text):
-    return {
-        name: shlex.split(line) for line, _, name in (line.rpartition("  # ") for line in text.splitlines()) if line
-    }
+    """What can be copied, by its comment, which stands behind it or, of one that is longer than a line, above it."""
+    lines = text.rpartition("\n\n")[2].replace("\\\n", "").splitlines()
+    above = [(name[2:], line) for name, line in itertools.pairwise(lines) if name.startswith("# ")]
+    beside = [(name, line) for line, _, name in (line.rpartition("  # ") for line in lines) if line]
+    return {name: shlex.split(line) for name, line in [*above, *beside]}
 
 
 def test_the_next_commands_do_what_they_say(said, recipe):

@@ -66,11 +66,11 @@ def test_words_follow_the_figures(figures, verdict):
 
 
 def test_top_5_of_five_classes_is_left_out():
-    assert "top-5" in last_screen(results(classes=6), ["a"], {})
-    assert "top-5" not in last_screen(results(classes=5), ["a"], {})
+    assert "top-5" in last_screen(results(classes=6), [Path("a")], {})
+    assert "top-5" not in last_screen(results(classes=5), [Path("a")], {})
     many = results()
     many["found"]["classes"]["train"] = {"count": 1000, "most": {"cat": 9}, "fewest": {"dog": 1}}
-    assert "top-5" in last_screen(many, ["a"], {})
+    assert "top-5" in last_screen(many, [Path("a")], {})
 
 
 def test_the_screen_is_80_columns_wide_and_its_commands_can_be_copied(tmp_path):
@@ -84,12 +84,30 @@ def test_the_screen_is_80_columns_wide_and_its_commands_can_be_copied(tmp_path):
         ["hf-rwp", "train", "--processes", "2", "--rwp=false", "--data_dir=my photos", "--epochs=2", "--model_ema"],
     ]
     assert list(next_commands) == ["predict", "look", "compare"]
-    screen = last_screen(results(), [folder / "results.json", folder / "model"], {})
-    assert f"'{folder / 'model'}'" in " ".join(screen.split())
-    screen = last_screen(results(), [Path("out/results.json"), Path("out/model"), Path("out/checkpoints/step_3")], {})
-    assert max(map(len, screen.splitlines())) <= 80
-    for command, line in zip(next_commands.values(), with_comments(next_commands).splitlines(), strict=True):
+    copied = with_comments(next_commands).replace("\\\n", "")  # as a shell takes it
+    for command, line in zip(
+        next_commands.values(), [line for line in copied.splitlines() if line[0] != "#"], strict=True
+    ):
         assert shlex.split(line, comments=True) == shlex.split(command)
+
+
+def test_no_line_is_longer_than_the_screen_and_no_path_is_broken():
+    folder = Path("runs of mine") / "the pets of last summer, in the garden and in the house" / "out"
+    written = [folder / name for name in ("results.json", "model", "curves.png", "confusion.png", "checkpoints/step_3")]
+    given = {"data_dir": ["the photos of mine"], "epochs": ["2"], "lr": ["0.01"], "model": ["resnet18"], "aa": ["v0"]}
+    screen = last_screen(results(), written, commands(folder, "train", results(), given, logs=folder / "logs"))
+    assert max(map(len, screen.splitlines())) <= 80 + len(" \\")  # a word by itself may be longer than a line
+    assert f"'{folder}':" in screen
+    for name in ("results.json", "model", "curves.png", "confusion.png", "checkpoints/step_3"):
+        assert name in screen
+    assert "'--data_dir=the photos of mine'" in screen
+    short = commands(Path("outputs/digits_rwp_seed0"), "train", results(), given, logs=None)
+    lines = with_comments(short).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].endswith("  # predict")
+    assert lines[2] == "# compare"
+    assert lines[3].endswith(" \\")
+    assert "".join(lines[3:]).replace(" \\   ", "") == short["compare"]
 
 
 def test_what_is_compared_or_pushed_depends_on_what_there_is(tmp_path):
@@ -97,12 +115,26 @@ def test_what_is_compared_or_pushed_depends_on_what_there_is(tmp_path):
     folder.mkdir(parents=True)
     given = {"data_dir": ["photos"], "lr": ["0.1"]}
     told = commands(folder, "vit", results(), given, logs=None)
+    assert "curves" not in told
     assert told["look"] == f"hf-rwp landscape {folder}"
     assert told["compare"] == "hf-rwp vit --rwp=false --data_dir=photos --lr=0.1"
     (plain / "model").mkdir(parents=True)
     (plain / "results.json").touch()
     told = commands(folder, "vit", results(), given, logs=None)
     assert told["compare"] == f"hf-rwp landscape {folder} {plain} --data_dir=photos"
+    assert told["curves"] == f"hf-rwp curves {folder} {plain}"
     told = commands(folder, "vit", results(), given, logs=None, repo_id="ada/net")
     assert told["push"] == f"hf-rwp push {folder}/model ada/net"
-    assert len(told) == 3
+    assert list(told) == ["predict", "look", "curves", "push"]
+
+
+def test_curves_are_compared_with_the_run_before_in_the_row(tmp_path):
+    first = tmp_path / "digits_rwp_seed0"
+    for number, before in ((2, first), (3, first / "2")):
+        folder = first / str(number)
+        folder.mkdir(parents=True)
+        assert "curves" not in commands(folder, "train", results(), {}, logs=None)
+        (before / "results.json").touch()
+        told = commands(folder, "train", results(), {}, logs=None)
+        assert told["curves"] == f"hf-rwp curves {folder} {before}"
+        assert told["compare"] == "hf-rwp train --rwp=false"
