@@ -22,7 +22,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from hf_rwp.analysis.sharpness import Batch, Batches, Loss, Measured, counted_labels, measure_draws
+from hf_rwp.analysis.batches import Batch, Batches, check_batch, counted_labels
+from hf_rwp.analysis.sharpness import Loss, Measured, measure_draws
 from hf_rwp.core.gamma import DEFAULT_GAMMA, SHARE
 from hf_rwp.core.noise import check_noise, std_factor
 from hf_rwp.core.sharding import block_of
@@ -104,7 +105,8 @@ def find_gamma(
         The proposal, with all that was measured.
 
     Raises:
-        ValueError: for an option out of range, for no batches, for labels that are not integers without `rise`.
+        ValueError: for an option out of range, for samples or nothing in place of batches, for labels that are not
+            integers without `rise`.
         NothingLearnedError: a ValueError, where the loss is no better than that of a guess, or no number.
     """
     check_noise(noise)
@@ -118,6 +120,8 @@ def find_gamma(
             raise ValueError(f"{name} must be {allowed}, got {value}")
     with _random_numbers_kept(model):
         some = list(itertools.islice(batches, num_batches))
+        for batch in some:
+            check_batch(batch)
         baseline = math.nan if rise is not None else _loss_of_a_guess(some)
         options: Any = {"batch_statistics": True, "draws": draws, "noise": noise, "noise_1d": noise_1d}
         options |= {"frozen": frozen, "seed": seed, "loss": loss}

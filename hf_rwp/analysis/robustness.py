@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_rwp.analysis.sharpness import Batches, Measured, loss_under_noise, measure, quantized, replaced
+from hf_rwp.analysis.batches import Batches
+from hf_rwp.analysis.sharpness import Measured, loss_under_noise, measure, quantized, replaced
 
 GAMMAS = (0.01, 0.02, 0.03)
 BITS = (8, 4, 3, 2)

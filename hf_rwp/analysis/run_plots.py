@@ -154,7 +154,7 @@ def confusion_matrix(by_class: Mapping[str, Any], path: StrPath, title: str = ""
     matrix.set_xticks(range(count), names, rotation=0 if upright else 90, fontsize=font)
     matrix.set_yticks(range(count), names, fontsize=font)
     matrix.set_xlabel("taken for")
-    matrix.set_ylabel("is")
+    matrix.set_ylabel("is", rotation=0, ha="right", va="center")
     for axis in (matrix.xaxis, matrix.yaxis):
         axis.set_minor_locator(matplotlib.ticker.FixedLocator([row + 0.5 for row in range(count - 1)]))
     matrix.grid(which="minor", color="#E5E5E5", linewidth=0.5)

@@ -22,7 +22,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +29,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hf_rwp.analysis.batches import Batches, check_batch, counted_labels
 from hf_rwp.core.noise import Source, add_noise_, filter_norms, noise_seeds, std_factor
 from hf_rwp.core.sharding import block_of
 
-Batch = tuple[Tensor, Tensor] | Mapping[str, Any]
-Batches = Iterable[Batch]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -354,13 +352,14 @@ def _losses(model: nn.Module, batches: Batches, loss: Loss) -> Iterator[tuple[Te
     device, empty = next(model.parameters()).device, True
     for batch in batches:
         empty = False
+        check_batch(batch)
         if isinstance(batch, Mapping):
             moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
             value = getattr(model(**moved), "loss", None)
             if value is None:
                 raise ValueError(
                     f"{type(model).__name__} gave no loss for a batch with {', '.join(batch)}: a mapping needs "
-                    "`labels`, and a model that computes its loss from them. Else give pairs of inputs and labels"
+                    "`labels` and a model that computes its loss from them. Else give pairs of inputs and labels"
                 )
             yield value.to(_wide(value)), counted_labels(batch["labels"]).numel(), math.nan
             continue
@@ -374,12 +373,6 @@ def _losses(model: nn.Module, batches: Batches, loss: Loss) -> Iterator[tuple[Te
         raise ValueError(
             "batches gave nothing: they are read in many passes, and a generator gives one. Pass a list, or a loader"
         )
-
-
-def counted_labels(labels: Tensor) -> Tensor:
-    """Those that a model's own loss is the mean over: not -100, nor the first of each text, which nothing predicts."""
-    labels = labels[:, 1:] if labels.ndim > 1 else labels
-    return labels[labels != -100]
 
 
 def _measured(model: nn.Module, batches: Batches, loss: Loss) -> Measured:

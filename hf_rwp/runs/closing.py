@@ -30,8 +30,8 @@ def last_screen(results: Results, written: Sequence[Path], next_commands: Mappin
 def said_of_files(written: Sequence[Path]) -> str:
     """Which files there are now, with the folder of the first, which all of them are below, as it can be copied."""
     folder = written[0].parent
-    names = [shlex.quote(str(path)).replace(" ", _SPACE) for path in (folder, *(p.relative_to(folder) for p in written))]
-    return wrapped(f"Wrote to {names[0]}: {', '.join(names[1:])}")
+    place, *names = map(_quoted, (folder, *(path.relative_to(folder) for path in written)))
+    return wrapped(f"Wrote to {place}: {', '.join(names)}")
 
 
 def summary(results: Results) -> str:
@@ -132,8 +132,9 @@ def commands(
 ) -> dict[str, str]:
     """What to do next, by what it is for: to predict, to look, and to compare, or to push where that was meant.
 
-    Curves are compared with those of an earlier run, where there is one. recipe: the command of `hf-rwp`. given: the flags that the run was given. logs: TensorBoard's, if there are any.
-    processes: that trained. repo_id: on the Hub, where the run was to go and was not pushed.
+    Curves are compared with those of an earlier run, where there is one. recipe: the command of `hf-rwp`. given: the
+    flags that the run was given. logs: TensorBoard's, if there are any. processes: that trained. repo_id: on the Hub,
+    where the run was to go and was not pushed.
     """
     model, method = str(folder), method_of(results["arguments"])
     found = {"predict": shlex.join(["hf-rwp", "predict", model, "IMAGE"])}
@@ -185,8 +186,7 @@ def with_comments(next_commands: Mapping[str, str]) -> str:
 
 def continued(command: str) -> str:
     """A command of a shell on lines that end in a backslash, parted between its words; a longer word stays whole."""
-    words = [shlex.quote(word).replace(" ", _SPACE) for word in shlex.split(command)]
-    return wrapped(" ".join(words), COLUMNS - 2, indent="    ").replace("\n", " \\\n")
+    return wrapped(" ".join(map(_quoted, shlex.split(command))), COLUMNS - 2, indent="    ").replace("\n", " \\\n")
 
 
 def method_of(arguments: Mapping[str, Any]) -> str:
@@ -204,6 +204,11 @@ def _percent(share: float) -> str:
 
 def _figure(rise: float) -> str:
     return f"{rise:.2f}" if rise >= 0.1 else f"{rise:.1g}"
+
+
+def _quoted(word: str | Path) -> str:
+    """As a shell takes it, and `wrapped` leaves it whole."""
+    return shlex.quote(str(word)).replace(" ", _SPACE)
 
 
 def wrapped(text: str, columns: int = COLUMNS, indent: str = "") -> str:

@@ -11,8 +11,9 @@ _CHECKPOINTS = ("checkpoints/step_*[0-9]", "checkpoint-*[0-9]/trainer_state.json
 def new_folder(first: Path) -> Path:
     """Make and return the first folder in the row that is not there: no two processes get the same one.
 
-    It goes again when this process ends, if nothing was written into it.
+    It goes again when this process ends, if nothing was written into it, and so do those above it that were made.
     """
+    made = list(itertools.takewhile(lambda parent: not parent.exists(), first.parents))
     first.parent.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:
@@ -22,7 +23,7 @@ def new_folder(first: Path) -> Path:
         except FileExistsError:
             number += 1
             continue
-        atexit.register(_remove_empty, folder)
+        atexit.register(_remove_empty, folder, *made)
         return folder
 
 
@@ -42,6 +43,7 @@ def _numbered(first: Path, number: int) -> Path:
     return first if number == 1 else first / str(number)
 
 
-def _remove_empty(folder: Path) -> None:
+def _remove_empty(*folders: Path) -> None:
     with contextlib.suppress(OSError):  # of a folder that is not empty, or gone
-        folder.rmdir()
+        for folder in folders:
+            folder.rmdir()

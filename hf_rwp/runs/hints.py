@@ -106,7 +106,8 @@ _OF_RECIPES = {  # each flag of the recipes once, at the one to name to whoever 
     "vit": "bf16 data_seed dataloader_num_workers dataloader_pin_memory disable_tqdm eval_steps eval_strategy "
     "gradient_checkpointing learning_rate load_best_model_at_end logging_nan_inf_filter logging_strategy "
     "lora_alpha lora_dropout lora_r lr_scheduler_type max_steps metric_for_best_model model_name_or_path "
-    "num_train_epochs optim per_device_eval_batch_size per_device_train_batch_size rwp_split save_strategy warmup_steps",
+    "num_train_epochs optim per_device_eval_batch_size per_device_train_batch_size rwp_split save_strategy "
+    "warmup_steps",
     "lora": "assistant_only_loss attn_implementation base_dir base_steps completion_only_loss data_file "
     "dataset_train_split held_out known_file load_in_4bit load_in_8bit lora_target_modules max_length "
     "max_new_tokens packing quick records train_samples use_dora use_peft",

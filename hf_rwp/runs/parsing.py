@@ -5,7 +5,7 @@ from hf_rwp.runs.parsing import flags_first, start
 @dataclass
 class Arguments(...): ...
 
-flags_first("NAME", __name__, Arguments, __doc__)  # ahead of imports that take seconds: --help, and wrong flags and values
+flags_first("NAME", __name__, Arguments, __doc__)  # ahead of imports that take seconds: --help, wrong flags
 
 import torch
 ...

@@ -3,7 +3,7 @@
     progress = Progress(steps=epochs * updates, part=updates, images=64)   # on a main process
     progress.begin("epoch 1/10")       # what comes next, for the bar and the lines
     progress.advance()                 # after each step
-    progress.note(loss=0.4121)         # for what is shown from now on
+    progress.note(loss=0.4121)         # for the bar from now on, and for the next line
     progress.say("warning: ...")       # any line, beside the bar
     progress.close()
 
@@ -88,6 +88,7 @@ class Progress:
             self._bar.update(steps)
         elif self.shown and self._is_due():
             self.say(self.line())
+            self._figures = {}
 
     def skip(self, steps: int) -> None:
         """Steps that need not be done: they take no time, and tell nothing of the others' pace."""
@@ -99,7 +100,7 @@ class Progress:
             self._bar.update(steps)
 
     def note(self, **figures: float) -> None:
-        """Figures by their names, which what is shown from now on has."""
+        """Figures by their names, which the bar has from now on, and the next line: no line repeats them."""
         self._figures = {name: f"{name} {value:.4f}" for name, value in figures.items()}
 
     def say(self, line: str) -> None:

@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hf_rwp import RWP, find_gamma
+from hf_rwp.analysis.batches import check_batch
 from hf_rwp.analysis.finder import DOWN, UP, NothingLearnedError
+from hf_rwp.analysis.sharpness import worst_case
 from hf_rwp.core.gamma import DEFAULT_GAMMA
 
 
@@ -233,6 +235,35 @@ def test_weights_that_have_learned_nothing_are_refused_with_what_to_do():
 def test_losses_without_classes_need_a_rise():
     with pytest.raises(ValueError, match=r"labels are float32, of which there is no guess .*: set rise"):
         find_gamma(Quadratic(1.0), [(torch.ones(2), torch.zeros(2))], mean)
+
+
+def alone(labels):
+    return [(torch.zeros(3, 8, 8), labels)] * 4
+
+
+@pytest.mark.parametrize("measure", [find_gamma, lambda model, batches: worst_case(model, batches)])
+@pytest.mark.parametrize(
+    ("batches", "said"),
+    [
+        (alone(3), r"a sample by itself \(its label is 3\): pass batches .*DataLoader\(samples"),
+        (alone(torch.tensor(3)), r"a sample by itself \(its label is a tensor of shape \(\)\)"),
+        ([{"input_ids": torch.arange(4), "labels": torch.arange(4)}], r"its label is a tensor of shape \(4,\)"),
+        ([{"input_ids": torch.arange(4)}], "a mapping with input_ids: it needs `labels`"),
+        (
+            (torch.zeros(5, 3, 8, 8), torch.zeros(5)),
+            r"a Tensor of shape \(5, 3, 8, 8\): .*as \[\(inputs, labels\)\]",
+        ),
+        (["a text"], "batches gave a str: pass many batches"),
+    ],
+)
+def test_samples_in_place_of_batches_are_refused_with_what_batches_are(measure, batches, said):
+    model = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.Flatten())
+    with pytest.raises(ValueError, match=said):
+        measure(model, batches)
+
+
+def test_a_class_to_a_text_is_a_batch():
+    check_batch({"input_ids": torch.zeros(4, 9, dtype=torch.int64), "labels": torch.zeros(4, dtype=torch.int64)})
 
 
 def test_no_batches_and_a_frozen_model_are_refused():

@@ -190,6 +190,7 @@ def test_rows_are_classes_and_columns_what_they_are_taken_for(figures, tmp_path)
     assert [label.get_text() for label in matrix.get_yticklabels()] == ["cat", "dog"]
     assert [label.get_text() for label in matrix.get_xticklabels()] == ["cat", "dog"]
     assert (matrix.get_ylabel(), matrix.get_xlabel()) == ("is", "taken for")
+    assert matrix.yaxis.get_label().get_rotation() == 0
     (image,) = matrix.images
     assert image.get_array().filled(0).tolist() == [[0.75, 0.25], [0.0, 1.0]]  # of each class
     numbers = {(text.get_position()[1], text.get_position()[0]): text.get_text() for text in matrix.texts}

@@ -1,6 +1,8 @@
 """A new folder for every run, whoever starts at the same time."""
 
 import multiprocessing
+import subprocess
+import sys
 
 import distributed
 import pytest
@@ -43,6 +45,18 @@ def test_a_folder_that_nothing_was_written_to_goes_again(tmp_path):
         folders._remove_empty(folder)
     assert not empty.exists()
     assert full.exists()
+
+
+def test_the_folders_above_that_were_made_for_it_go_with_it(tmp_path):
+    """As after a refusal, where a process ends ahead of any work."""
+    program = "from pathlib import Path; from hf_rwp.runs.folders import new_folder; new_folder(Path('outputs/a/net'))"
+
+    def left(more):
+        subprocess.run([sys.executable, "-c", program + more], cwd=tmp_path, check=True)
+        return sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+
+    assert left("") == []
+    assert left("; Path('outputs/kept').touch()") == ["outputs", "outputs/kept"]
 
 
 def test_latest_is_the_last_in_the_row_that_can_go_on(tmp_path):

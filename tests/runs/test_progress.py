@@ -51,6 +51,12 @@ def test_epochs_of_minutes_have_ten_lines_each(capsys):
     assert said[10][1] == "epoch 2/2, step 110/200: loss 0.4000, 21 images/s, 04:30 left"
 
 
+def test_a_line_has_the_loss_only_if_no_line_before_had_it(capsys):
+    said = [line for _, line in watched(capsys, 300, epochs=2)]
+    assert [number for number, line in enumerate(said) if "loss" in line] == [0, 9, 10, 19]  # 9 and 19 are the ends
+    assert said[1] == "epoch 1/2, step 20/200: 21 images/s, 09:00 left"
+
+
 def test_epochs_of_hours_have_a_line_a_minute(capsys):
     said = watched(capsys, 3 * 3600, epochs=2, updates=10_000)
     gaps = [later - earlier for (earlier, _), (later, _) in itertools.pairwise(said)]
