@@ -107,6 +107,16 @@ class Arguments:
         self.threads = max(1, len(os.sched_getaffinity(0)) // self.ranks) if self.threads is None else self.threads
 
     @property
+    def unfinished(self) -> Path:
+        """Where what was measured is kept until all of it is."""
+        return Path(f"{self.output}.unfinished")
+
+    def kept(self) -> str | None:
+        """What a run that is stopped has kept, and how to go on; None for nothing."""
+        there = self.unfinished.exists()
+        return f"{self.unfinished} has what was measured, and the same command goes on there" if there else None
+
+    @property
     def ranks(self) -> int:
         return max(2, torch.cuda.device_count())
 
@@ -139,7 +149,6 @@ from hf_rwp.experiments.step_costs import KINDS, WARM_UP, combined, run_memory, 
 from hf_rwp.images.data import load_images
 from hf_rwp.runs.progress import Progress
 from hf_rwp.runs.records import append_record, command_of, environment, scrub_paths
-from hf_rwp.runs.signals import INTERRUPTED
 
 RECIPE = Path(__file__).with_name("imagenet_rwp.py")
 HOST_WEIGHTS = 161  # as many as a ResNet-50 has; of 2 elements each, so that the time is Python's and the launches'
@@ -171,8 +180,7 @@ def main(args: Arguments) -> None:
         "shared_gpu": args.shared,
         **surroundings,
     }
-    output, pieces = Path(args.output), pieces_of(args)
-    kept = output.with_name(f"{output.name}.unfinished")
+    output, kept, pieces = Path(args.output), args.unfinished, pieces_of(args)
     if there := kept_pieces(kept, facts):
         print(f"goes on with what {kept} has: {len(there)} of {len(pieces)} pieces", flush=True)
     progress = Progress(total_rounds([*pieces.values()]), unit="rounds", step="round")
@@ -181,20 +189,13 @@ def main(args: Arguments) -> None:
     except KeyboardInterrupt:
         progress.close()
         print(table(rows(record_of(args, facts, kept_pieces(kept, facts)))))
-        raise SystemExit(cut(kept)) from None
+        raise
     progress.close()
     record = {"load_average": busy, **record_of(args, facts, found)}
     record["rows"] = rows(record)
     append_record(output, record)
     kept.unlink(missing_ok=True)
     print(table(record["rows"]))
-
-
-def cut(kept: Path) -> int:
-    """Say what is left of a run that Ctrl-C ends; its exit status."""
-    left = f"{kept} has what was measured, and the same command goes on there" if kept.exists() else "nothing is kept"
-    print(f"\nstopped by Ctrl-C: {left}", file=sys.stderr)
-    return INTERRUPTED
 
 
 def pieces_of(args: Arguments) -> dict[str, Piece]:

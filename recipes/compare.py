@@ -84,6 +84,11 @@ class Arguments(ComparisonArguments, SmallArguments):
             ("pretrain_epochs", self.pretrain_epochs >= 0, "at least 0"),
         )
 
+    def kept(self) -> str | None:
+        """What a run that is stopped has kept, and how to go on; None for nothing."""
+        there = read_records(Path(self.results)) or any(Path(self.output_dir, "checkpoints").glob("*/step_*[0-9]"))
+        return f"{self.results} has what was finished, and the same command goes on there" if there else None
+
 
 flags_first("compare", __name__, Arguments, __doc__)  # ahead of the slow imports
 import torch
@@ -123,7 +128,7 @@ from hf_rwp.runs.determinism import use_fast_kernels
 from hf_rwp.runs.files import replacing
 from hf_rwp.runs.launch import check_comparison
 from hf_rwp.runs.progress import Progress, epoch_figures
-from hf_rwp.runs.records import append_record, command_of, environment, scrub_paths, without_nan
+from hf_rwp.runs.records import append_record, command_of, environment, read_records, scrub_paths, without_nan
 
 FINDER_STEPS = 200  # of plain training, ahead of a search for gamma
 

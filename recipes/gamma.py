@@ -114,6 +114,10 @@ class Arguments(MemoryArguments, TimmArguments):
             ("seed", 0 <= self.seed < 2**32, "in [0, 2^32)"),
         )
 
+    def kept(self) -> str | None:
+        """What a run that is stopped has kept, and how to go on; None for nothing."""
+        return "runs that ended are recorded, and the same command goes on after them" if self.validate else None
+
 
 def words(argv: list[str]) -> list[str]:
     """The word ahead of all flags is the model."""

@@ -30,6 +30,7 @@ in `adapter`, what PEFT loads, with its card.
 import json
 import os
 import resource
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -46,6 +47,7 @@ from trl import ModelConfig, SFTConfig
 
 from hf_rwp import RWPArguments
 from hf_rwp.core.checks import check_all
+from hf_rwp.runs.folders import unfinished
 from hf_rwp.runs.given import Given, save_flags
 from hf_rwp.runs.parsing import flags_first, start
 
@@ -158,6 +160,11 @@ class Arguments(ModelConfig, RWPArguments, SFTConfig):
             raise ValueError("load_in_4bit and load_in_8bit are for a model that is given: set model_name_or_path")
         ModelConfig.__post_init__(self)
         RWPArguments.__post_init__(self)  # and SFTConfig's
+
+    def kept(self) -> str | None:
+        """What a run that is stopped has kept, and how to go on; None for nothing."""
+        folder = Path(self.output_dir)
+        return f"--resume_from_checkpoint {shlex.quote(str(folder))} goes on" if unfinished(folder) else None
 
     @property
     def method(self) -> str:

@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 
 from hf_rwp.runs.hints import no_such_flags
 from hf_rwp.runs.out_of_memory import advice
-from hf_rwp.runs.signals import INTERRUPTED
+from hf_rwp.runs.signals import name_and_status, raised_at_sigterm
 
 STATUS = 2  # argparse's own
 PROGRAM = "HF_RWP_PROGRAM"  # how the program was called, where that is not its file
@@ -49,18 +49,23 @@ def shows_all() -> bool:
 
 @contextlib.contextmanager
 def told_in_a_line(arguments: Any = None, ahead: bool = False) -> Iterator[None]:
-    """What fails within is told and ends the process, if it is a mistake. So does Ctrl-C.
+    """What fails within is told and ends the process, if it is a mistake. So does Ctrl-C, and SIGTERM in a recipe.
 
-    arguments: the flags, for what to try where memory ends. ahead: whether what is within only reads what a user wrote,
-    so that whatever is refused is a mistake, and every process refuses it.
+    arguments: a recipe's flags, for what to try where memory ends; their method `kept`, if they have one, says what a
+    recipe that is stopped has kept and how to go on, or None. ahead: whether what is within only reads what a user
+    wrote, so that whatever is refused is a mistake, and every process refuses it.
     """
     try:
-        yield
-    except KeyboardInterrupt:
+        with raised_at_sigterm() if arguments is not None else contextlib.nullcontext():
+            yield
+    except KeyboardInterrupt as stopped:
         if shows_all():
             raise
-        tell("\nstopped by Ctrl-C: what was not saved before is lost")
-        raise SystemExit(INTERRUPTED) from None
+        name, status = name_and_status(stopped)
+        if os.environ.get("RANK", "0") == "0":
+            kept = getattr(arguments, "kept", lambda: None)()
+            tell(f"\nstopped by {name}: {kept or 'what was not saved before is lost'}")
+        raise SystemExit(status) from None
     except Exception as error:
         line = _line(error, arguments, ahead)
         if line is None or shows_all():

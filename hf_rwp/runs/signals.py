@@ -1,13 +1,50 @@
-"""SIGTERM and Ctrl-C while a run trains: the first is noted, for the run to save and stop; a second Ctrl-C ends it."""
+"""SIGTERM and Ctrl-C while a run trains: the first is noted, for the run to save and stop; a second Ctrl-C ends it.
 
+Elsewhere a recipe ends at SIGTERM as it does at Ctrl-C.
+"""
+
+import contextlib
 import os
 import shlex
 import signal
+import threading
+from collections.abc import Iterator
 from types import FrameType
 
 PREEMPTED = 75  # the exit status after SIGTERM, once a checkpoint is saved: EX_TEMPFAIL, "try again later"
-INTERRUPTED = 130  # after Ctrl-C, as shells have it
+INTERRUPTED, TERMINATED = 130, 143  # after Ctrl-C and SIGTERM, as shells have it
 _SAID = b"\nCtrl-C: saves a checkpoint and stops, at the next step that all replicas agree on; again to stop at once\n"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where `raised_at_sigterm`: what ends at Ctrl-C ends at it in the same way."""
+
+
+def name_and_status(stopped: KeyboardInterrupt) -> tuple[str, int]:
+    """What ended a program, and what it exits with."""
+    return ("SIGTERM", TERMINATED) if isinstance(stopped, Terminated) else ("Ctrl-C", INTERRUPTED)
+
+
+@contextlib.contextmanager
+def raised_at_sigterm() -> Iterator[None]:
+    """Within, the first SIGTERM to this process raises `Terminated`, unless something handles it already."""
+    is_free = threading.current_thread() is threading.main_thread()
+    if not is_free or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    process = os.getpid()
+
+    def end(number: int, _: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if os.getpid() == process:
+            raise Terminated
+        os.kill(os.getpid(), number)  # a worker that was forked ends without a word
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Signals:

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import signal
 
 import distributed
 import numpy as np
@@ -17,6 +18,7 @@ from imagenet import RECIPES, few_digits, load_recipe
 from torch.nn.functional import cross_entropy
 
 from hf_rwp.experiments import training as experiment
+from hf_rwp.runs import parsing
 from hf_rwp.runs.methods import CONTROLS
 from hf_rwp.runs.parsing import parse_arguments
 from hf_rwp.runs.records import read_records
@@ -533,6 +535,27 @@ def test_a_damaged_checkpoint_is_named(compare, tmp_path, monkeypatch):
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"has changed[\s\S]*delete .*checkpoints/\w+, and this run begins anew"):
         start(compare, tmp_path, "--methods=base")
+
+
+@pytest.mark.parametrize(("kind", "name", "status"), [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "Ctrl-C", 130)])
+def test_what_stops_it_says_what_is_kept_and_how_to_go_on(compare, tmp_path, monkeypatch, capsys, kind, name, status):
+    AcceleratorState._reset_state(True)
+    step, records = compare.Training.step, tmp_path / "records.jsonl"
+    flags = [*TINY, f"--results={records}", f"--output_dir={tmp_path}/out", "--methods", "base", "rwp"]
+
+    def cut(self, number):
+        if self.name == "rwp" and number == 6:
+            os.kill(os.getpid(), kind)
+        step(self, number)
+
+    monkeypatch.setattr(compare.Training, "step", cut)
+    assert parse_arguments(compare.Arguments, flags).kept() is None
+    with pytest.raises(SystemExit) as stopped:
+        parsing.start(compare.main, compare.Arguments, argv=flags)
+    assert stopped.value.code == status
+    kept = f"{records} has what was finished, and the same command goes on there"
+    assert capsys.readouterr().err.endswith(f"\nstopped by {name}: {kept}\n")
+    assert len(read_records(records)) == 1
 
 
 def test_a_search_serves_later_runs_of_the_same_file(compare, tmp_path):

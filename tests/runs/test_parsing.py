@@ -15,6 +15,9 @@ class Flags:
     def __post_init__(self):
         check_all(self, ("lr", self.lr > 0, "above 0"))
 
+    def kept(self):
+        return "a.jsonl has it" if self.lr == 5 else None
+
 def main(flags):
     if flags.lr == 1:
         raise FileNotFoundError("there is no such folder: name another one")
@@ -22,8 +25,8 @@ def main(flags):
         {}["missing"]
     if flags.lr == 3:
         int("three")
-    if flags.lr == 4:
-        os.kill(os.getpid(), signal.SIGINT)
+    if flags.lr in (4, 5):
+        os.kill(os.getpid(), signal.SIGINT if flags.lr == 4 else signal.SIGTERM)
     print("trained", flags.lr)
 
 start(main, Flags)
@@ -59,6 +62,11 @@ def test_ctrl_c_ahead_of_training_takes_no_traceback(script):
     assert run.returncode == 130
     assert "Traceback" not in run.stderr
     assert "stopped by Ctrl-C" in run.stderr
+
+
+def test_sigterm_says_what_is_kept(script):
+    run = script("--lr=5")
+    assert (run.returncode, run.stderr) == (143, "\nstopped by SIGTERM: a.jsonl has it\n")
 
 
 def test_without_an_error_it_just_runs(script):

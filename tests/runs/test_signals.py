@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from hf_rwp.runs.signals import INTERRUPTED, PREEMPTED, Signals
+from hf_rwp.runs.signals import INTERRUPTED, PREEMPTED, Signals, Terminated, name_and_status, raised_at_sigterm
 
 
 def send(*kinds):
@@ -38,6 +38,42 @@ def test_the_first_is_noted(sent, status, said):
 def test_a_second_after_ctrl_c_ends_at_once(second):
     with pytest.raises(KeyboardInterrupt), Signals():
         send(signal.SIGINT, second)
+
+
+def test_elsewhere_sigterm_ends_what_ctrl_c_would():
+    def work():
+        with raised_at_sigterm():
+            with Signals() as signals:  # of a run that saves
+                send(signal.SIGTERM)
+            assert signals.seen is signal.SIGTERM
+            send(signal.SIGTERM)
+
+    with pytest.raises(Terminated) as stopped:
+        work()
+    assert name_and_status(stopped.value) == ("SIGTERM", 143)
+    assert name_and_status(KeyboardInterrupt()) == ("Ctrl-C", 130)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_forked_worker_ends_at_sigterm_without_a_word(capfd):
+    with raised_at_sigterm():
+        worker = os.fork()
+        if worker == 0:
+            send(signal.SIGTERM)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == -signal.SIGTERM
+    assert capfd.readouterr().err == ""
+
+
+def test_whatever_handles_sigterm_already_stays():
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    try:
+        with raised_at_sigterm():
+            send(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIGTERM]
 
 
 def test_ctrl_c_says_what_happens_once_and_a_forked_worker_nothing(capfd):
