@@ -81,7 +81,7 @@ def test_what_cannot_be_told_is_not_guessed(recipes):
         ("imagenet", "--train_images", "no flag --train_images (a flag of compare){}"),
         ("imagenet", "--max-steps=9", "no flag --max-steps (a flag of vit){}"),
         ("imagenet", "--noise", "no flag --noise (a flag of landscape); did you mean --rwp_noise?"),
-        ("vit", "--pretrain_epochs", "no flag --pretrain_epochs (a flag of compare){}"),
+        ("vit", "--pretrain_epochs", "no flag --pretrain_epochs (a flag of compare); did you mean --num_train_epochs?"),
         ("vit", "--mixup_prob", "no flag --mixup_prob (a flag of train){}"),
     ],
 )
