@@ -55,7 +55,8 @@ def summary(results: Results) -> str:
     if "train_loss" in final:
         rows["training loss"] = f"{final['train_loss']:.4f}"
     rows["training seconds"] = f"{results['seconds']:.1f}"
-    rows["images per second"] = f"{final['images_per_second']:.0f}"
+    speed = final["images_per_second"]
+    rows["images per second"] = f"{speed:.0f}" if speed >= 10 else f"{speed:.2g}"
     if "rwp" in final:
         rwp = final["rwp"]
         losses = [

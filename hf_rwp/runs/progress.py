@@ -79,6 +79,8 @@ class Progress:
             self._bar = tqdm(total=self.steps, initial=self.done, desc=label, file=sys.stderr, **options)
         elif self._bar is not None:
             self._bar.set_description_str(label)
+        else:
+            self._figures = {}  # the line at the end of what came before had them
 
     def advance(self, steps: int = 1) -> None:
         """Steps are done."""

@@ -55,6 +55,11 @@ def test_a_line_has_the_loss_only_if_no_line_before_had_it(capsys):
     said = [line for _, line in watched(capsys, 300, epochs=2)]
     assert [number for number, line in enumerate(said) if "loss" in line] == [0, 9, 10, 19]  # 9 and 19 are the ends
     assert said[1] == "epoch 1/2, step 20/200: 21 images/s, 09:00 left"
+    progress = Progress(100, part=50, clock=Clock())
+    progress.begin("epoch 1/2")
+    progress.note(loss=0.25)  # of the whole epoch, which has a line of its own
+    progress.begin("epoch 2/2")
+    assert progress.line() == "epoch 2/2, step 0/100"
 
 
 def test_epochs_of_hours_have_a_line_a_minute(capsys):
