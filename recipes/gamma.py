@@ -134,6 +134,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from hf_rwp import RWP
 from hf_rwp.analysis.finder import GammaProposal, NothingLearnedError, find_gamma
@@ -229,6 +230,7 @@ def parts_of(images: Images, size: int) -> Iterator[tuple[Tensor, Tensor]]:
 def main(args: Arguments) -> None:
     accelerator = Accelerator(cpu=args.device == "cpu")
     use_fast_kernels()
+    disable_progress_bar()  # of each file that transformers reads
     task: Task = (TextTask if args.text_file else ImageTask)(args, accelerator.device)
     if args.validate:
         validate(task, args, environment(accelerator))

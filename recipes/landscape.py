@@ -124,6 +124,7 @@ from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from hf_rwp.analysis.plots import landscape, sharpness_curves
 from hf_rwp.analysis.sharpness import (
@@ -151,6 +152,7 @@ PLACES = {"models", "device", "output_dir"}
 
 def main(args: Arguments) -> None:
     accelerator = Accelerator(cpu=args.device == "cpu")
+    disable_progress_bar()  # of each file that transformers reads
     surroundings = environment(accelerator)
     output_dir = Path(args.output_dir)
     folders = {name_of(place): place for place in map(model_folder, args.models)}

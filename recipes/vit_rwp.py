@@ -172,6 +172,7 @@ flags_first("vit", __name__, Arguments, __doc__, light=False)  # ahead of the sl
 from accelerate.utils import gather_object
 from datasets import DatasetDict
 from transformers import set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from hf_rwp.analysis.run_plots import pictures_of_run
 from hf_rwp.core.placement import mixes
@@ -215,6 +216,7 @@ KEPT_BY_CHECKPOINTS += ("adam_beta1", "adam_beta2", "adam_epsilon", "seed", "lor
 
 def main(args: Arguments) -> None:
     refuse_lone_processes()
+    disable_progress_bar()  # of each file that transformers reads
     given = vars(args).pop("given", args.given)  # which Trainer need not pickle beside the weights
     if args.numbered and args.push_to_hub and args.hub_model_id is None:
         args.hub_model_id = Path(args.output_dir).name  # and not the number of the run

@@ -14,6 +14,7 @@ import torch
 from datasets import IterableDatasetDict
 from timm.data import create_transform, resolve_data_config
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel
+from transformers.utils.logging import enable_progress_bar
 
 from hf_rwp.hub.export import save_model
 from hf_rwp.hub.push import add_card
@@ -70,7 +71,10 @@ def leftovers(folder):
 
 def test_timm_and_transformers_models_are_set_side_by_side(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("hf_rwp.runs.progress.LATEST", 0.0)  # a line after every batch
-    record = run(timm_model(tmp_path / "digits_base_seed0/model"), vit(tmp_path / "vit"))
+    models = timm_model(tmp_path / "digits_base_seed0/model"), vit(tmp_path / "vit")
+    enable_progress_bar()
+    capsys.readouterr()
+    record = run(*models)
     assert leftovers(tmp_path / "out") == ["landscape.json", "landscape.png", "sharpness.png"]
     with PIL.Image.open(tmp_path / "out/landscape.png") as picture:
         assert picture.format == "PNG"
@@ -90,7 +94,8 @@ def test_timm_and_transformers_models_are_set_side_by_side(run, tmp_path, capsys
     assert record["command"].startswith("python recipes/landscape.py digits_base_seed0 vit --")
     assert "--grid 3" in record["command"]
     assert "--seed" not in record["command"]
-    said = capsys.readouterr().out
+    said, bars = capsys.readouterr()
+    assert "it/s" not in bars  # of weights that are loaded
     assert "\ndigits_base_seed0 " in said  # in the table
     lines = re.findall(r"^(digits_base_seed0|vit), (\d+)%: .*batches/s, \S+ left$", said, re.MULTILINE)
     assert list(dict.fromkeys(name for name, _ in lines)) == ["digits_base_seed0", "vit"]
