@@ -146,7 +146,7 @@ from hf_rwp.images.memory import Batches, Images, select_images
 from hf_rwp.images.models import create_model, create_optimizer
 from hf_rwp.images.orders import in_order_of
 from hf_rwp.images.transforms import BatchTransform
-from hf_rwp.runs.closing import said_of_files
+from hf_rwp.runs.closing import said_of_files, wrapped
 from hf_rwp.runs.determinism import derive_seed, use_fast_kernels
 from hf_rwp.runs.files import replacing
 from hf_rwp.runs.records import append_record, command_of, environment, read_records, scrub_paths, without_nan
@@ -268,7 +268,7 @@ def said(proposals: Mapping[str, GammaProposal], steps: int) -> str:
         lines += [
             "",
             f"noise {mode}",
-            *(f"  gamma {level.gamma:<9.4g} loss +{level.rise:.4g}" for level in found.levels),
+            *(f"  gamma {level.gamma:<9.4g} loss {level.rise:+.4g}" for level in found.levels),
         ]
         by_size = sorted(found.sizes.items(), key=lambda pair: pair[1])
         shown = {"least": by_size[0], "median": by_size[len(by_size) // 2], "most": by_size[-1]}
@@ -280,7 +280,7 @@ def said(proposals: Mapping[str, GammaProposal], steps: int) -> str:
             f"  proposal: --rwp_gamma {found.gamma:.2g}{flag}, where the loss rises by {found.allowed:.3g}{unreached}"
         )
     lines += ["", "That is where to begin: try half and twice of it too. How far off it was: recipes/results/README.md"]
-    return "\n".join(lines)
+    return "\n".join(wrapped(line, indent="    ") for line in lines)
 
 
 def validate(task: Task, args: Arguments, surroundings: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import yaml
 from timm.data import resolve_data_config
 from transformers import AutoModelForCausalLM
 
-from hf_rwp.analysis.finder import find_gamma
+from hf_rwp.analysis.finder import GammaProposal, NoiseLevel, find_gamma
 from hf_rwp.hub.export import save_model
 from hf_rwp.runs.parsing import parse_arguments
 from hf_rwp.runs.records import read_records
@@ -52,7 +52,8 @@ def test_a_new_model_learns_first_and_gets_a_proposal_in_both_modes(run, tmp_pat
     assert "output_dir" not in record["command"]
     said = capsys.readouterr().out
     assert "after 40 steps without noise" in said
-    assert "try half and twice of it too" in said
+    assert "try half and twice of it too" in " ".join(said.split())
+    assert max(map(len, said[: said.index("Wrote to")].splitlines())) <= 80
     for mode, found in record["proposals"].items():
         assert found["levels"][-2]["rise"] < found["allowed"] <= found["levels"][-1]["rise"]
         assert found["levels"][-2]["gamma"] < found["gamma"] <= found["levels"][-1]["gamma"]
@@ -63,6 +64,13 @@ def test_a_new_model_learns_first_and_gets_a_proposal_in_both_modes(run, tmp_pat
     assert f"--rwp_gamma {filters['gamma']:.2g}, where" in said
     assert f"--rwp_gamma {normalized['gamma']:.2g} --rwp_noise filter_normalized, where" in said
     assert list(normalized["sizes"].values()) == pytest.approx([normalized["gamma"]] * len(normalized["sizes"]))
+
+
+def test_a_loss_that_falls_has_one_sign(recipe):
+    levels = NoiseLevel(0.01, -1e-3, -2e-3, 0.0), NoiseLevel(0.02, 0.5, 0.4, 0.6)
+    found = GammaProposal(0.015, True, "filter", 1.0, 2.3, 0.16, levels, {"fc.weight": 0.1})
+    said = recipe.said({"filter": found}, 40)
+    assert "  gamma 0.01      loss -0.001\n  gamma 0.02      loss +0.5\n" in said
 
 
 def test_a_runs_folder_is_measured_as_it_is(recipe, run, tmp_path, capsys):
