@@ -126,9 +126,9 @@ from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from hf_rwp.analysis.batches import Batches
 from hf_rwp.analysis.plots import landscape, sharpness_curves
 from hf_rwp.analysis.sharpness import (
-    Batches,
     largest_eigenvalue,
     loss_slice,
     loss_under_noise,
