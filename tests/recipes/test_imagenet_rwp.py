@@ -113,7 +113,11 @@ def test_the_first_command_works_twice_and_says_what_comes_next(recipe, tmp_path
             f"hf-rwp landscape {folder} ",  # as no tracker was wanted
             "hf-rwp train --rwp=false --img_size=16 --batch_size=32 --lr=0.02 --report_to=none",
         ):
-            assert f"\n{command}" in said
+            assert f"\n{command}" in said.replace(" \\\n   ", "")
+        (wrote,) = re.findall(rf"^Wrote to {folder}: ([^#]*)\n\n", said, re.MULTILINE)
+        files = ["results.json", "model", "curves.png", "confusion.png", "checkpoints/step_3"]
+        assert wrote.replace("\n", " ").split(", ") == files
+        assert (f"\nhf-rwp curves {folder} {first}" in said) is (folder != first)
     with pytest.raises(FileExistsError, match="holds a finished run"):
         recipe.main(parse_arguments(recipe.Arguments, [*flags, f"--output_dir={first}"]))
     recipe.main(parse_arguments(recipe.Arguments, ["--resume_from_checkpoint=latest", "--epochs=2"]))
