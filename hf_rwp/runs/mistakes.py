@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 
 from hf_rwp.runs.hints import no_such_flags
 from hf_rwp.runs.out_of_memory import advice
-from hf_rwp.runs.signals import name_and_status, raised_at_sigterm
+from hf_rwp.runs.signals import Terminated, name_and_status, raised_at_sigterm
 
 STATUS = 2  # argparse's own
 PROGRAM = "HF_RWP_PROGRAM"  # how the program was called, where that is not its file
@@ -62,8 +62,9 @@ def told_in_a_line(arguments: Any = None, ahead: bool = False) -> Iterator[None]
         if shows_all():
             raise
         name, status = name_and_status(stopped)
-        if os.environ.get("RANK", "0") == "0":
-            kept = getattr(arguments, "kept", lambda: None)()
+        kept = getattr(arguments, "kept", lambda: None)()
+        by_agent = isinstance(stopped, Terminated) and _ERROR_FILE in os.environ  # at another process's failure, too
+        if os.environ.get("RANK", "0") == "0" and (kept or not by_agent):
             tell(f"\nstopped by {name}: {kept or 'what was not saved before is lost'}")
         raise SystemExit(status) from None
     except Exception as error:

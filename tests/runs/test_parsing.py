@@ -42,7 +42,7 @@ def script(tmp_path):
 def test_a_refusal_is_one_line(script):
     for flag, status, line in (
         ("--lr=0", 2, "error: lr must be above 0, got 0.0"),
-        ("--lrs=1", 2, "error: no flag --lrs; did you mean --lr?"),
+        ("--lrr=1", 2, "error: no flag --lrr; did you mean --lr?"),
         ("--lr=1", 2, "error: there is no such folder: name another one"),
     ):
         run = script(flag)
