@@ -1,6 +1,8 @@
 """What a user of a recipe has done wrong: one line at last, status 2, ahead of data and model."""
 
 import os
+import subprocess
+import sys
 
 import forked
 import pytest
