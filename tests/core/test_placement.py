@@ -123,6 +123,18 @@ def test_the_fewest_micro_steps_are_enough_and_no_more_than_that(alpha, replicas
     assert {antithetic(*place, replicas, paired, alpha)[2] for place in places} == {1, -1}
 
 
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+@pytest.mark.parametrize(("replicas", "micro_steps"), [(1, 8), (2, 3), (3, 2), (4, 1), (5, 2)])
+def test_of_an_antithetic_pair_the_first_has_its_own_noise_and_the_second_the_opposite_of_it(
+    alpha, replicas, micro_steps
+):
+    places = [place for place, slot in slots(replicas, micro_steps, alpha).items() if slot.perturbed]
+    drawn = [antithetic(*place, replicas, micro_steps, alpha) for place in places]
+    firsts = places[0::2]
+    assert drawn[0::2] == [(*place, 1) for place in firsts]
+    assert drawn[1::2] == [(*place, -1) for place in firsts[: len(places) // 2]]
+
+
 @pytest.mark.parametrize(
     ("alpha", "gamma", "expected"),
     [(0.5, None, True), (0.5, 0.1, True), (0.5, 0.0, False), (0.0, None, False), (1.0, None, False)],
