@@ -229,8 +229,8 @@ def summary(comparisons: Mapping[str, Sequence[Mapping[str, Any]]], benchmarks: 
             "Top-1 accuracy (%), mean ± standard deviation over seeds; more methods are in the full tables. At equal "
             "images SAM computes two gradients of each, SAM every 10th step 1.1, and the others one. Differences are "
             "in points, bold where their 95 % interval over seeds leaves out 0 (not corrected for their number). With "
-            "wrong labels the search ended at a weight decay that all chose; with a wider grid, planned ahead, RWP's lead "
-            "was no longer more than chance ([plan](plans/cifar10_wrong_labels.md)):"
+            "wrong labels the search ended at a weight decay that all chose; with a wider grid, planned ahead, RWP's "
+            "lead was no longer more than chance ([plan](plans/cifar10_wrong_labels.md)):"
         )
         parts.append(markdown_table(rows))
     return "\n\n".join(["", *parts, ""])
