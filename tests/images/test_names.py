@@ -29,7 +29,7 @@ def test_a_model_that_timm_does_not_have(name, first):
 
 def test_weights_that_timm_does_not_have_are_told_ahead_of_data():
     with pytest.raises(ValueError, match=r"timm has no such weights of it\. It has .*a1_in1k"):
-        TimmArguments(model="resnet50.a1_in2k")
+        TimmArguments(model="resnet50.a1_in2k").look_up()
 
 
 def test_a_beginning_is_looked_up_before_spelling():
@@ -42,7 +42,7 @@ def test_a_beginning_is_looked_up_before_spelling():
 )
 def test_a_schedule_that_timm_does_not_have(name, said):
     with pytest.raises(ValueError, match=rf"sched must be one of cosine, .*, got '{name}'{said}$"):
-        TimmArguments(sched=name)
+        TimmArguments(sched=name).look_up()
 
 
 def test_every_schedule_that_is_named_is_one_of_timms():
@@ -52,4 +52,4 @@ def test_every_schedule_that_is_named_is_one_of_timms():
 
 def test_what_timm_refuses_of_a_schedule_is_told_ahead_of_data():
     with pytest.raises(ValueError, match="sched='wsd' cannot be with these flags: wsd schedule requires"):
-        TimmArguments(sched="wsd", epochs=2, warmup_epochs=0, decay_epochs=5)
+        TimmArguments(sched="wsd", epochs=2, warmup_epochs=0, decay_epochs=5).look_up()
