@@ -48,7 +48,7 @@ def save_model(
             model.pretrained_cfg = of_ours
             timm_hub.save_config_for_hf(
                 model,
-                config_file,  # type: ignore[arg-type]  # timm 1.0.15 takes no str
+                str(config_file),
                 model_config={"label_names": list(label_names)},
                 model_args={**(model_args or {})},
             )
