@@ -50,7 +50,7 @@ def test_no_arguments_but_a_seed_learn_the_digits(tmp_path, seed):
     assert (found["arguments"]["method"], found["final"]["rwp"]["placement"]) == ("rwp", "sequential")
     assert found["final"]["rwp"]["slots"] == {"clean": 220, "perturbed": 220}
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert re.search(rf"Wrote to {re.escape(str(tmp_path))}:\s+results\.json", run.stdout)
+    assert re.search(rf"Wrote\s+to\s+{re.escape(str(tmp_path))}:\s+results\.json", run.stdout)
     assert "%|" not in run.stderr  # no progress bar where there is no terminal
 
 
