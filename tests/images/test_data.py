@@ -177,7 +177,8 @@ def test_splits_can_be_named(tmp_path, streaming):
 def write_parquet(root, columns, features, names=("train", "test")):
     root.mkdir()
     for name in names:
-        Dataset.from_dict(columns, features=Features(features)).to_parquet(root / f"{name}-00000-of-00001.parquet")
+        file = root / f"{name}-00000-of-00001.parquet"
+        Dataset.from_dict(columns, features=Features(features)).to_parquet(file, batch_size=100)  # as of an empty one
     return str(root)
 
 
