@@ -8,6 +8,7 @@ A run that was cut goes on with the pieces that it lacks.
 
 import json
 import multiprocessing
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ def round_done(folder: str) -> None:
 
 def start(piece: Piece, args: Any, tell: Callable[[int], None] = lambda _: None) -> list[Any]:
     """Run a piece in its processes; what each of them found. tell: takes how many rounds are behind it."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes notes of its own on the screen
     multiprocessing.set_forkserver_preload(_PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         rounds = Path(folder, ROUNDS)

@@ -3,7 +3,6 @@
 import copy
 import json
 import logging
-import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +34,6 @@ WARM_UP = 2
 
 def set_up(rank: int, ranks: int, args: Any, folder: str) -> torch.device:
     """A process's device, threads and group."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own notes
     logging.getLogger("hf_rwp").setLevel(logging.ERROR)  # some weights are perturbed without a model around them
     torch.set_num_threads(args.threads * args.ranks // ranks)
     device = torch.device("cpu")
