@@ -247,6 +247,10 @@ def loss_of_two_passes_in_a_row(model, x, y):
     return mse_loss(model(x), y) + mse_loss(model(2 * x), y)
 
 
+def loss_of_a_second_pass_that_counts_for_nothing(model, x, y):
+    return mse_loss(model(x), y) + 0 * model(2 * x).sum()
+
+
 # With the noise taken out between the passes, and put in again while FSDP2 is in the middle of something.
 LOOKED = {
     f"a look, {name}": {**changes, "between": look}
@@ -276,6 +280,10 @@ PAIRS = {
         {},
     ),
     "an evaluation between two forward passes": ({"loss": loss_of_two_passes}, {"loss": loss_of_two_passes_in_a_row}),
+    "a second forward pass, whose gradient is weighted once": (
+        {"loss": loss_of_a_second_pass_that_counts_for_nothing},
+        {},
+    ),
     "an evaluation between two of a compiled model": (
         {"change": compiled, "loss": loss_of_two_passes},
         {"loss": loss_of_two_passes_in_a_row},
