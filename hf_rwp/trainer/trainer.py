@@ -306,7 +306,9 @@ class RWPTrainerMixin(_AnyTrainer):
             given = [name for name, value in names.items() if value is not None]
             if given:
                 raise ValueError(f"{', '.join(given)} needs rwp=True: without it this is Trainer's own push")
-            return super().push_to_hub(commit_message, blocking, token, revision, private, **facts)  # type: ignore[arg-type]
+            if private is not None:  # Trainer of transformers 5.18 does not know it
+                facts["private"] = private
+            return super().push_to_hub(commit_message, blocking, token, revision, **facts)  # type: ignore[arg-type]
         from hf_rwp.hub import push as hub  # huggingface_hub, only for those who push
         from hf_rwp.hub.card import add_card
         from hf_rwp.hub.export import save_any
