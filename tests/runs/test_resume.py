@@ -92,8 +92,8 @@ def train_and_kill(folder: Path, steps: int, world: int, chance: random.Random |
     watchdog = threading.Timer(120, lambda: [process.kill() for process in processes])
     watchdog.start()
     try:
-        lines = processes[0].stdout
-        began = int(lines.readline() or -1)
+        lines = (line for line in processes[0].stdout if line[0] != "[")  # as gloo's "[Gloo] Rank 0" of torch 2.8
+        began = int(next(lines, -1))
         victim = began + chance.randint(EVERY + 1, 2 * EVERY) if chance else steps + 1
         for line in lines:
             if int(line) == victim:
