@@ -643,6 +643,20 @@ def test_push_to_hub_uploads_clean_weights(tmp_path, monkeypatch, boundaries):
         assert same(weights, expected)
 
 
+def test_a_push_without_rwp_hands_on_what_trainers_own_knows(tmp_path, monkeypatch):
+    """transformers 5.18 has no `private`; later ones do."""
+    told = []
+
+    def push(self, commit_message="End of training", blocking=True, token=None, revision=None, **facts):
+        told.append((commit_message, facts))
+
+    monkeypatch.setattr(Trainer, "push_to_hub", push)
+    trainer = make(Tagger(), tmp_path, train_dataset=sentences(4), rwp=False)
+    trainer.push_to_hub("done")
+    trainer.push_to_hub("done", private=True)
+    assert told == [("done", {}), ("done", {"private": True})]
+
+
 @dataclasses.dataclass
 class Served(RWPTrainingArguments):
     vllm_server_host: str = "gpu7.lab"
