@@ -93,7 +93,8 @@ def peak_of_process(make: Callable[[], Callable[[], Any]], device: torch.device)
     """The most memory that two calls of what `make` gives take beyond what there was, whichever thread asked for it.
 
     For a process of its own: on Linux it is the resident memory, of which a first call, of another, has loaded what is
-    loaded once. Elsewhere `peak_bytes`.
+    loaded once; the least of four tries, since what others of its threads ask for meanwhile only adds. Elsewhere
+    `peak_bytes`.
     """
     if device.type == "cuda" or not Path("/proc/self/clear_refs").exists():
         return peak_bytes(make(), device)
@@ -101,7 +102,10 @@ def peak_of_process(make: Callable[[], Callable[[], Any]], device: torch.device)
     with contextlib.suppress(AttributeError):  # of other C libraries
         libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: larger blocks go back to the system as soon as they are free
     make()()
-    function = make()
+    return min(_peak_resident(make(), libc) for _ in range(4))
+
+
+def _peak_resident(function: Callable[[], Any], libc: ctypes.CDLL) -> int:
     gc.collect()
     with contextlib.suppress(AttributeError):
         libc.malloc_trim(0)

@@ -235,17 +235,15 @@ def in_short(key: str, tested: Iterable[Outcome]) -> str:
     """
     finished = (outcome for outcome in tested if outcome.claim.sentence == key and outcome.corrected is not None)
     mine = [one for one in finished if one.figure.more_is_better and one.claim.ours in ("rwp", "sam")]
+    tasks = list(dict.fromkeys(one.claim.task for one in mine))
     rivals: dict[str, list[str]] = {}
-    one_task = len({outcome.claim.task for outcome in mine}) == 1
-    for outcome in mine:
-        pair = f"{METHODS[outcome.claim.ours].title} over {outcome.claim.rival}"
-        where = "" if one_task else f" ({outcome.claim.task})"
-        decided = "" if outcome.verdict == "no effect" else f"**, p {outcome.p:.2g}"
-        rivals.setdefault(pair, []).append(
-            f"{'**' if decided else ''}{round(outcome.gain, 1) + 0:+.1f}{decided}{where}"
-        )
+    for one in mine:
+        gain = f"{round(one.gain, 1) + 0:+.1f}"
+        told = gain if one.verdict == "no effect" else f"**{gain}**, p {one.p:.2g}"
+        where = f" ({one.claim.task})" if len(tasks) > 1 else ""
+        rivals.setdefault(f"{METHODS[one.claim.ours].title} over {one.claim.rival}", []).append(told + where)
+    about = f" ({tasks[0]})" if len(tasks) == 1 else ""
     said = "; ".join(f"{pair} {', '.join(some)}" for pair, some in rivals.items())
-    about = f" ({mine[0].claim.task})" if one_task else ""
     return f"{SENTENCES[key]}{about}, points: {said}." if mine else ""
 
 

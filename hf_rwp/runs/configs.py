@@ -59,8 +59,7 @@ def read_config(path: str, names: Collection[str], ignore: bool = False, logs: b
 
 def where_in(path: str, name: str) -> str:
     """The file, and the line of a flag in it, where it is there under that name or timm's."""
-    marks: Any = yaml.compose(_text(path))
-    keys = {str(key.value).replace("-", "_"): key.start_mark.line + 1 for key, _ in marks.value}
+    keys = dict(_lines(_text(path)))
     lines = {RENAMED.get(key, key): line for key, line in keys.items()} | keys
     return f"{path}, line {lines[name]}" if name in lines else path
 
@@ -97,12 +96,16 @@ def _loaded(path: str, text: str) -> Any:
         raise ValueError(f"{where}: not YAML ({problem}). Each flag is a line of its own, `name: value`") from error
 
 
+def _lines(text: str) -> list[tuple[str, int]]:
+    """The flags in a file, each with the number of its line."""
+    marks: Any = yaml.compose(text)
+    return [(str(key.value).replace("-", "_"), key.start_mark.line + 1) for key, _ in marks.value] if marks else []
+
+
 def _check_that_each_stands_once(path: str, text: str) -> None:
     """ValueError where a flag has two lines: YAML would take the last and drop the others without a word."""
-    marks: Any = yaml.compose(text)
     lines: dict[str, int] = {}
-    for key, _ in marks.value if marks else ():
-        name, line = str(key.value).replace("-", "_"), key.start_mark.line + 1
+    for name, line in _lines(text):
         if lines.setdefault(name, line) != line:
             raise ValueError(f"{path}, line {line}: {name} is set on line {lines[name]} already. Keep one of them")
 

@@ -15,7 +15,7 @@ import torch
 from hf_rwp.runs.parsing import parse_arguments
 
 UNLIMITED = ("copy", "flat_lora")
-FLAGS = ["--models=test_resnet", "--img_size=32", "--batch_size=4", "--rounds=2", "--threads=1", "--quick"]
+FLAGS = ["--models=test_resnet", "--img_size=32", "--batch_size=4", "--rounds=2", "--threads=1"]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_every_row_of_the_design_is_measured_and_shown(run):
 
 def test_the_record_says_what_ran_and_where_but_not_whose(run):
     record, _ = run
-    assert record["command"].startswith("python recipes/benchmark.py --models test_resnet --quick True --rounds 2")
+    assert record["command"].startswith("python recipes/benchmark.py --models test_resnet --rounds 2")
     assert record["versions"]["torch"] == torch.__version__
     assert record["hardware"].items() >= {"replicas": 2, "threads": 1, "threads_alone": 2}.items()
     assert record["load_average"] >= 0
@@ -115,11 +115,11 @@ def test_collectives_and_memory_are_what_ddp_and_the_model_make_them(run):
     clean, perturbed = measured["extra_bytes"]
     assert clean < 1000
     assert perturbed > weights + measured["scratch_bytes"]
-    peak, near = measured["peak_bytes"], weights / 2  # of the whole process: a copy of the weights tells, pages do not
+    peak, page = measured["peak_bytes"], 2**19  # of the whole process, to some hundred pages
     assert max(peak["base"]) > 2 * weights  # gradients and momentum, and more; RWP and SAM have a copy of the weights
-    assert peak["rwp"][0] == pytest.approx(peak["base"][0], abs=near)  # whose gradients are clean
-    assert peak["rwp"][1] - peak["rwp"][0] == pytest.approx(weights + measured["scratch_bytes"], abs=near)
-    assert max(peak["sam"]) - max(peak["base"]) == pytest.approx(weights, abs=near)
+    assert peak["rwp"][0] == pytest.approx(peak["base"][0], abs=page)  # whose gradients are clean
+    assert peak["rwp"][1] - peak["rwp"][0] == pytest.approx(weights + measured["scratch_bytes"], abs=page)
+    assert max(peak["sam"]) - max(peak["base"]) == pytest.approx(weights, abs=page)
 
 
 @pytest.mark.parametrize(

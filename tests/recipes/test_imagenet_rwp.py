@@ -257,9 +257,9 @@ def test_sam_is_sam(recipe, fixed, tmp_path):
 
 
 def test_without_noise_it_is_the_base_method_to_the_bit(recipe, tmp_path):
-    base = weights(results_of(recipe, tmp_path / "base", "--method=base", "--epochs=1"))
+    base = weights(results_of(recipe, tmp_path / "base", "--method=base"))
     for flag in ("--rwp_gamma=0", "--rwp_alpha=0", "--rwp_start=1", "--rwp=false"):
-        assert weights(results_of(recipe, tmp_path / flag, flag, "--epochs=1")) == base, flag
+        assert weights(results_of(recipe, tmp_path / flag, flag)) == base, flag
     assert weights(results_of(recipe, tmp_path / "other")) != base
 
 

@@ -31,22 +31,22 @@ def run(
     words = [str(argument) for argument in arguments]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     with TemporaryDirectory() as folder:
+        for name in ("stdout", "stderr"):
+            Path(folder, name).touch()
         process = distributed.context().Process(target=_run, args=(words, variables, str(cwd or Path.cwd()), folder))
         process.start()
         process.join(timeout)
-        said = {name: Path(folder, name).read_text() for name in ("stdout", "stderr") if Path(folder, name).exists()}
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            raise subprocess.TimeoutExpired(words, timeout, **said)
-        status = process.exitcode
-        process.close()
-    return subprocess.CompletedProcess(words, status, said["stdout"], said["stderr"])
+        status, output, error = process.exitcode, *(Path(folder, name).read_text() for name in ("stdout", "stderr"))
+        process.kill()  # where it did not end
+        process.join()
+    if status is None:
+        raise subprocess.TimeoutExpired(words, timeout, output, error)
+    return subprocess.CompletedProcess(words, status, output, error)
 
 
 def _run(words: list[str], environment: Mapping[str, str], cwd: str, folder: str) -> None:
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+        os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_APPEND), descriptor)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
