@@ -89,11 +89,11 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
     return peak
 
 
-def peak_of_process(make: Callable[[], Callable[[], Any]], device: torch.device) -> int:
+def peak_of_process(make: Callable[[], Callable[[], Any]], device: torch.device, tries: int = 4) -> int:
     """The most memory that two calls of what `make` gives take beyond what there was, whichever thread asked for it.
 
     For a process of its own: on Linux it is the resident memory, of which a first call, of another, has loaded what is
-    loaded once; the least of four tries, since what others of its threads ask for meanwhile only adds. Elsewhere
+    loaded once; the least of `tries`, since what others of its threads ask for meanwhile only adds. Elsewhere
     `peak_bytes`.
     """
     if device.type == "cuda" or not Path("/proc/self/clear_refs").exists():
@@ -102,7 +102,7 @@ def peak_of_process(make: Callable[[], Callable[[], Any]], device: torch.device)
     with contextlib.suppress(AttributeError):  # of other C libraries
         libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: larger blocks go back to the system as soon as they are free
     make()()
-    return min(_peak_resident(make(), libc) for _ in range(4))
+    return min(_peak_resident(make(), libc) for _ in range(tries))
 
 
 def _peak_resident(function: Callable[[], Any], libc: ctypes.CDLL) -> int:

@@ -125,7 +125,7 @@ def run_memory(name: str, kind: str, rank: int, ranks: int, args: Any, folder: s
     """The most memory that two steps of a kind take on this rank, in a process that does nothing else."""
     device = set_up(rank, ranks, args, folder)
     work = Work(name, rank, ranks, device, args)
-    leave(rank, ranks, folder, peak_of_process(partial(work.step, kind), device))
+    leave(rank, ranks, folder, peak_of_process(partial(work.step, kind), device, tries=1 if args.quick else 4))
 
 
 def combined(group: list[Record] | None, alone: list[Record] | None, memory: dict[str, list[int]]) -> Record:
