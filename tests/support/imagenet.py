@@ -1,15 +1,20 @@
 """Start a recipe, imagenet_rwp.py if not told so: in this process on a hundred of the digits, or as a user does."""
 
+import copy
+import functools
 import importlib
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import forked
 from accelerate.state import AcceleratorState
 from datasets import DatasetDict
 
+from hf_rwp.analysis.run_plots import CONFUSION, CURVES
 from hf_rwp.images.data import load_images
 from hf_rwp.runs.parsing import parse_arguments
 
@@ -24,16 +29,36 @@ def load_recipe(path=RECIPE):
     return importlib.import_module(path.stem)
 
 
+@functools.cache
+def _few_digits():
+    sizes = zip(load_images().items(), (100, 41), strict=True)
+    return {name: split.select(range(size)) for (name, split), size in sizes}
+
+
 def few_digits(**_):
     """100 to train on and 41 for evaluation."""
-    return DatasetDict(
-        {name: split.select(range(size)) for (name, split), size in zip(load_images().items(), (100, 41), strict=True)}
-    )
+    return DatasetDict({name: copy.copy(split) for name, split in _few_digits().items()})
 
 
-def train(recipe, folder, *flags):
+def train(recipe, folder, *flags, drawn=False):
+    """drawn: with its pictures; they take longer than the training."""
     AcceleratorState._reset_state(True)  # a process of its own
-    recipe.main(parse_arguments(recipe.Arguments, [*SMALL, "--epochs=2", *flags, f"--output_dir={folder}"]))
+    arguments = parse_arguments(recipe.Arguments, [*SMALL, "--epochs=2", *flags, f"--output_dir={folder}"])
+    with nullcontext() if drawn else undrawn(recipe):
+        recipe.main(arguments)
+
+
+def undrawn(recipe):
+    """A recipe that writes an empty file where it would draw a picture."""
+    return mock.patch.object(recipe, "pictures_of_run", _empty_pictures)
+
+
+def _empty_pictures(results, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = [folder / CURVES, *([folder / CONFUSION] if "by_class" in results else [])]
+    for picture in pictures:
+        picture.touch()
+    return pictures
 
 
 def train_on_rank(folder, *flags, few=True):
@@ -52,8 +77,8 @@ def results(folder):
     return json.loads((Path(folder) / "results.json").read_text())
 
 
-def results_of(recipe, folder, *flags):
-    train(recipe, folder, *flags)
+def results_of(recipe, folder, *flags, **options):
+    train(recipe, folder, *flags, **options)
     return results(folder)
 
 

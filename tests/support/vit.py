@@ -2,11 +2,12 @@
 
 import os
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import PIL.Image
 import torch
-from imagenet import RECIPES, few_digits, load_recipe, results
+from imagenet import RECIPES, few_digits, load_recipe, results, undrawn
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from hf_rwp.images.data import load_images
@@ -22,10 +23,12 @@ def load_vit_recipe():
     return load_recipe(RECIPE)
 
 
-def train(folder, *flags, few=True):
+def train(folder, *flags, few=True, drawn=False):
+    """drawn: with its pictures; they take longer than the training."""
     recipe = load_vit_recipe()
     recipe.load_images = few_digits if few else load_images
-    recipe.main(parse_arguments(recipe.Arguments, [*flags, f"--output_dir={folder}"]))
+    with nullcontext() if drawn else undrawn(recipe):
+        recipe.main(parse_arguments(recipe.Arguments, [*flags, f"--output_dir={folder}"]))
 
 
 def train_on_rank(folder, *flags):
@@ -41,8 +44,8 @@ def train_on_rank(folder, *flags):
     return ""
 
 
-def results_of(folder, *flags, few=True):
-    train(folder, *flags, few=few)
+def results_of(folder, *flags, **options):
+    train(folder, *flags, **options)
     return results(folder)
 
 
