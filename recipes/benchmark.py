@@ -123,7 +123,7 @@ class Arguments:
     @property
     def loops(self) -> int:
         """How often each of two training loops is timed."""
-        return 1 if self.quick else min(self.rounds, 5)
+        return min(self.rounds // 2, 5)
 
     @property
     def shared(self) -> bool:

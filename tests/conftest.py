@@ -7,6 +7,7 @@ import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import distributed
 import imagenet
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: the garbage collector, which many tests call, need not go over it each time."""
     gc.collect()
     gc.freeze()
+    distributed.context()  # there is one server to fork from, whoever starts it
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,9 @@ FACTS = {"arguments": {"rounds": 2}, "date": "2026-01-01"}
 
 
 @pytest.fixture(autouse=True)
-def nothing_preloaded(monkeypatch):
-    monkeypatch.setattr(pieces, "_PRELOADED", [])
+def server_of_the_tests(monkeypatch):
+    """There is one to fork from, and others need what it has imported."""
+    monkeypatch.setattr(pieces.multiprocessing, "set_forkserver_preload", lambda modules: None)
 
 
 def work(value, rank, ranks, args, folder):

@@ -46,7 +46,7 @@ class Case:
 
     @property
     def world(self) -> int:
-        return 2 if self.engine == "tp" else 4
+        return 2 if self.engine in ("fsdp", "tp") else 4
 
     @property
     def replicas(self) -> int:
@@ -169,8 +169,13 @@ CASES = {
 @pytest.fixture(scope="module")
 def runs():
     """By case, what every rank saw."""
-    stop()  # DTensor caches plans with the names of process groups, which a test before this one may have ended
-    return dict(zip(CASES, run_each(4, record, [(case,) for case in CASES.values()], timeout=120), strict=True))
+    found = {}
+    for world in (4, 2):
+        stop()  # DTensor caches plans with the names of process groups, which a test before this one may have ended
+        cases = {name: case for name, case in CASES.items() if case.world == world}
+        answers = run_each(world, record, [(case,) for case in cases.values()], timeout=120)
+        found |= dict(zip(cases, answers, strict=True))
+    return found
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -291,7 +291,7 @@ PAIRS = {
     "a compiled model in one group": ({"change": compiled, "shard": shard_root_only}, {"shard": shard_root_only}),
 }
 
-BASES = [Case("hsdp", windows=2), Case("fsdp", accumulation=2, windows=2)]
+BASES = [Case("hsdp", windows=2), Case("fsdp2ranks", accumulation=2, windows=2)]
 
 
 def plain_names(answers):
@@ -309,7 +309,7 @@ def plain_names(answers):
 def test_none_of_it_changes_a_bit_of_the_gradient(base):
     pairs = {**{name: (changes, {}) for name, changes in {**PLAIN, **OUTPUTS, **LOOKED}.items()}, **PAIRS}
     distinct = [(dataclasses.replace(base, **changes),) for pair in pairs.values() for changes in pair if changes]
-    answers = iter(run_each(4, follow, [(base,), *distinct], keep_group=True, timeout=120))
+    answers = iter(run_each(base.world, follow, [(base,), *distinct], keep_group=True, timeout=120))
     plain = next(answers)
     for name, (_, other) in pairs.items():
         own = next(answers)

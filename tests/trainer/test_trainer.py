@@ -844,7 +844,7 @@ def test_random_kills_and_resumes_end_bit_equal(tmp_path, kills):
         (folder / "steps").write_text(str(8 * (kills + 1)))
         for attempt in range(kills + 1 if name == "killed" else 1):
             ours, theirs = distributed._context.Pipe(duplex=False)
-            process = distributed._context.Process(target=long_run, args=(folder, theirs))
+            process = distributed.context().Process(target=long_run, args=(folder, theirs))
             process.start()
             theirs.close()
             last = name == "whole" or attempt == kills
