@@ -158,12 +158,13 @@ def without(packages: set[str]) -> str:
     return f"import sys; sys.modules.update(dict.fromkeys({sorted(packages)}))\n"
 
 
-@pytest.mark.parametrize("room", sorted(NEEDS))
-def test_a_room_needs_the_packages_of_its_extra_alone(room):
+@pytest.mark.parametrize("extras", sorted(set(NEEDS.values())), ids=lambda extras: " ".join(extras) or "none")
+def test_rooms_need_the_packages_of_their_extra_alone(extras):
     packages = set(itertools.chain(*hf_rwp.EXTRAS.values()))
-    blocked = packages - ALWAYS - {package for extra in NEEDS[room] for package in hf_rwp.EXTRAS[extra]}
-    modules = [f"hf_rwp.{module}" for module in MODULES if room_of(module) == room and module not in LATER]
-    modules.append(f"hf_rwp.{room}")
+    blocked = packages - ALWAYS - {package for extra in extras for package in hf_rwp.EXTRAS[extra]}
+    rooms = {room for room, needed in NEEDS.items() if needed == extras}
+    modules = [f"hf_rwp.{module}" for module in MODULES if room_of(module) in rooms and module not in LATER]
+    modules += [f"hf_rwp.{room}" for room in rooms]
     run = subprocess.run(
         [sys.executable, "-c", without(blocked) + "import " + ", ".join(modules)], capture_output=True, text=True
     )

@@ -1,11 +1,10 @@
 """Several machines, as recipes/accelerate/multi_node.yaml starts them: two agents on this one, two processes each."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 
+import forked
 import pytest
 from imagenet import RECIPE, RECIPES, results
 
@@ -50,24 +49,16 @@ def launch(*arguments, machines=2, processes=4):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={FILE}", "--mixed_precision=no"]
+        command = ["-m", "accelerate.commands.launch", f"--config_file={FILE}", "--mixed_precision=no"]
         command += [f"--num_processes={processes}", "--main_process_ip=127.0.0.1", f"--main_process_port={port}"]
-        agents = [
-            subprocess.Popen(
-                [*command, f"--machine_rank={rank}", *(str(word).replace("MACHINE", str(rank)) for word in arguments)],
-                env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-            for rank in range(machines)
-        ]
-        try:
-            said = [agent.communicate(timeout=400)[0] for agent in agents]
-        finally:
-            for agent in agents:
-                agent.kill()
+
+        def agent(rank, command=command):
+            words = [str(word).replace("MACHINE", str(rank)) for word in arguments]
+            run = forked.run(*command, f"--machine_rank={rank}", *words, ACCELERATE_USE_CPU="true")
+            return run.stdout + run.stderr
+
+        with ThreadPoolExecutor(machines) as pool:
+            said = list(pool.map(agent, range(machines)))
         if not any(f"port `{port}`" in text or "EADDRINUSE" in text for text in said):
             break
     return "\n".join(said)

@@ -1,22 +1,22 @@
-"""Guarantee 7 of the design: a run that is killed anywhere and resumed ends as the uninterrupted one, bit for bit.
-
-This file is also the script that is killed: `python tests/runs/test_resume.py FOLDER STEPS STORE`, one process a rank.
-"""
+"""Guarantee 7 of the design: a run that is killed anywhere and resumed ends as the uninterrupted one, bit for bit."""
 
 import os
 import random
-import subprocess
+import signal
 import sys
 import threading
 import time
 from datetime import timedelta
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
-from distributed import run
+from distributed import context, run
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
@@ -26,8 +26,11 @@ from hf_rwp.core.gamma import gamma_factor
 EVERY = 4  # steps from one checkpoint to the next
 
 
-def train(folder: Path, steps: int, store: str | None = None, pause: float = 0.0) -> None:
-    """Train for `steps` from the last checkpoint in `folder`; pause: seconds in every micro-step, for the killer."""
+def train(
+    folder: Path, steps: int, store: str | None = None, tell: Any = lambda step: None, pause: float = 0.0
+) -> None:
+    """Train for `steps` from the last checkpoint in `folder`. tell: takes each step that is done, the first one that
+    it begins with. pause: seconds in every micro-step, for the killer."""
     options = InitProcessGroupKwargs(init_method=store and f"file://{store}", timeout=timedelta(seconds=30))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     accumulation = 2 if world == 1 else 1
@@ -42,7 +45,7 @@ def train(folder: Path, steps: int, store: str | None = None, pause: float = 0.0
         accelerator.load_state(folder / str(done))
     else:
         set_seed(accelerator.process_index)  # of dropout
-    print(done, flush=True)
+    tell(done)
     for step in range(done, steps):
         optimizer.scale_gamma(gamma_factor(step / steps, "cosine", growth=2.0, start=0.1))
         for micro_step in range(accumulation):
@@ -54,7 +57,7 @@ def train(folder: Path, steps: int, store: str | None = None, pause: float = 0.0
                 prepared.step()
                 scheduler.step()
                 prepared.zero_grad()
-        print(step + 1, flush=True)
+        tell(step + 1)
         if (step + 1) % EVERY == 0:
             accelerator.save_state(folder / "unfinished")
             accelerator.wait_for_everyone()
@@ -66,52 +69,61 @@ def train(folder: Path, steps: int, store: str | None = None, pause: float = 0.0
         torch.save(slots, folder / "final.pt")
 
 
-def launch(folder: Path, steps: int, world: int) -> list[subprocess.Popen[str]]:
-    """The script on `world` ranks, each in an interpreter of its own; rank 0 says what it does on its stdout."""
+def train_in_process(folder: Path, steps: int, store: str, rank: int, world: int, ours: Connection) -> None:
+    """As one of `world` processes, which the launcher has told who they are; rank 0 says to `ours` what it does."""
+    torch.set_num_threads(1)
+    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ.update({key: str(value) for key, value in group.items()} if world > 1 else {})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    sys.stderr = (folder.parent / f"stderr-{rank}").open("w", buffering=1)
+    train(folder, steps, store, tell=ours.send if rank == 0 else lambda step: None, pause=0.01)
+
+
+def launch(folder: Path, steps: int, world: int) -> tuple[list[BaseProcess], Connection]:
+    """The training on `world` ranks, each a process of its own, and what rank 0 says it does."""
     store = folder.parent / f"store-{time.monotonic_ns()}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    said, ours = context().Pipe(duplex=False)
     processes = []
     for rank in range(world):
-        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-        group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, __file__, str(folder), str(steps), str(store)],
-                env=environment | ({key: str(value) for key, value in group.items()} if world > 1 else {}),
-                stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-                stderr=(folder.parent / f"stderr-{rank}").open("w"),
-                text=True,
-            )
-        )
-    return processes
+        arguments = (folder, steps, str(store), rank, world, ours)
+        processes.append(context().Process(target=train_in_process, args=arguments))
+        processes[-1].start()
+    ours.close()
+    return processes, said
 
 
 def train_and_kill(folder: Path, steps: int, world: int, chance: random.Random | None) -> int:
-    """Run the script; with `chance`, SIGKILL it at a random step after its first checkpoint. The step it began with."""
-    processes = launch(folder, steps, world)
+    """Train; with `chance`, SIGKILL all ranks at a random step after the first checkpoint. The step it began with."""
+    processes, said = launch(folder, steps, world)
     watchdog = threading.Timer(120, lambda: [process.kill() for process in processes])
     watchdog.start()
     try:
-        lines = (line for line in processes[0].stdout if line[0] != "[")  # as gloo's "[Gloo] Rank 0" of torch 2.8
-        began = int(next(lines, -1))
+        began = said.recv()
         victim = began + chance.randint(EVERY + 1, 2 * EVERY) if chance else steps + 1
-        for line in lines:
-            if int(line) == victim:
+        for step in iter(lambda: received(said), None):
+            if step == victim:
                 time.sleep(chance.uniform(0, 0.02))
                 for process in chance.sample(processes, world):
                     process.kill()
-        codes = [process.wait() for process in processes]
+        for process in processes:
+            process.join()
     finally:
         watchdog.cancel()
         for process in processes:
             process.kill()
-            process.wait()
-            if process.stdout:
-                process.stdout.close()
-    said = "\n".join(path.read_text() for path in sorted(folder.parent.glob("stderr-*")))
-    assert codes == [-9 if chance else 0] * world, said
+            process.join()
+    complaints = "\n".join(path.read_text() for path in sorted(folder.parent.glob("stderr-*")))
+    assert [process.exitcode for process in processes] == [-signal.SIGKILL if chance else 0] * world, complaints
     assert (folder / "final.pt").exists() == (chance is None)
     return began
+
+
+def received(said: Connection) -> int | None:
+    """None when the other side is gone."""
+    try:
+        return said.recv()
+    except EOFError:
+        return None
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
@@ -130,7 +142,3 @@ def test_resume_is_bit_exact(tmp_path, world, kills):
     (ours, our_tree), (theirs, their_tree) = tree_flatten(actual), tree_flatten(expected)
     assert our_tree == their_tree
     assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(ours, theirs, strict=True))
-
-
-if __name__ == "__main__":
-    train(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], pause=0.01)
