@@ -131,7 +131,7 @@ def assert_same_logits(outcome, names):
 def test_the_recipe_pushes_and_anyone_downloads(hub, clients, tmp_path):
     run = tmp_path / "run"
     flags = ["--hub_tag=v1.0", "--hub_logs", "--report_to=tensorboard", "--model_ema", "--model_ema_decay=0.5"]
-    outcome = clients.run("train", run, *PUSH, *flags, token=WRITE)
+    outcome = clients.run("train_and_draw", run, *PUSH, *flags, token=WRITE)
     assert outcome.status == 0, outcome.output
     assert hub.commits("ada/digits") == ["End of training"]
     files = hub.files("ada/digits")

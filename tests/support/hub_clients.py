@@ -122,12 +122,16 @@ def push_in_background(folder, copy, repo_id):
     return took, busy, Path(copy).exists()
 
 
-def train(folder, *flags):
+def train(folder, *flags, drawn=False):
     import imagenet
 
     recipe = imagenet.load_recipe()
     recipe.load_images = imagenet.few_digits
-    imagenet.train(recipe, folder, *flags)
+    imagenet.train(recipe, folder, *flags, drawn=drawn)
+
+
+def train_and_draw(folder, *flags):
+    train(folder, *flags, drawn=True)
 
 
 def train_vit(folder, *flags):
