@@ -118,13 +118,13 @@ def start(argv: Sequence[str]) -> None:
 
 def no_command(argv: Sequence[str], names: Collection[str]) -> str:
     """What to say of words that do not begin with a command."""
-    listed = f"the commands are {', '.join(names)}"
+    listed = "hf-rwp --help lists the commands"
     if not argv:
-        return f"hf-rwp needs a command; {listed}"
+        return f"hf-rwp needs a command, such as train: {listed}"
     if argv[0].startswith("-"):
-        return f"a command comes ahead of {argv[0]}; {listed}"
+        return f"a command comes ahead of {argv[0]}: {listed}"
     name = meant(argv[0], names)
-    return f"no command {argv[0]}" + (f"; did you mean {name}?" if name else f"; {listed}")
+    return f"no command {argv[0]}" + (f"; did you mean {name}?" if name else f": {listed}")
 
 
 def refuse_missing(command: str, module: str = "__main__") -> None:

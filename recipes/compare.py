@@ -129,6 +129,7 @@ from hf_rwp.runs.files import replacing
 from hf_rwp.runs.launch import check_comparison
 from hf_rwp.runs.progress import Progress, epoch_figures
 from hf_rwp.runs.records import append_record, command_of, environment, read_records, scrub_paths, without_nan
+from hf_rwp.runs.screen import columns
 
 FINDER_STEPS = 200  # of plain training, ahead of a search for gamma
 
@@ -194,7 +195,8 @@ def main(args: Arguments) -> None:
         pictures = {protocol: output_dir / f"{protocol}.png" for protocol in args.protocols}
         for protocol, picture in pictures.items():
             comparison(accuracy_curves(finished[protocol]), picture)
-            print(f"\n{args.name}, {PROTOCOLS[protocol]}\n\n{comparison_table(finished[protocol])}")
+            table = comparison_table(finished[protocol], markdown=columns() is None)
+            print(f"\n{args.name}, {PROTOCOLS[protocol]}\n\n{table}")
         print(f"\nWrote {results} and {', '.join(map(str, pictures.values()))}")
         lock.release()
     accelerator.end_training()

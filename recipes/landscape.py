@@ -144,6 +144,7 @@ from hf_rwp.runs.closing import said_of_files
 from hf_rwp.runs.files import replacing
 from hf_rwp.runs.progress import Progress
 from hf_rwp.runs.records import command_of, environment, scrub_paths, without_nan
+from hf_rwp.runs.screen import table as table_of
 from hf_rwp.trainer.classifiers import classes_of, load_classifier, prepared
 
 BITS = (8, 4)
@@ -345,8 +346,7 @@ def table(figures: dict[str, Any], args: Arguments) -> str:
                 *(f"{accuracy:.2%}" for accuracy in accuracies),
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return table_of(rows)
 
 
 def parsed(argv: list[str]) -> Arguments:

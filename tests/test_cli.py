@@ -99,13 +99,13 @@ def test_files_of_the_recipes_are_found_from_elsewhere(started, tmp_path, monkey
     ("arguments", "line"),
     [
         (["trane"], "no command trane; did you mean train?"),
-        (["zzz"], "no command zzz; the commands are train, vit, "),
-        ([], "hf-rwp needs a command; the commands are train, vit, "),
-        (["--processes", "2"], "a command comes ahead of --processes; the commands are train, "),
+        (["zzz"], "no command zzz: hf-rwp --help lists the commands"),
+        ([], "hf-rwp needs a command, such as train: hf-rwp --help lists the commands"),
+        (["--processes", "2"], "a command comes ahead of --processes: hf-rwp --help lists the commands"),
         (["train", "--processes", "0"], "--processes must be at least 1, got 0"),
         (["train", "--processes", "two"], "--processes must be a whole number, got 'two'"),
         (["train", "--config_file", "nix.yaml"], "--config_file nix.yaml: there is no such file; recipes/accelerate"),
-        (["push"], "the following arguments are required: folder, USER/NAME"),
+        (["push"], "the following arguments are required: FOLDER, USER/NAME"),
         (
             ["push", "nowhere", "ada/digits"],
             "there is no folder nowhere: name one that holds a model, such as outputs/RUN",
@@ -232,3 +232,22 @@ def test_only_the_main_process_says_so_and_only_once():
     ):
         lines = starting(*command, to_the_end=True, **environment)
         assert sum(text.startswith(line) for text in lines) == times
+
+
+def test_a_record_and_a_card_are_told_and_a_runs_folder_stands_for_its_results(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    Path("run/results.json").write_text(json.dumps({"final": {"epoch": 1, "top1": 0.5}, "arguments": {}}))
+    cli.main(["record", "run", "records.jsonl"])
+    assert capsys.readouterr().out == "Appended run/results.json to records.jsonl\n"
+    monkeypatch.setattr("hf_rwp.hub.__main__.card_of_record", lambda records: "# card\n")
+    cli.main(["card", "records.jsonl"])
+    assert capsys.readouterr().out == "Wrote model_cards/records.md\n"
+
+
+@pytest.mark.parametrize("command", ["push", "record", "card"])
+def test_help_says_what_each_argument_is(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if re.match(r"  \S", line)]
+    assert [line for line in lines if not re.match(r"  .*\S  +\S", line) and len(line) < 24] == []

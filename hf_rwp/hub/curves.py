@@ -13,6 +13,7 @@ from typing import Any
 
 from hf_rwp.runs.files import replacing
 from hf_rwp.runs.mistakes import Parser
+from hf_rwp.runs.screen import fitted
 
 RESULTS = "results.json"
 ENDINGS = (".png", ".svg", ".pdf", ".jpg", ".webp")
@@ -206,4 +207,7 @@ def table(named: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         rows.append((f"{last['epoch']:.4g}", *percents, *shown, name))  # type: ignore[arg-type]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(f"{cell:>{width}}" for cell, width in zip(row[:-1], widths, strict=False)) for row in rows)
-    return "\n".join(f"{line}  {row[-1]}" for line, row in zip(lines, rows, strict=True))
+    return fitted(
+        "\n".join(f"{line}  {row[-1]}" for line, row in zip(lines, rows, strict=True)),
+        indent=" " * (sum(widths[:-1]) + 2 * len(widths[:-1])),
+    )

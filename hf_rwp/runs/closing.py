@@ -10,6 +10,7 @@ from typing import Any
 from hf_rwp.runs.counts import class_count, few_classes
 from hf_rwp.runs.given import OF_A_SESSION, Flags, join_flags
 from hf_rwp.runs.records import Results, Row, aligned
+from hf_rwp.runs.screen import fitted
 
 COLUMNS = 80
 _SPACE = "\0"
@@ -68,13 +69,14 @@ def summary(results: Results) -> str:
             "loss, clean / perturbed": " / ".join(losses),
         }
         for which, layer in rwp["relative_noise"].items():
-            rows[f"noise / weights, {which}"] = f"{layer['size']:.2g} ({layer['name']})"
-    return aligned(rows)
+            rows[f"noise / weights, {which} layer"] = f"{layer['size']:.2g} ({layer['name']})"
+    return fitted(aligned(rows), indent=" " * (max(map(len, rows)) + 2))
 
 
 def noise_sizes(report: Mapping[str, Any]) -> str:
-    """The noise's size relative to the largest, the median and the smallest layer, as `RWP.report` measured it."""
-    return ", ".join(f"{layer['size']:.2g} ({layer['name']})" for layer in report["relative_noise"].values())
+    """The noise's size relative to the weights of the largest layer, as `RWP.report` measured it; empty before."""
+    layer = report["relative_noise"].get("largest")
+    return f"{layer['size']:.2g} in the largest layer ({layer['name']})" if layer else ""
 
 
 def in_words(results: Results) -> str:

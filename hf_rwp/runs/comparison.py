@@ -16,6 +16,7 @@ from torch import nn
 from hf_rwp.runs.checkpoints import load_checkpoint, newest, read_state
 from hf_rwp.runs.methods import METHODS, PROTOCOLS, Settings
 from hf_rwp.runs.records import read_records
+from hf_rwp.runs.screen import table
 
 Record = Mapping[str, Any]
 
@@ -133,8 +134,11 @@ def holm(ps: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def comparison_table(records: Iterable[Record]) -> str:
-    """Of runs under one protocol, a row a method: accuracy over seeds, its distance to plain training, the cost."""
+def comparison_table(records: Iterable[Record], markdown: bool = True) -> str:
+    """Of runs under one protocol, a row a method: accuracy over seeds, its distance to plain training, the cost.
+
+    markdown: or in aligned columns, for a terminal.
+    """
     heads = ("method", "top-1 (%)", "against plain", "seeds", "gradients of an image", "training time", "settings")
     rows: list[Sequence[str]] = [heads, ("---",) * len(heads)]
     runs = by_method(records)
@@ -153,7 +157,7 @@ def comparison_table(records: Iterable[Record]) -> str:
                 ", ".join(f"{value:g}" for value in mine[-1]["settings"].values() if value is not None),
             )
         )
-    return markdown_table(rows)
+    return markdown_table(rows) if markdown else table([rows[0], *rows[2:]])
 
 
 def markdown_table(rows: Iterable[Sequence[str]]) -> str:

@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_rwp.runs.given import Given
 from hf_rwp.runs.records import scrub_paths
+from hf_rwp.runs.screen import fitted
 from hf_rwp.runs.sharded import replicas_of_run
 
 
@@ -66,8 +67,8 @@ def opening(
 
 
 def say(accelerator: Accelerator, lines: Sequence[str]) -> None:
-    """Print the lines in the main process."""
-    accelerator.print("\n".join(lines), flush=True)
+    """Print the lines in the main process, none wider than its terminal."""
+    accelerator.print(fitted("\n".join(lines)), flush=True)
 
 
 def _parts(step: dict[str, Any], processes: int) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from hf_rwp.runs.records import Row
+from hf_rwp.runs.screen import fitted
 
 EARLIEST, LATEST = 10.0, 60.0  # seconds from one line to the next
 PARTS = 10  # lines in an epoch, where they are due between these two
@@ -110,10 +111,10 @@ class Progress:
         if not self.shown:
             return
         if self._bar is not None:
-            tqdm.write(line, file=sys.stdout)
+            tqdm.write(fitted(line), file=sys.stdout)
             sys.stdout.flush()
         else:
-            print(line, flush=True)
+            print(fitted(line), flush=True)
         self._said = self._clock(), self.done
 
     def line(self, figures: Mapping[str, str] | None = None) -> str:
