@@ -136,34 +136,30 @@ def load_into(model: Any, optimizer: Any, folder: Path, kind: str) -> None:
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options_of(kind))
 
 
-ELSEWHERE = {"fsdp": ["fsdp2ranks", "tp2ranks", "plain"], "hsdp": ["hsdp_tp"], "fsdp_tp": ["fsdp2ranks"]}
-WORLDS = {"fsdp2ranks": 2, "tp2ranks": 2, "plain": 1}
+ELSEWHERE = {"fsdp2ranks": ["fsdp", "tp2ranks", "plain"], "hsdp": ["hsdp_tp"], "fsdp_tp": ["fsdp2ranks"]}
+AGAIN = [("fsdp2ranks", "boundary"), *((engine, "middle") for engine in ELSEWHERE)]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """What was saved, by engine; and what came of loading it, by (engine, of, name, kind)."""
     folder = str(tmp_path_factory.mktemp("checkpoints"))
-    stop()  # DTensor caches plans with the names of process groups, which a test before this one may have ended
-    saved = dict(
-        zip(ELSEWHERE, run_each(4, save, [(engine, folder) for engine in ELSEWHERE], timeout=120), strict=True)
-    )
-    same = [(of, of, name, kind) for of in ELSEWHERE for name in ("boundary", "middle") for kind in KINDS]
+    same = [(of, of, name, kind) for of, name in AGAIN for kind in KINDS]
     other = [
         (to, of, "middle", kind) for of, engines in ELSEWHERE.items() for to in engines for kind in ("nested", "full")
     ]
-    loaded = {}
-    for world in (4, 2, 1):
-        cases = [case for case in same + other if WORLDS.get(case[0], 4) == world]
-        stop()
-        found = run_each(world, load, [(*case, folder) for case in cases], timeout=120)
-        loaded |= dict(zip(cases, found, strict=True))
-    return saved, loaded
+    saved, loaded = {}, {}
+    for function, cases, found in ((save, [(engine,) for engine in ELSEWHERE], saved), (load, same + other, loaded)):
+        for world in (4, 2, 1):
+            here = [case for case in cases if Case(case[0]).world == world]
+            stop()  # DTensor caches plans with the names of process groups, which a test before this may have ended
+            answers = run_each(world, function, [(*case, folder) for case in here], timeout=120)
+            found.update(zip(here, answers, strict=True))
+    return {engine: ranks for (engine,), ranks in saved.items()}, loaded
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["boundary", "middle"])
-@pytest.mark.parametrize("engine", ELSEWHERE)
+@pytest.mark.parametrize(("engine", "name"), AGAIN)
 def test_resume_is_bit_exact_in_the_same_layout(runs, engine, name, kind):
     saved, loaded = runs
     for through, again in zip(saved[engine], loaded[engine, engine, name, kind], strict=True):
