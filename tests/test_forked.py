@@ -1,6 +1,7 @@
 """support/forked.py: a fork is to its test what `python ...` is."""
 
 import os
+import signal
 import subprocess
 
 import forked
@@ -51,3 +52,17 @@ def test_one_that_does_not_end_is_killed(tmp_path):
     for process in tmp_path.iterdir():  # if it got that far
         with pytest.raises(ProcessLookupError):
             os.kill(int(process.name), 0)
+
+
+def test_a_signal_to_its_group_reaches_its_children_and_not_us():
+    code = (
+        "import os, signal, time\n"
+        "child = os.fork()\n"
+        "try:\n    print('ready', flush=True)\n    time.sleep(600)\n"
+        "except KeyboardInterrupt:\n    os._exit(7) if child == 0 else None\n"
+        "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
+    )
+    with forked.started("-c", code) as program:
+        program.wait_for("ready\nready\n")
+        os.killpg(program.pid, signal.SIGINT)
+        assert program.end(60).returncode == 7

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from accelerate.commands.config import load_config_from_file
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ParallelismConfig
-from imagenet import RECIPES, load_recipe, results
+from imagenet import RECIPES, load_recipe, results, undrawn
 from launched import environment_of
 from torch.distributed.fsdp import StateDictType
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
@@ -45,7 +45,12 @@ def test_a_configuration_starts(config, pictures, tmp_path):
     settings = yaml.safe_load(config.read_text())
     small = ["--epochs=1", "--batch_size=12", "--mixed_precision=no", "--workers=0", "--report_to=none"]
     small += [f"--data_dir={pictures}", f"--img_size={min(settings['img_size'], 32)}", f"--output_dir={tmp_path}"]
-    recipe.main(parse_whole(recipe, config, small))
+    for kind, few in (("resnet50", {"layers": [1, 1, 1, 1]}), ("deit", {"depth": 2})):
+        if settings["model"].startswith(kind):
+            assert "model_kwargs" not in settings
+            small.append(f"--model_kwargs={few}")
+    with undrawn(recipe):
+        recipe.main(parse_whole(recipe, config, small))
     assert results(tmp_path)["final"]["rwp"]["slots"] == {"clean": 2, "perturbed": 2}
 
 
@@ -78,8 +83,9 @@ def test_a_configuration_for_vits_starts(config, pictures, tmp_path):
         ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
         small.append(f"--model_name_or_path={folder}")
     else:
-        small.append("--img_size=32")
-    recipe.main(parse_whole(recipe, config, [*small, f"--output_dir={tmp_path / 'out'}"]))
+        small += ["--img_size=32", f"--model_kwargs={settings['model_kwargs'] | {'depth': 2}}"]
+    with undrawn(recipe):
+        recipe.main(parse_whole(recipe, config, [*small, f"--output_dir={tmp_path / 'out'}"]))
     assert results(tmp_path / "out")["final"]["rwp"]["slots"] == {"clean": 2, "perturbed": 2}
 
 
@@ -110,12 +116,18 @@ def test_a_launch_file_that_shards_weights_is_what_accelerate_reads(file, replic
         assert (mesh.dp_replicate_size, mesh.dp_shard_size, mesh.total_size) == (replicas, shards, config.num_processes)
 
 
-# Accelerate refuses a mesh, and DeepSpeed is not there, where there is no GPU. On a CPU the files of GPUs under DDP
-# start what cpu_2 does.
+@pytest.mark.parametrize("config", LAUNCHES, ids=lambda path: path.stem)
+def test_the_precision_of_a_launch_file_reaches_its_processes(config):
+    expected = load_config_from_file(str(config)).mixed_precision or "no"
+    assert environment_of(config.stem)["ACCELERATE_MIXED_PRECISION"] == expected
+
+
+# Accelerate refuses a mesh, and DeepSpeed is not there, where there is no GPU. On a CPU the files of GPUs start what
+# cpu_2 does; of several machines test_nodes.py has the launches.
 @pytest.mark.parametrize(
     "config",
     [
-        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in ("gpu_1", "gpu_8") else [])
+        pytest.param(path, id=path.stem, marks=[] if path.stem == "cpu_2" else [pytest.mark.slow])
         for path in LAUNCHES
         if path.stem not in ("hsdp_2x8", "deepspeed_zero2")
     ],

@@ -1,24 +1,20 @@
 """`hf-rwp demo` as a person meets it: on a terminal, in a pipe, a second time, interrupted, without SAM's package."""
 
 import json
-import os
 import re
-import signal
-import struct
-import subprocess
-import sys
 
+import forked
 import pytest
 from imagenet import RECIPES, load_recipe
+from terminal import drawn_by
 
 from hf_rwp.experiments.demonstration import best_of_search
 from hf_rwp.runs.parsing import start
 from hf_rwp.runs.records import read_records
 
-ROOT = RECIPES.parent
 TINY = ["--epochs=2", "--train_images=64"]
 METHODS = ("plain", "SAM", "RWP")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+ON_A_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture
@@ -32,12 +28,12 @@ def run(demo, folder, *flags):
 
 
 def command(folder):
-    return [sys.executable, "-m", "hf_rwp.cli", "demo", *TINY, "--output_dir", str(folder)]
+    return ["-m", "hf_rwp.cli", "demo", *TINY, "--output_dir", folder]
 
 
 def test_in_a_pipe_it_says_what_it_does_and_what_it_saw(tmp_path):
     folder = tmp_path / "demo"
-    shown = subprocess.run(command(folder), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
+    shown = forked.run(*command(folder), **ON_A_CPU)
     assert shown.returncode == 0, shown.stderr
     lines = shown.stdout.splitlines()
     assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80
@@ -62,31 +58,8 @@ def test_in_a_pipe_it_says_what_it_does_and_what_it_saw(tmp_path):
     assert "times as large as its weights" not in shown.stderr
 
 
-def on_a_terminal(words, until=None):
-    """What a program wrote on a terminal of 80 columns, and its status; Ctrl-C where it has written `until`."""
-    fcntl, pty, termios = (pytest.importorskip(name, reason="POSIX") for name in ("fcntl", "pty", "termios"))
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    with subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdin=theirs, stdout=theirs, stderr=theirs) as process:
-        os.close(theirs)
-        seen = b""
-        while True:
-            try:
-                found = os.read(ours, 4096)
-            except OSError:  # the terminal's end
-                break
-            seen += found
-            if until is not None and until in seen:
-                process.send_signal(signal.SIGINT)
-                until = None
-            if not found:
-                break
-        os.close(ours)
-        return seen.decode(), process.wait(timeout=400)
-
-
 def test_on_a_terminal_each_method_has_a_line_in_place(tmp_path):
-    text, status = on_a_terminal(command(tmp_path / "demo"))
+    status, text = drawn_by(*command(tmp_path / "demo"), **ON_A_CPU)
     assert status == 0, text
     assert "epoch  1/2" not in text  # which is for pipes
     drawn = re.split(r"\r\n|\r|\n|\x1b\[A", text)
@@ -101,7 +74,7 @@ def test_on_a_terminal_each_method_has_a_line_in_place(tmp_path):
 
 
 def test_ctrl_c_ends_it_in_a_line_and_leaves_nothing(tmp_path):
-    text, status = on_a_terminal(command(tmp_path / "demo"), until=b" 1/2")
+    status, text = drawn_by(*command(tmp_path / "demo"), until=" 1/2", **ON_A_CPU)
     assert status == 130, text
     assert "stopped by Ctrl-C" in text
     assert "Traceback" not in text

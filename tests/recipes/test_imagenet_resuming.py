@@ -5,13 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 
+import forked
 import PIL.Image
 import pytest
 import timm
 import torch
-from imagenet import SUPPORT, evaluated, load_recipe, results, results_of, train, weights
+from imagenet import SUPPORT, evaluated, load_recipe, results, results_of, train, undrawn, weights
 from test_imagenet_runs import assert_same_run, cut_back, steps
 
 from hf_rwp.hub.export import save_model
@@ -31,7 +31,8 @@ OWN = [
 
 def start(recipe, *flags):
     """As a user types it: these flags and no others."""
-    recipe.main(parse_arguments(recipe.Arguments, list(map(str, flags))))
+    with undrawn(recipe):
+        recipe.main(parse_arguments(recipe.Arguments, list(map(str, flags))))
 
 
 @pytest.fixture
@@ -213,25 +214,16 @@ def driver_of(folder, *flags):
     )
 
 
-@contextmanager
-def training(command, **environment):
-    """A process that is in the middle of training; the block sends it what it likes, then all of it has to end."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment}
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    with subprocess.Popen([sys.executable, *map(str, command)], env=environment, **options) as process:
-        assert "step\n" in iter(process.stdout.readline, ""), process.stderr.read()
-        yield process
-
-
 def test_ctrl_c_reaches_everybody_and_only_the_main_process_decides(tmp_path):
     """As a terminal sends it: to the whole group, the processes that load data among them. No traceback is printed."""
-    with training(["-c", driver_of(tmp_path, "--workers=2")]) as process:
+    with forked.started("-c", driver_of(tmp_path, "--workers=2"), ACCELERATE_USE_CPU="true") as process:
+        process.wait_for("step\n")
         os.killpg(process.pid, signal.SIGINT)
-        said = process.communicate(timeout=120)[1]
-    assert process.returncode == 130, said
+        run = process.end()
+    assert run.returncode == 130, run.stderr
     assert len(steps(tmp_path)) == 1
-    assert "Traceback" not in said
-    assert "goes on" in said
+    assert "Traceback" not in run.stderr
+    assert "goes on" in run.stderr
 
 
 @pytest.mark.slow  # `hf-rwp` with two processes, below, is the same launcher
@@ -242,7 +234,10 @@ def test_ctrl_c_under_accelerate_launch(tmp_path, processes):
     options = ["--num_processes", processes, "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"]
     options += ["--multi_gpu", "--main_process_port", 0] if processes > 1 else []
     launcher = ["-m", "accelerate.commands.launch", *options, tmp_path / "driver.py"]
-    with training(launcher) as process:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen([sys.executable, *map(str, launcher)], env=environment, **options) as process:
+        assert "step\n" in iter(process.stdout.readline, ""), process.stderr.read()
         os.killpg(process.pid, signal.SIGINT)
         said = process.communicate(timeout=200)[1]  # which waits for all that hold the pipe
     assert len(steps(tmp_path / "out")) == 1, said
@@ -251,14 +246,13 @@ def test_ctrl_c_under_accelerate_launch(tmp_path, processes):
 
 def test_ctrl_c_under_hf_rwp_with_two_processes_prints_no_traceback(tmp_path):
     flags = ["--epochs=9999", "--img_size=16", "--batch_size=256", "--report_to=none", f"--output_dir={tmp_path}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    command = [sys.executable, "-m", "hf_rwp.cli", "train", "--processes", "2", "--logging_steps=1", *flags]
-    with subprocess.Popen(command, env=environment, **options) as process:
-        assert any(line.startswith("epoch 1") for line in iter(process.stdout.readline, "")), process.stderr.read()
-        os.killpg(process.pid, signal.SIGINT)
-        said = process.communicate(timeout=200)[1]
-    assert process.returncode == 130, said
+    command = ["-m", "hf_rwp.cli", "train", "--processes", "2", "--logging_steps=1", *flags]
+    with forked.started(*command, ACCELERATE_USE_CPU="true") as launcher:
+        launcher.wait_for("\nepoch 1")
+        os.killpg(launcher.pid, signal.SIGINT)
+        run = launcher.end()
+    said = run.stderr
+    assert run.returncode == 130, said
     assert "Traceback" not in said
     assert f"Ctrl-C: saved step {steps(tmp_path)[-1]}; --resume_from_checkpoint {tmp_path} goes on" in said
 

@@ -6,7 +6,6 @@ import math
 import re
 import shutil
 import socket
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,9 +16,9 @@ import torch
 from datasets import Image
 from imagenet import (
     RECIPE,
-    RECIPES,
     SMALL,
     SUPPORT,
+    empty_pictures,
     few_digits,
     launch,
     load_recipe,
@@ -43,7 +42,7 @@ from hf_rwp.runs.parsing import parse_arguments
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 def test_no_arguments_but_a_seed_learn_the_digits(tmp_path, seed):
-    run = launch("-m", "accelerate.commands.launch", RECIPE, f"--seed={seed}", f"--output_dir={tmp_path}")
+    run = launch(RECIPE, f"--seed={seed}", f"--output_dir={tmp_path}")
     assert run.returncode == 0, run.stderr
     found = results(tmp_path)
     assert found["final"]["top1"] >= 0.985
@@ -54,30 +53,21 @@ def test_no_arguments_but_a_seed_learn_the_digits(tmp_path, seed):
     assert "%|" not in run.stderr  # no progress bar where there is no terminal
 
 
-def test_two_cpu_replicas_start_from_the_file_in_the_repository(tmp_path):
+def test_two_replicas_share_the_work(tmp_path):
     """41 images for evaluation on two replicas with batches of 32: 32 on the one, 9 on the other."""
-    driver = tmp_path / "driver.py"
-    driver.write_text(
-        f"import sys; sys.path.insert(0, {str(SUPPORT)!r}); import imagenet\n"
-        f"recipe = imagenet.load_recipe(); recipe.load_images = imagenet.few_digits\n"
-        f"imagenet.train(recipe, {str(tmp_path / 'out')!r}, '--gradient_accumulation_steps=2')"
-    )
-    config = RECIPES / "accelerate" / "cpu_2.yaml"
-    command = ["-m", "accelerate.commands.launch", f"--config_file={config}", driver]
-    run = launch(*command, ACCELERATE_USE_CPU="true")
-    assert run.returncode == 0, run.stderr
-    found = results(tmp_path / "out")
+    assert distributed.run(2, train_on_rank, tmp_path, "--gradient_accumulation_steps=2") == ["", ""]
+    found = results(tmp_path)
     assert found["hardware"]["replicas"] == 2
     assert len(found["replicas_sha256"]) == 1
     assert found["final"]["rwp"]["placement"] == "parallel"
     # two epochs of one step of two parts
     assert found["final"]["rwp"]["slots"] == {"clean": 4, "perturbed": 4}
-    assert_accuracy_is_that_of_the_weights(tmp_path / "out", "step_2")
+    assert_accuracy_is_that_of_the_weights(tmp_path, "step_2")
 
 
 @pytest.mark.parametrize("method", ["base", "sam"])
 def test_replicas_of_every_method_end_bit_equal(tmp_path, method):
-    assert distributed.run(2, train_on_rank, tmp_path, f"--method={method}") == ["", ""]
+    assert distributed.run(2, train_on_rank, tmp_path, f"--method={method}", "--epochs=1") == ["", ""]
     assert len(results(tmp_path)["replicas_sha256"]) == 1
 
 
@@ -87,7 +77,7 @@ def test_one_bar_for_all_of_training_on_a_terminal(tmp_path):
         "recipe = imagenet.load_recipe(); recipe.load_images = imagenet.few_digits\n"
         f"imagenet.train(recipe, {str(tmp_path)!r}, '--logging_steps=1')"
     )
-    status, text = drawn_by([sys.executable, "-c", code])
+    status, text = drawn_by("-c", code)
     assert status == 0, text
     shown = [part for part in re.split(r"[\r\n]", text) if "%|" in part]
     assert {re.search(r"epoch \d+/\d+", part)[0] for part in shown} == {"epoch 1/2", "epoch 2/2"}
@@ -100,6 +90,7 @@ def test_one_bar_for_all_of_training_on_a_terminal(tmp_path):
 
 def test_the_first_command_works_twice_and_says_what_comes_next(recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipe, "pictures_of_run", empty_pictures)
     flags, first = [*SMALL, "--epochs=1", "--save_total_limit=1"], Path("outputs/digits_rwp_seed0")
     for folder in (first, first / "2"):
         recipe.main(parse_arguments(recipe.Arguments, flags))
@@ -257,10 +248,10 @@ def test_sam_is_sam(recipe, fixed, tmp_path):
 
 
 def test_without_noise_it_is_the_base_method_to_the_bit(recipe, tmp_path):
-    base = weights(results_of(recipe, tmp_path / "base", "--method=base"))
+    base = weights(results_of(recipe, tmp_path / "base", "--method=base", "--epochs=1"))
     for flag in ("--rwp_gamma=0", "--rwp_alpha=0", "--rwp_start=1", "--rwp=false"):
-        assert weights(results_of(recipe, tmp_path / flag, flag)) == base, flag
-    assert weights(results_of(recipe, tmp_path / "other")) != base
+        assert weights(results_of(recipe, tmp_path / flag, flag, "--epochs=1")) == base, flag
+    assert weights(results_of(recipe, tmp_path / "other", "--epochs=1")) != base
 
 
 def test_noise_begins_at_the_start_fraction(recipe, tmp_path):

@@ -8,10 +8,9 @@ import json
 import re
 import shlex
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import yaml
@@ -129,8 +128,8 @@ def commands(text):
 def test_the_next_commands_do_what_they_say(said, recipe):
     folder, _, text = said
     found = commands(text)
-    output = subprocess.run([sys.executable, *found["generate"][1:]], capture_output=True, text=True, check=True).stdout
-    assert re.match(r"\d+ plus \d+ is ", output)
+    generated = forked.run(*found["generate"][1:])
+    assert re.match(r"\d+ plus \d+ is ", generated.stdout), generated.stderr
     assert found["compare"][:3] == ["hf-rwp", "lora", "--rwp=false"]
     other = parse_arguments(recipe.Arguments, found["compare"][2:])
     assert (other.method, other.train_samples, other.base_steps) == ("base", 24, 3)

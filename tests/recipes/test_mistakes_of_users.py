@@ -1,5 +1,6 @@
 """What a user of a recipe has done wrong: one line at last, status 2, ahead of data and model."""
 
+import json
 import os
 import subprocess
 import sys
@@ -69,35 +70,50 @@ def test_what_a_recipe_refuses(recipe, flags, line, tmp_path):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.parametrize(
-    ("recipe", "flags", "line"),
-    [
-        ("imagenet_rwp", ["--epochs=0"], "epochs must be at least 1, got 0"),
-        ("imagenet_rwp", ["--rwp_alpha=2"], "rwp_alpha must be in [0, 1], got 2.0"),
-        ("imagenet_rwp", ["--eval_only"], "eval_only has nothing to evaluate"),
-        ("gamma", ["--draws=0"], "draws must be at least 1, got 0"),
-        ("compare", ["--methods", "rpw"], "methods must be some of base, "),
-        ("demo", ["--train_images=8"], "train_images must be at least 64, those of a step, got 8"),
-        ("benchmark", ["--rounds=1"], "rounds must be at least 2, got 1"),
-        ("landscape", [], "models must be one or more folders or ids"),
-        ("landscape", ["net", "--grid=4"], "grid must be odd, "),
-    ],
-)
-def test_a_value_out_of_range_is_refused_ahead_of_torch(recipe, flags, line, tmp_path):
-    script = str(RECIPES / f"{recipe}.py")
-    program = f"""
-import runpy, sys
-sys.argv = {[script, *flags]}
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except SystemExit as end:
-    heavy = {{"torch", "timm", "datasets", "accelerate"}} & {{*sys.modules}}
-    sys.exit(f"{{heavy}} were loaded" if heavy else end.code)
+OUT_OF_RANGE = [
+    ("imagenet_rwp", ["--epochs=0"], "epochs must be at least 1, got 0"),
+    ("imagenet_rwp", ["--rwp_alpha=2"], "rwp_alpha must be in [0, 1], got 2.0"),
+    ("imagenet_rwp", ["--eval_only"], "eval_only has nothing to evaluate"),
+    ("gamma", ["--draws=0"], "draws must be at least 1, got 0"),
+    ("compare", ["--methods", "rpw"], "methods must be some of base, "),
+    ("demo", ["--train_images=8"], "train_images must be at least 64, those of a step, got 8"),
+    ("benchmark", ["--rounds=1"], "rounds must be at least 2, got 1"),
+    ("landscape", [], "models must be one or more folders or ids"),
+    ("landscape", ["net", "--grid=4"], "grid must be odd, "),
+]
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory):
+    """Of each of `OUT_OF_RANGE` the status, both screens and what slow packages were loaded by then."""
+    program = """
+import contextlib, io, json, runpy, sys
+ended = []
+for script, flags in json.load(sys.stdin):
+    sys.argv = [script, *flags]
+    screens = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(screens[0]), contextlib.redirect_stderr(screens[1]):
+        try:
+            status = runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+    heavy = {"torch", "timm", "datasets", "accelerate"} & {*sys.modules}
+    ended.append([status, *(screen.getvalue() for screen in screens), sorted(heavy)])
+print(json.dumps(ended))
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=500)
-    assert (run.returncode, run.stdout) == (2, ""), run.stderr
-    assert run.stderr.startswith(f"error: {line}")
-    assert run.stderr.count("\n") == 1  # nothing is said to be loading
+    cases = json.dumps([[str(RECIPES / f"{recipe}.py"), flags] for recipe, flags, _ in OUT_OF_RANGE])
+    options = {"input": cases, "capture_output": True, "text": True, "cwd": tmp_path_factory.mktemp("refusals")}
+    run = subprocess.run([sys.executable, "-c", program], timeout=500, **options)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("case", range(len(OUT_OF_RANGE)), ids=lambda case: " ".join(map(str, OUT_OF_RANGE[case])))
+def test_a_value_out_of_range_is_refused_ahead_of_torch(refusals, case):
+    status, output, error, heavy = refusals[case]
+    assert (status, output, heavy) == (2, "", []), error
+    assert error.startswith(f"error: {OUT_OF_RANGE[case][2]}")
+    assert error.count("\n") == 1  # nothing is said to be loading
 
 
 def test_a_recipe_that_runs_out_of_memory_says_what_to_try(tmp_path):

@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import distributed
+import forked
 import pytest
 import torch
-from imagenet import SUPPORT, few_digits, results, weights
+from imagenet import SUPPORT, few_digits, results, undrawn, weights
 from safetensors.torch import load_file, save_file
 from test_vit_rwp import break_images, figures_of
 from transformers import ViTForImageClassification
@@ -27,7 +26,8 @@ def start(*flags, few=True):
     """As a user types it: these flags and no others."""
     recipe = load_vit_recipe()
     recipe.load_images = few_digits if few else load_images
-    recipe.main(parse_arguments(recipe.Arguments, list(map(str, flags))))
+    with undrawn(recipe):
+        recipe.main(parse_arguments(recipe.Arguments, list(map(str, flags))))
 
 
 def evaluated(folder):
@@ -172,14 +172,12 @@ def test_ctrl_c_with_workers_prints_no_traceback(tmp_path):
         "RWP.step = lambda self, *a: (print('step', flush=True), step(self, *a))[1]\n"
         f"vit.train({str(tmp_path)!r}, *{SCRATCH!r}, '--num_train_epochs=9999', '--dataloader_num_workers=2')\n"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    with subprocess.Popen([sys.executable, "-c", code], env=environment, **options) as process:
-        assert "step\n" in iter(process.stdout.readline, "")
+    with forked.started("-c", code) as process:
+        process.wait_for("step\n")
         os.killpg(process.pid, signal.SIGINT)
-        said = process.communicate(timeout=120)[1]
-    assert process.returncode == 130, said
-    assert "Traceback" not in said
+        run = process.end()
+    assert run.returncode == 130, run.stderr
+    assert "Traceback" not in run.stderr
     assert len(list(tmp_path.glob("checkpoint-*"))) == 1
 
 

@@ -50,10 +50,10 @@ def train(recipe, folder, *flags, drawn=False):
 
 def undrawn(recipe):
     """A recipe that writes an empty file where it would draw a picture."""
-    return mock.patch.object(recipe, "pictures_of_run", _empty_pictures)
+    return mock.patch.object(recipe, "pictures_of_run", empty_pictures)
 
 
-def _empty_pictures(results, folder):
+def empty_pictures(results, folder):
     folder.mkdir(parents=True, exist_ok=True)
     pictures = [folder / CURVES, *([folder / CONFUSION] if "by_class" in results else [])]
     for picture in pictures:

@@ -4,15 +4,17 @@ import fcntl
 import os
 import pty
 import select
+import signal
 import struct
-import subprocess
 import sys
 import termios
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 
@@ -42,13 +44,22 @@ def on_stderr(monkeypatch: pytest.MonkeyPatch, columns: int = 80) -> Iterator[Ca
         yield partial(everything, ours)
 
 
-def drawn_by(command: list[Any], columns: int = 80, **environment: str) -> tuple[int, str]:
-    """The exit status of a process whose stderr is a terminal, and all that it drew there."""
+def drawn_by(*arguments: Any, until: str = "", columns: int = 80, **environment: str) -> tuple[int, str]:
+    """The exit status of `python *arguments` on a terminal, and all that it drew there.
+
+    until: what it draws before it gets Ctrl-C's signal, if any.
+    """
     drawn = ""
     with opened(columns) as (ours, theirs):
-        options: dict[str, Any] = {"stderr": theirs, "stdout": subprocess.DEVNULL, "env": os.environ | environment}
-        with subprocess.Popen([*map(str, command)], **options) as process:
-            while process.poll() is None:  # a terminal that nobody reads fills up
-                select.select([ours], [], [], 0.1)
+        screen = Path(os.ttyname(theirs))
+        program = forked.start((screen, screen), *arguments, **environment)
+        try:
+            while program.status is None:  # a terminal that nobody reads fills up
+                select.select([ours], [], [], 0.02)
                 drawn += everything(ours)
-        return process.returncode, drawn + everything(ours)
+                if until and until in drawn:
+                    os.kill(program.pid, signal.SIGINT)
+                    until = ""
+        finally:
+            program.stop()
+        return program.status, drawn + everything(ours)
