@@ -83,7 +83,7 @@ def test_tensorboard_has_one_run_with_its_flags(tmp_path):
         (5, 15.0),
     ]
     assert any("hparams" in tag for tag in events.summary_metadata)
-    command = [sys.executable, "-m", "tensorboard.main", "--inspect", "--logdir", str(tmp_path / "logs")]  # the last screen
+    command = [sys.executable, "-m", "tensorboard.main", "--inspect", "--logdir", str(tmp_path / "logs")]
     assert "loss" in subprocess.run(command, capture_output=True, check=True, text=True).stdout
 
 
