@@ -27,7 +27,7 @@ ALONE = {  # the rooms, and the modules of others, that may import a package of 
     "datasets": {"images"},
     "axolotl": {"integrations"},
     "pydantic": {"integrations"},
-    "evaluate": {"images"},
+    "evaluate": {"images.top_k"},
     "triton": {"core.kernels"},
     "accelerate": {"core.refusals", "core.accumulation", "core.optimizer", "trainer", "experiments", "runs", "cli"},
 }

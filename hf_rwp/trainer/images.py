@@ -14,7 +14,8 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from hf_rwp.core.placement import mixes
 from hf_rwp.images.loaders import BatchPlan
-from hf_rwp.images.metrics import Confusion, Top1, Top5, label_rank, predicted_class, refuse_nothing_read
+from hf_rwp.images.metrics import Confusion, label_rank, predicted_class, refuse_nothing_read
+from hf_rwp.images.top_k import Top1, Top5
 from hf_rwp.runs.distributed_checkpoints import is_sharded_checkpoint, load_weights
 from hf_rwp.runs.sharded import is_sharded_model
 from hf_rwp.trainer.trainer import RWPTrainer

@@ -5,7 +5,8 @@ import pytest
 import torch
 from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 
-from hf_rwp.images.metrics import MOST_CLASSES, Accuracy, Top1, Top5, label_rank, predicted_class
+from hf_rwp.images.metrics import MOST_CLASSES, Accuracy, label_rank, predicted_class
+from hf_rwp.images.top_k import Top1, Top5
 
 
 @pytest.fixture(autouse=True)
