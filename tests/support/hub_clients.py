@@ -105,8 +105,11 @@ def push_with_a_client_of_the_users(folder, repo_id, seconds):
     return first, get_session().timeout.read
 
 
-def push_in_background(folder, copy, repo_id):
-    """A push while the model's folder is written anew, and a second one that finds the first under way."""
+def push_in_background(folder, copy, repo_id, second):
+    """A push while the model's folder is written anew, and a second one that finds the first under way.
+
+    second: a file that is written once that is so.
+    """
     from hf_rwp.hub.card import add_card
     from hf_rwp.hub.push import BackgroundPush
 
@@ -118,6 +121,7 @@ def push_in_background(folder, copy, repo_id):
     add_card(folder, {"arguments": {}}, name="second", library="timm")
     background.start(Path(folder), "Step 2")
     busy = background.busy
+    Path(second).touch()
     background.finish()
     return took, busy, Path(copy).exists()
 
@@ -282,9 +286,10 @@ def download(repo_id, options=None):
 def main() -> None:
     import timm  # noqa: F401
     import trainer_runs  # noqa: F401
-    from imagenet import load_recipe
+    from imagenet import few_digits, load_recipe
 
     load_recipe()
+    few_digits()
     for line in sys.stdin:
         job = json.loads(line)
         if os.fork() == 0:
