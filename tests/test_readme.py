@@ -1,11 +1,9 @@
 """README.md: one page whose blocks run as they stand, whose links lead somewhere, with the figures of the records."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 from imagenet import RECIPES, load_recipe
 
@@ -35,10 +33,7 @@ def test_the_first_screen_says_what_it_is_for_and_shows_one_picture():
 def test_a_block_runs_as_it_stands(number, tmp_path):
     script = tmp_path / "block.py"
     script.write_text(BLOCKS[number] + "print(torch.initial_seed())\n")
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
+    run = forked.run(script, cwd=tmp_path, ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
     assert run.returncode == 0, run.stderr
     assert run.stdout
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from hf_rwp.hub.card import render_card
+from hf_rwp.hub.facts import build_facts
+
 ROOT = Path(__file__).parents[1]
 RECIPES = {path.name for path in (ROOT / "recipes").glob("*.py")}
 OPTIONS = {"capture_output": True, "text": True, "timeout": 400}
@@ -76,3 +79,22 @@ def test_the_command_finds_the_files_of_installed_recipes(installed, tmp_path):
     assert Path(folder) == Path(module).parent / "recipes"
     assert Path(config) == Path(folder) / "configs" / "digits.yaml"
     assert not Path(folder).is_relative_to(ROOT)
+
+
+def test_a_card_is_rendered_without_torch_from_the_wheels_own_files(installed, tmp_path):
+    _, python = installed
+    program = (
+        "import sys, hf_rwp; from hf_rwp.hub.facts import build_facts\n"
+        "from hf_rwp.hub.card import TEMPLATE, render_card\n"
+        "print(*(module.__file__ for name, module in sys.modules.items() if name.startswith('hf_rwp')), TEMPLATE)\n"
+        "print('torch' in sys.modules)\n"
+        "print(render_card(build_facts({'arguments': {'method': 'rwp'}}, name='beasts')))"
+    )
+    rendered = run(python, "-c", program, cwd=tmp_path)
+    assert rendered.returncode == 0, rendered.stderr
+    files, torch_too, card = rendered.stdout.split("\n", 2)
+    assert len(files.split()) >= 4
+    for file in files.split():
+        assert Path(file).is_relative_to(python.parents[1]), file  # not this checkout
+    assert torch_too == "False"
+    assert card.rstrip() == render_card(build_facts({"arguments": {"method": "rwp"}}, name="beasts")).rstrip()

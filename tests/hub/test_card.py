@@ -2,12 +2,7 @@
 
 import ast
 import json
-import os
 import re
-import subprocess
-import sys
-import venv
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -392,48 +387,6 @@ def test_a_card_names_task_and_class_of_a_model(library, architecture, task, loa
     assert hasattr(peft if library == "peft" else transformers, loads)
     assert f"`{architecture}`" in card
     assert ("with an adapter of PEFT's" in card) == (library == "peft")
-
-
-# The wheel
-
-
-def test_the_wheel_alone_renders_a_card(tmp_path):
-    """Built from a copy, installed without its dependencies in an environment that borrows this one's."""
-    source, wheels, place = tmp_path / "source", tmp_path / "wheels", tmp_path / "venv"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "hf_rwp", "recipes"):
-        copy = ["cp", "-r", str(ROOT / name), str(source)]
-        subprocess.run(copy, check=True)
-    options = {"capture_output": True, "text": True, "timeout": 300}
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    built = subprocess.run(
-        [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(wheels), str(source)], **options
-    )
-    assert built.returncode == 0, built.stdout + built.stderr
-    (wheel,) = wheels.glob("hf_rwp-*.whl")
-    assert "hf_rwp/hub/model_card.md" in zipfile.ZipFile(wheel).namelist()
-    venv.create(place, with_pip=False)
-    (packages,) = place.glob("lib/python*/site-packages")
-    installed = subprocess.run([*pip, "install", "--no-deps", "--target", str(packages), str(wheel)], **options)
-    assert installed.returncode == 0, installed.stdout + installed.stderr
-    borrowed = [path for path in sys.path if path.endswith("site-packages")]
-    (packages / "borrowed.pth").write_text("\n".join(borrowed))
-    program = (
-        "import sys, hf_rwp; from hf_rwp.hub.facts import build_facts\n"
-        "from hf_rwp.hub.card import TEMPLATE, render_card\n"
-        "print(*(module.__file__ for name, module in sys.modules.items() if name.startswith('hf_rwp')), TEMPLATE)\n"
-        "print('torch' in sys.modules)\n"
-        "print(render_card(build_facts({'arguments': {'method': 'rwp'}}, name='beasts')))"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    run = subprocess.run([str(place / "bin" / "python"), "-c", program], env=environment, cwd=tmp_path, **options)
-    assert run.returncode == 0, run.stderr
-    files, torch_too, card = run.stdout.split("\n", 2)
-    assert len(files.split()) >= 4
-    for file in files.split():
-        assert Path(file).is_relative_to(packages), file  # not this checkout
-    assert torch_too == "False"  # a card needs no torch
-    assert card.rstrip() == render_card(build_facts({"arguments": {"method": "rwp"}}, name="beasts")).rstrip()
 
 
 # What was found in the data, and what is no result

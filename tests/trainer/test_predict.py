@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import pty
 import subprocess
 import sys
 
@@ -14,6 +13,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from terminal import drawn_by
 from timm.data import create_transform, resolve_data_config
 from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel
 
@@ -214,24 +214,9 @@ def test_a_terminal_gets_lines_that_fit_with_the_first_class_always_there(monkey
 
 
 def test_on_a_real_terminal_no_line_is_wider_than_it_and_no_bar_is_drawn(run, images):
-    master, slave = pty.openpty()
-    environment = {**os.environ, "COLUMNS": "80"}
-    program = "import sys; from hf_rwp.cli import main; main(['predict', *sys.argv[1:]])"
-    command = [sys.executable, "-c", program, str(run), str(images / "a.png"), str(images / "b.jpg")]
-    with subprocess.Popen(command, stdout=slave, stderr=slave, env=environment) as process:
-        os.close(slave)
-        text = b""
-        while True:
-            try:
-                chunk = os.read(master, 4096)
-            except OSError:
-                break
-            if not chunk:
-                break
-            text += chunk
-        assert process.wait(timeout=200) == 0, text
-    os.close(master)
-    lines = text.decode().splitlines()
+    status, text = drawn_by("-m", "hf_rwp.cli", "predict", run, images / "a.png", images / "b.jpg")
+    assert status == 0, text
+    lines = text.splitlines()
     assert len(lines) == 2, lines
     for text in lines:
         assert len(text) <= 80
