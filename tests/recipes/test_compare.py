@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import signal
 
 import distributed
@@ -32,7 +33,19 @@ def compare(monkeypatch):
     loaded = load_recipe(RECIPES / "compare.py")
     monkeypatch.setattr(experiment, "load_images", few_digits)
     monkeypatch.setattr(loaded, "FINDER_STEPS", 3)
+    monkeypatch.setattr(loaded, "comparison", lambda curves, picture: picture.touch())  # longer than the training
     return loaded
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """The folder of a finished comparison, of RWP alone."""
+    folder = tmp_path_factory.mktemp("compared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "load_images", few_digits)
+        start(load_recipe(RECIPES / "compare.py"), folder, "--methods=rwp")
+    assert (folder / "images.png").read_bytes().startswith(b"\x89PNG")
+    return folder
 
 
 def start(compare, folder, *flags):
@@ -231,7 +244,10 @@ class Cut(BaseException):
     pass
 
 
-@pytest.mark.parametrize("name", ["sam10", "rwp", "arwp", "base_ema"])
+@pytest.mark.parametrize(
+    "name",
+    ["sam10", pytest.param("rwp", marks=pytest.mark.slow), "arwp", "base_ema"],  # arwp is rwp and keeps more
+)
 def test_a_run_that_was_cut_ends_in_the_same_figures(compare, tmp_path, monkeypatch, name):
     (whole,) = start(compare, tmp_path / "whole", f"--methods={name}", "--evaluations=4")
     step = compare.Training.step
@@ -293,8 +309,9 @@ def test_finished_runs_are_not_run_again(compare, tmp_path, monkeypatch, capsys)
         ("--epochs=3", "epochs 2 and not 3"),
     ],
 )
-def test_a_file_holds_one_comparison(compare, tmp_path, flag, said):
-    before = start(compare, tmp_path, "--methods=rwp")
+def test_a_file_holds_one_comparison(compare, compared, tmp_path, flag, said):
+    shutil.copy(compared / "records.jsonl", tmp_path)
+    before = read_records(tmp_path / "records.jsonl")
     with pytest.raises(ValueError, match=rf"another comparison \({said}.*\): set another --name"):
         start(compare, tmp_path, "--methods=rwp", flag)
     assert read_records(tmp_path / "records.jsonl") == before

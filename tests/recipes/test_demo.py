@@ -23,6 +23,12 @@ def demo(monkeypatch):
     return load_recipe(RECIPES / "demo.py")
 
 
+@pytest.fixture
+def undrawn(demo, monkeypatch):
+    """The picture takes longer than the training."""
+    monkeypatch.setattr(demo, "demonstration", lambda runs, picture, title: picture.touch())
+
+
 def run(demo, folder, *flags):
     start(demo.main, demo.Arguments, argv=[*TINY, f"--output_dir={folder}", *map(str, flags)])
 
@@ -81,7 +87,7 @@ def test_ctrl_c_ends_it_in_a_line_and_leaves_nothing(tmp_path):
     assert not (tmp_path / "demo").exists()
 
 
-def test_a_second_run_has_a_folder_of_its_own_and_records_are_appended_once(demo, tmp_path, capsys):
+def test_a_second_run_has_a_folder_of_its_own_and_records_are_appended_once(demo, undrawn, tmp_path, capsys):
     results = tmp_path / "records.jsonl"
     run(demo, tmp_path / "demo", "--results", results, "--seeds", 3)
     first = capsys.readouterr().out
@@ -115,7 +121,7 @@ def test_a_second_run_has_a_folder_of_its_own_and_records_are_appended_once(demo
     assert len(read_records(results)) == 6
 
 
-def test_turns_change_nothing(demo, tmp_path, capsys):
+def test_turns_change_nothing(demo, undrawn, tmp_path):
     """A method by itself ends where it ends beside the others."""
     both = tmp_path / "both.jsonl"
     run(demo, tmp_path / "demo", "--results", both)

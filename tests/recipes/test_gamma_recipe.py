@@ -93,7 +93,7 @@ def test_a_runs_folder_is_measured_as_it_is(recipe, run, tmp_path, capsys):
 
 
 def test_a_causal_language_model_is_measured_on_lines_of_text(run, tmp_path, capsys):
-    base = make_base(tmp_path / "llama", 60, seed=0)
+    base = make_base(tmp_path / "llama", 30, seed=0)
     texts = tmp_path / "texts.txt"
     texts.write_text("\n\n".join(known_texts(80, 1)))
     record = run(base, f"--text_file={texts}")
@@ -136,23 +136,28 @@ TEXT = ["--text_file=generated", "--lr=0.02", "--opt=adamw", "--test_images=20"]
 TEXT += ["--model_kwargs={hidden_size: 32, num_hidden_layers: 1, intermediate_size: 64}"]
 
 
-@pytest.mark.parametrize("flags", [["--lr=0.05"], TEXT], ids=["images", "text"])
-def test_a_validation_is_a_plain_run_a_grid_and_the_proposal_for_each_seed_once(recipe, tmp_path, flags, capsys):
-    flags = [*SMALL, "--validate=true", "--gammas", "0.01", "0.02", "--seeds", "3", "4", "--epochs=14", *flags]
+@pytest.mark.parametrize(
+    ("seeds", "epochs", "flags"), [([3, 4], 8, ["--lr=0.05"]), ([3], 14, TEXT)], ids=["images", "text"]
+)
+def test_a_validation_is_a_plain_run_a_grid_and_the_proposal_for_each_seed_once(
+    recipe, tmp_path, seeds, epochs, flags, capsys
+):
+    flags = [*SMALL, "--validate=true", "--gammas", "0.01", "0.02", f"--epochs={epochs}", *flags]
+    flags += ["--seeds", *map(str, seeds)]
     flags += ["--train_images=60", "--validation_images=30", "--label_noise=0.2", f"--results={tmp_path / 'r.jsonl'}"]
     for _ in range(2):
         recipe.main(parse_arguments(recipe.Arguments, flags))
     records = read_records(tmp_path / "r.jsonl")
-    assert len(records) == 2 * 4
+    assert len(records) == len(seeds) * 4
     assert capsys.readouterr().out.count("seed 3") == 4
-    for seed in (3, 4):
+    for seed in seeds:
         plain, *grid, proposal = [record for record in records if record["seed"] == seed]
         assert [record["kind"] for record in (plain, *grid, proposal)] == ["plain", "grid", "grid", "proposal"]
         assert [record["gamma"] for record in grid] == [0.01, 0.02]
         assert list(plain["states"]) == ["0", "0.25", "0.5", "1"]
         assert plain["states"]["0"]["filter"] is None  # nothing is learned yet
         assert plain["states"]["1"]["filter"]["gamma"] == proposal["gamma"]
-        assert {record["steps"] for record in (plain, *grid, proposal)} == {42}
+        assert {record["steps"] for record in (plain, *grid, proposal)} == {3 * epochs}
         assert all(0 <= record["top1"] <= 1 for record in (plain, *grid, proposal))
     assert str(tmp_path) not in json.dumps(records)
 

@@ -117,7 +117,7 @@ def assert_figures_are(final, logits, labels):
     ],
 )
 def test_no_arguments_learn_the_digits(tmp_path, flags, epochs, top1):
-    run = launch("-m", "accelerate.commands.launch", RECIPE, *flags, f"--output_dir={tmp_path}")
+    run = launch(RECIPE, *flags, f"--output_dir={tmp_path}")
     assert run.returncode == 0, run.stderr
     found = results(tmp_path)
     assert found["final"]["top1"] >= top1
