@@ -308,6 +308,8 @@ def plain_names(answers):
 @pytest.mark.parametrize("base", BASES, ids=lambda case: case.engine)
 def test_none_of_it_changes_a_bit_of_the_gradient(base):
     pairs = {**{name: (changes, {}) for name, changes in {**PLAIN, **OUTPUTS, **LOOKED}.items()}, **PAIRS}
+    if base.engine == "hsdp":  # whose replicas change nothing in what compilation makes of the hooks
+        pairs = {name: pair for name, pair in pairs.items() if "compiled" not in name or name == "compiled model"}
     distinct = [(dataclasses.replace(base, **changes),) for pair in pairs.values() for changes in pair if changes]
     answers = iter(run_each(base.world, follow, [(base,), *distinct], keep_group=True, timeout=120))
     plain = next(answers)
