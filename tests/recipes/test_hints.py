@@ -1,10 +1,9 @@
 """A flag that a recipe does not have: what a user with timm's, Hugging Face's or another recipe's habits is told."""
 
 import inspect
-import subprocess
-import sys
 from dataclasses import fields
 
+import forked
 import pytest
 from imagenet import RECIPES, load_recipe
 from vit import load_vit_recipe
@@ -136,9 +135,7 @@ def test_every_habit_leads_to_a_flag_of_some_recipe(recipes):
 
 @pytest.mark.parametrize("name", ["imagenet_rwp", "compare", "benchmark", "landscape"])
 def test_a_recipe_tells_it_in_one_line_with_status_2(name):
-    run = subprocess.run(
-        [sys.executable, str(RECIPES / f"{name}.py"), "--batch_sise", "8"], capture_output=True, text=True, timeout=300
-    )
+    run = forked.run(RECIPES / f"{name}.py", "--batch_sise", 8)
     assert run.returncode == 2, run.stderr
     *before, last = run.stderr.splitlines()
     assert last == "error: no flag --batch_sise; did you mean --batch_size?"

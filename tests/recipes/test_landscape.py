@@ -120,7 +120,8 @@ def test_images_are_prepared_as_each_model_was_evaluated(recipe, tmp_path):
     assert labels.tolist() == [split[0]["label"]]
 
 
-def test_a_card_shows_its_own_landscape_and_keeps_what_was_edited(run, tmp_path):
+def test_a_card_shows_its_own_landscape_and_keeps_what_was_edited(run, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "sharpness_curves", lambda figures, path: path.touch())  # no card shows them
     folder = timm_model(tmp_path / "digits_rwp_seed0/model")
     add_card(folder, {"arguments": {"method": "rwp", "model": "test_resnet", "data_dir": None}})
     card = folder / "README.md"
