@@ -22,7 +22,7 @@ from sharded import Window, assert_same
 
 from hf_rwp import RWP
 
-WINDOWS, BATCH = 3, 2
+WINDOWS, BATCH = 2, 2
 SIZES = {
     "hsdp": {"dp_replicate_size": 2, "dp_shard_size": 2},
     "fsdp": {},
@@ -153,12 +153,12 @@ def assert_mixed(case: Case, ranks: list[Any], tolerance: float = 1e-14) -> None
 
 
 CASES = {
-    "hsdp": Case(tied=True, windows=8),
+    "hsdp": Case(tied=True, windows=5),
     "hsdp, accumulation, checkpointing": Case(accumulation=2, fsdp={"activation_checkpointing": True}),
     "hsdp, tied, checkpointing": Case(tied=True, fsdp={"activation_checkpointing": True}),
     "hsdp, clipping": Case(accumulation=3, clip=0.05, fsdp={"reshard_after_forward": False}),
     "hsdp, alpha 1": Case(alpha=1.0),
-    "fsdp": Case("fsdp", accumulation=2, windows=8),
+    "fsdp": Case("fsdp", accumulation=2, windows=5),
     "fsdp, tied, checkpointing": Case("fsdp", accumulation=2, tied=True, fsdp={"activation_checkpointing": True}),
     "fsdp, tied, clipping": Case("fsdp", accumulation=3, tied=True, clip=0.05),
     "fsdp, no reshard": Case("fsdp", 1.0, fsdp={"reshard_after_forward": False}),
