@@ -114,6 +114,12 @@ class Arguments(MemoryArguments, TimmArguments):
             ("seed", 0 <= self.seed < 2**32, "in [0, 2^32)"),
         )
 
+    def look_ahead(self) -> None:
+        """Raise ValueError or FileNotFoundError for a file or a folder that is not there, or a name."""
+        if self.text_file not in (None, "generated") and not Path(str(self.text_file)).is_file():
+            raise ValueError(f"text_file={self.text_file!r} is not there: name a file of lines of text")
+        super().look_ahead()
+
     def kept(self) -> str | None:
         """What a run that is stopped has kept, and how to go on; None for nothing."""
         return "runs that ended are recorded, and the same command goes on after them" if self.validate else None

@@ -6,7 +6,7 @@ accelerate launch recipes/lora_rwp.py
 accelerate launch recipes/lora_rwp.py --rwp false                  # to compare: plain LoRA
 ```
 
-# Your model and data: an id on the Hub, JSON lines or parquet with `messages`, `prompt` and `completion`, or `text`
+# Your model and data: an id on the Hub, a file of `messages`, `prompt` and `completion`, or `text`
 ```bash
 accelerate launch recipes/lora_rwp.py --model_name_or_path meta-llama/Llama-3.2-1B --dataset trl-lib/Capybara \
     --lora_r 16 --bf16 --gradient_checkpointing
@@ -33,6 +33,7 @@ import resource
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -42,6 +43,22 @@ from typing import Any
 from hf_rwp.cli import refuse_missing
 
 refuse_missing("lora", __name__)
+from hf_rwp.runs.parsing import flags_first, start, values_first
+from hf_rwp.trainer.ranges import Ranges, check_ranges
+from hf_rwp.trainer.texts import TextArguments, load_texts
+
+
+@dataclass
+class Ahead(TextArguments, Ranges):
+    """What is checked ahead of the slow imports."""
+
+    def __post_init__(self) -> None:
+        TextArguments.__post_init__(self)
+        Ranges.__post_init__(self)
+
+
+values_first(__name__, Ahead)
+warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)  # TRL's name for it
 import torch
 from trl import ModelConfig, SFTConfig
 
@@ -49,12 +66,12 @@ from hf_rwp import RWPArguments
 from hf_rwp.core.checks import check_all
 from hf_rwp.runs.folders import unfinished
 from hf_rwp.runs.given import Given, save_flags
-from hf_rwp.runs.parsing import flags_first, start
 
 
 @dataclass
-class Arguments(ModelConfig, RWPArguments, SFTConfig):
+class Arguments(TextArguments, ModelConfig, RWPArguments, SFTConfig):
     given = Given()  # no flag: those that were typed, as `parse_arguments` notes them
+    numbered = False  # no flag: whether output_dir is the first of a row of folders, `settle_folder`
     # Model
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "An id on the Hub or a folder; a small language model made here if not set."}
@@ -68,22 +85,6 @@ class Arguments(ModelConfig, RWPArguments, SFTConfig):
     lora_r: int = field(default=8, metadata={"help": "Rank of the adapters."})
     lora_target_modules: list[str] | None = field(
         default_factory=lambda: ["all-linear"], metadata={"help": "The layers that get adapters."}
-    )
-    # Data
-    dataset: str | None = field(default=None, metadata={"help": "An id on the Hub; sums in words if none is set."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Its split to train on."})
-    data_file: str | None = field(default=None, metadata={"help": "Instead of it a file: .jsonl, .json or .parquet."})
-    train_samples: int | None = field(
-        default=None, metadata={"help": "At most so many samples to train on; of the sums 1000 if not set."}
-    )
-    held_out: int = field(default=200, metadata={"help": "Samples that are held out, to evaluate on."})
-    known_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "A text file of lines that the base knows, to measure forgetting; the embedded base's own text "
-            "if it is trained."
-        },
     )
     max_new_tokens: int = field(default=16, metadata={"help": "Of an answer that is compared with the held-out one."})
     quick: bool = field(default=False, metadata={"help": "Whether to be done in seconds, with a base of few steps."})
@@ -104,6 +105,9 @@ class Arguments(ModelConfig, RWPArguments, SFTConfig):
         default=16, metadata={"help": "Samples per replica and micro-step; a single replica halves them for RWP."}
     )
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Samples per replica in evaluation."})
+    dataloader_pin_memory: bool = field(
+        default=torch.cuda.is_available(), metadata={"help": "Whether to pin the samples' memory, for a GPU."}
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Whether to save memory by recomputing activations."}
@@ -121,7 +125,11 @@ class Arguments(ModelConfig, RWPArguments, SFTConfig):
         default_factory=lambda: ["none"], metadata={"help": "Where figures go: tensorboard, wandb, ..., or none."}
     )
     output_dir: str | None = field(
-        default=None, metadata={"help": "Folder for all that is written; outputs/DATA_lora_METHOD_seedN if not set."}
+        default=None,
+        metadata={
+            "help": "Folder for all that is written. If not set, a new one for each run: "
+            "outputs/DATA_lora_METHOD_seedN, then .../2, .../3."
+        },
     )
     records: str | None = field(
         default=None, metadata={"help": "A file of records, .jsonl, that the run's figures are appended to as a line."}
@@ -130,7 +138,11 @@ class Arguments(ModelConfig, RWPArguments, SFTConfig):
         default=False, metadata={"help": "Whether a run that output_dir holds may be deleted for this one."}
     )
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "A checkpoint's path, or `latest` for the last one in output_dir."}
+        default=None,
+        metadata={
+            "help": "A run's folder, for its last checkpoint, one of its checkpoints, or `latest` for the last one in "
+            "output_dir; with the flags that the run was given, and those given now."
+        },
     )
     disable_tqdm: bool | None = field(
         default=None, metadata={"help": "Whether to hide progress bars; shown only on a terminal if not set."}
@@ -139,25 +151,22 @@ class Arguments(ModelConfig, RWPArguments, SFTConfig):
 
     def __post_init__(self) -> None:
         if self.quick:
-            self.base_steps, self.held_out, self.num_train_epochs = min(self.base_steps, 20), 16, 1.0
+            self.base_steps, self.num_train_epochs = min(self.base_steps, 20), 1.0
+            self.held_out = self.held_out or 16
             self.train_samples = self.train_samples or 64
         if self.learning_rate is None:
             self.learning_rate = 2e-4 if self.model_name_or_path else 1e-3
         if self.num_train_epochs is None:
             self.num_train_epochs = 10.0 if self.embedded else 3.0
         if self.output_dir is None:
-            self.output_dir = f"outputs/{self.data_name}_lora_{self.method}_seed{self.seed}"
+            self.output_dir, self.numbered = f"outputs/{self.data_name}_lora_{self.method}_seed{self.seed}", True
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
-        check_all(
-            self,
-            ("held_out", self.held_out >= 1, "at least 1"),
-            ("base_steps", self.base_steps >= 1, "at least 1"),
-            ("train_samples", self.train_samples is None or self.train_samples >= 1, "at least 1"),
-            ("data_file", not (self.data_file and self.dataset), "unset where dataset is set"),
-        )
+        check_ranges(self)  # type: ignore[arg-type]
+        check_all(self, ("base_steps", self.base_steps >= 1, "at least 1"))
         if self.model_name_or_path is None and (self.load_in_4bit or self.load_in_8bit):
             raise ValueError("load_in_4bit and load_in_8bit are for a model that is given: set model_name_or_path")
+        TextArguments.__post_init__(self)
         ModelConfig.__post_init__(self)
         RWPArguments.__post_init__(self)  # and SFTConfig's
 
@@ -179,14 +188,9 @@ class Arguments(ModelConfig, RWPArguments, SFTConfig):
     def data_name(self) -> str:
         return Path(self.data_file or self.dataset or "sums").stem
 
-    @property
-    def embedded(self) -> bool:
-        """Whether the data are sums in words."""
-        return not (self.data_file or self.dataset)
-
 
 flags_first("lora", __name__, Arguments, __doc__, light=False)  # ahead of the slow imports
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from datasets import disable_progress_bars as hide_bars_of_datasets
 from transformers import PrinterCallback, ProgressCallback, set_seed
 from transformers.utils.logging import disable_progress_bar as hide_bars_of_transformers
@@ -200,10 +204,11 @@ from hf_rwp.hub.export import class_name
 from hf_rwp.hub.push import PushError, push
 from hf_rwp.runs.files import write
 from hf_rwp.runs.records import append_record, environment, hub_id, scrub_paths
-from hf_rwp.runs.resuming import RESULTS, check_writable
+from hf_rwp.runs.resuming import RESULTS, check_writable, settle_folder
+from hf_rwp.runs.screen import fitted
 from hf_rwp.trainer.adapters import History, Measured, command_of_run, last_screen
 from hf_rwp.trainer.checkpoints import find_trainer_checkpoint, remove_later_checkpoints
-from hf_rwp.trainer.language import known_texts, make_base, sums_in_words
+from hf_rwp.trainer.language import known_texts, make_base
 
 
 class RWPSFTTrainer(RWPTrainerMixin, SFTTrainer): ...
@@ -212,6 +217,9 @@ class RWPSFTTrainer(RWPTrainerMixin, SFTTrainer): ...
 def main(args: Arguments) -> None:
     refuse_lone_processes()
     given = vars(args).pop("given", args.given)  # which Trainer need not pickle
+    if args.numbered and args.push_to_hub and args.hub_model_id is None:
+        args.hub_model_id = Path(args.output_dir).name  # and not the number of the run
+    settle_folder(args)
     output_dir, flags = Path(args.output_dir), scrub_paths(args.to_dict())
     checkpoint = find_trainer_checkpoint(args)
     check_writable(output_dir)
@@ -222,24 +230,25 @@ def main(args: Arguments) -> None:
     trainer = create_trainer(args)
     tokenizer, is_main = trainer.processing_class, trainer.is_world_process_zero()
     measure = measured(args, trainer.held_out)
-    history = History(measure, tokenizer)
+    history = History(measure, tokenizer, trainer)
     trainer.add_callback(history)
     for shows in (PrinterCallback, ProgressCallback):  # History does
         trainer.remove_callback(shows)
     if is_main:
-        print("\n".join([*given.lines(), f"writes to: {output_dir}"]), flush=True)
+        begins = [f"weights: from {checkpoint.name}"] if checkpoint else []
+        print(fitted("\n".join([*given.lines(), *begins, f"writes to: {output_dir}"])), flush=True)
         save_flags(output_dir, given.flags)
         remove_later_checkpoints(output_dir, checkpoint)
         write(output_dir / "arguments.json", json.dumps(flags, indent=2, default=str))
-    begin, busy = time.perf_counter(), time.process_time()
+    busy = time.process_time()
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    seconds, memory = time.perf_counter() - begin, peak_memory()
+    (slots, seconds), memory = history.total(), peak_memory()
     busy = time.process_time() - busy
     if not history.rows or history.rows[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
     final = dict(history.rows[-1])
     if trainer.rwp is not None:
-        final["rwp"] = {**trainer.rwp.report(), "gamma": trainer.rwp.defaults["rwp_gamma"]}
+        final["rwp"] = {**trainer.rwp.report(), "slots": slots, "gamma": trainer.rwp.defaults["rwp_gamma"]}
     final |= {f"{name}_before": value for name, value in history.before.items()}
     if "known_loss_before" in final:
         final["forgetting"] = final["known_loss"] - final["known_loss_before"]
@@ -272,7 +281,7 @@ def main(args: Arguments) -> None:
         own = {"arm": args.arm, "seed": args.seed, "load_average": os.getloadavg()[0]}
         append_record(Path(args.records), own | {name: value for name, value in results.items() if name != "arguments"})
     base = trainer.model.get_base_model().name_or_path if args.use_peft else ""
-    prompt = next((row["prompt"] for row in trainer.held_out if isinstance(row.get("prompt"), str)), None)
+    prompt = min((row["prompt"] for row in trainer.held_out if isinstance(row.get("prompt"), str)), key=len, default="")
     written = [output_dir / RESULTS, output_dir / "curves.png", adapter]
     print(last_screen(results, given.flags, adapter, base, prompt, written))
     if args.push_to_hub:
@@ -284,6 +293,7 @@ def main(args: Arguments) -> None:
 
 def create_trainer(args: Arguments) -> Any:
     """What trains: for another loss or other data, change it here."""
+    train, held_out = load_texts(args, args.seed)
     path = args.model_name_or_path
     if path is None:
         path = str(made_once(args))
@@ -293,15 +303,22 @@ def create_trainer(args: Arguments) -> Any:
         "dtype": args.dtype,
         **(args.model_init_kwargs or {}),
     }
-    train, held_out = load_samples(args)
-    trainer: Any = RWPSFTTrainer(
-        model=path,
-        args=args,
-        train_dataset=Dataset.from_list(train),
-        eval_dataset=Dataset.from_list(held_out),
-        quantization_config=get_quantization_config(args),
-        peft_config=get_peft_config(args),
-    )
+    try:
+        trainer: Any = RWPSFTTrainer(
+            model=path,
+            args=args,
+            train_dataset=Dataset.from_list(train),
+            eval_dataset=Dataset.from_list(held_out),
+            quantization_config=get_quantization_config(args),
+            peft_config=get_peft_config(args),
+        )
+    except ValueError as error:
+        if "chat_template is not set" not in str(error):
+            raise
+        raise ValueError(
+            f"{path} has no chat template, which `messages` need: set --chat_template_path to a model that has one or "
+            "to a file, take an -Instruct model, or give `prompt` and `completion`"
+        ) from error
     trainer.held_out = held_out
     return trainer
 
@@ -313,29 +330,6 @@ def made_once(args: Arguments) -> Path:
         return make_base(folder, args.base_steps, seed=0)
 
 
-def load_samples(args: Arguments) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """What to train on, and what is held out. Raises ValueError for other columns."""
-    if args.embedded:
-        return sums_in_words(args.train_samples or 1000, args.held_out, args.seed)
-    if args.data_file:
-        kind = "parquet" if args.data_file.endswith(".parquet") else "json"
-        rows = load_dataset(kind, data_files=args.data_file, split="train")
-    else:
-        rows = load_dataset(args.dataset, args.dataset_config, split=args.dataset_train_split)
-    kinds = (("messages",), ("prompt", "completion"), ("text",))
-    kind = next((kind for kind in kinds if set(kind) <= set(rows.column_names)), None)
-    if kind is None:
-        raise ValueError(
-            f"{args.data_file or args.dataset} has the columns {', '.join(rows.column_names)}: SFT needs `messages`, "
-            "`prompt` and `completion`, or `text`. Rename them"
-        )
-    if len(rows) <= args.held_out:
-        raise ValueError(f"{len(rows)} samples, of which held_out={args.held_out} leaves none to train on: lower it")
-    parts = rows.select_columns(list(kind)).train_test_split(args.held_out, seed=args.seed)
-    train = parts["train"].to_list()
-    return train[: args.train_samples], parts["test"].to_list()
-
-
 def measured(args: Arguments, held_out: Sequence[Mapping[str, Any]]) -> Measured:
     """What is measured beside the loss; the answers only where there are prompts in plain text."""
     plain = [row for row in held_out if isinstance(row.get("prompt"), str)]
@@ -343,7 +337,7 @@ def measured(args: Arguments, held_out: Sequence[Mapping[str, Any]]) -> Measured
     if args.known_file:
         known = [line for line in Path(args.known_file).read_text(encoding="utf-8").splitlines() if line.strip()]
     elif args.model_name_or_path is None:
-        known = known_texts(args.held_out, seed=10_000)
+        known = known_texts(len(held_out), seed=10_000)
     return Measured(plain, known, args.max_new_tokens)
 
 

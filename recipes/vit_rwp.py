@@ -50,13 +50,27 @@ from typing import Any
 from hf_rwp.cli import refuse_missing
 
 refuse_missing("vit", __name__)
+from hf_rwp.images.arguments import ImageArguments
+from hf_rwp.runs.parsing import flags_first, start, values_first
+from hf_rwp.trainer.model_arguments import ModelArguments
+from hf_rwp.trainer.ranges import Ranges, check_ranges
+
+
+@dataclass
+class Ahead(ModelArguments, Ranges):
+    """What is checked ahead of the slow imports."""
+
+    def __post_init__(self) -> None:
+        ImageArguments.__post_init__(self)  # that of ModelArguments imports timm
+        Ranges.__post_init__(self)
+
+
+values_first(__name__, Ahead)
 import torch
 
 from hf_rwp import RWPTrainingArguments
 from hf_rwp.core.checks import check_all
 from hf_rwp.runs.given import Given, save_flags
-from hf_rwp.runs.parsing import flags_first, start
-from hf_rwp.trainer.model_arguments import ModelArguments
 
 
 @dataclass
@@ -148,10 +162,10 @@ class Arguments(ModelArguments, RWPTrainingArguments):
             self.disable_tqdm = not sys.stderr.isatty()
         if self.label_names is None:
             self.label_names = ["labels"]  # which Trainer does not find under a PEFT model
+        check_ranges(self)  # type: ignore[arg-type]
         RWPTrainingArguments.__post_init__(self)
         check_all(
             self,
-            ("num_train_epochs", self.num_train_epochs > 0 or self.max_steps > 0, "above 0"),
             ("mixup", self.mixup >= 0, "at least 0"),
             ("cutmix", self.cutmix >= 0, "at least 0"),
         )

@@ -154,6 +154,12 @@ class ImageArguments:
             ("cutout", self.cutout is None or self.cutout >= 1, "at least 1"),
         )
 
+    def look_ahead(self) -> None:
+        """Raise ValueError or FileNotFoundError for a folder that is not there."""
+        if self.data_dir is not None:
+            folder_of(self.data_dir)
+        getattr(super(), "look_ahead", lambda: None)()
+
     @property
     def data_options(self) -> dict[str, Any]:
         """Keyword arguments for `hf_rwp.images.data.load_images`."""
@@ -206,6 +212,20 @@ class MemoryArguments(ImageArguments):
             ("color_jitter", not self.color_jitter, f"0: {in_batches}"),
             ("reprob", not self.reprob, f"0: {in_batches}"),
         )
+
+
+def folder_of(data_dir: str) -> Path:
+    """The folder that `--data_dir` names. Raises FileNotFoundError where nothing is there, ValueError for a file."""
+    folder = Path(data_dir).expanduser()
+    if folder.is_dir():
+        return folder
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"data_dir={str(folder)!r} is not a folder, nor anything else: set the one that holds train and "
+            "validation, or the class folders"
+        )
+    unpack = " Unpack it, and set the folder" if folder.suffix in (".zip", ".tar", ".gz", ".tgz") else ""
+    raise ValueError(f"data_dir={str(folder)!r} is a file and not a folder: set the one that holds it.{unpack}")
 
 
 def _apart(train: str | None, validation: str | None) -> tuple[bool, str]:
@@ -331,6 +351,17 @@ class TimmArguments:
             ("mixup_switch_prob", 0 <= self.mixup_switch_prob <= 1, "in [0, 1]"),
             ("smoothing", 0 <= self.smoothing < 1, "in [0, 1)"),
         )
+
+    def look_ahead(self) -> None:
+        """Raise ValueError for weights that are not there, and for a name that is in none of timm's files."""
+        from hf_rwp.images.timm_files import no_model, similar_in_files
+        from hf_rwp.images.weights import find_weights
+
+        if self.pretrained not in (None, "timm"):
+            find_weights(str(self.pretrained), "pretrained")
+        elif (names := similar_in_files(self.model)) is not None:
+            raise ValueError(no_model("model", self.model, names))
+        getattr(super(), "look_ahead", lambda: None)()
 
     def look_up(self) -> None:
         """Raise ValueError for a name that timm does not have."""

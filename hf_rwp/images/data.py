@@ -25,6 +25,7 @@ from datasets import (
 )
 from timm.utils.misc import natural_key  # type: ignore[attr-defined]
 
+from hf_rwp.images.arguments import folder_of
 from hf_rwp.images.classes import choose_columns, refuse_unlearned, two_columns, with_classes
 from hf_rwp.images.files import Tree, scan
 from hf_rwp.images.folders import HOLD_OUT, ROLES, TRAIN, VALIDATION, Labelled, read_images, refuse_same_split
@@ -91,7 +92,7 @@ def load_images(
         return _finished(dict(digits), found, streaming)
     options: dict[str, Any] = {"name": dataset_config, "streaming": streaming, "found": found}
     if data_dir is not None:
-        folder = _folder(data_dir)
+        folder = folder_of(data_dir)
         saved = is_saved(folder) or any(is_saved(part) for part in folder.iterdir() if part.is_dir())
         tree = Tree(folder) if saved else scan(folder.resolve())
         if not saved and _are_images(tree):
@@ -136,19 +137,6 @@ def _streamed(split: Any) -> IterableDataset:
 
 
 # A folder of images.
-
-
-def _folder(data_dir: str) -> Path:
-    folder = Path(data_dir).expanduser()
-    if folder.is_dir():
-        return folder
-    if not folder.exists():
-        raise FileNotFoundError(
-            f"data_dir={str(folder)!r} is not a folder, nor anything else: set the one that holds train and "
-            "validation, or the class folders"
-        )
-    unpack = " Unpack it, and set the folder" if folder.suffix in (".zip", ".tar", ".gz", ".tgz") else ""
-    raise ValueError(f"data_dir={str(folder)!r} is a file and not a folder: set the one that holds it.{unpack}")
 
 
 def _are_images(tree: Tree) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from hf_rwp.images.classes import with_plain_labels
-from hf_rwp.images.pixels import decoded
+from hf_rwp.images.pixels import decoded, why_unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class UnreadableImages:
         """Count the image; the first time, name it and the reason in the log."""
         if not self._flags[slot]:
             self._flags[slot] = 1
-            reason = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else error
+            reason = why_unreadable(error) if isinstance(error, Exception) else error
             logger.warning("unreadable image, %s: %s", name, reason)
 
     @property

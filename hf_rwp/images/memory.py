@@ -37,7 +37,10 @@ def decoded(split: Dataset, transform: Callable[..., Any], device: torch.device,
     shown = tqdm(blocks, desc=f"decoding {title}", unit_scale=256, unit="img", leave=False, disable=None)
     items = [item for start in shown for item in dataset.__getitems__(range(start, min(start + 256, len(dataset))))]
     if dataset.unreadable.slots:
-        raise ValueError(f"{len(dataset.unreadable.slots)} of the {title} images could not be read: see above")
+        raise ValueError(
+            f"{len(dataset.unreadable.slots)} of the {title} images could not be read, and none may be missing here: "
+            "repair or remove those that the lines above name"
+        )
     pixels, labels = zip(*items, strict=True)
     stacked = torch.from_numpy(np.stack([np.asarray(image) for image in pixels]))
     return Images(stacked.to(device), torch.tensor(labels, device=device))

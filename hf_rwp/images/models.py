@@ -50,9 +50,14 @@ def create_model(
         model = _from_wrapper(source.path, source.config, label_names, new_head, options)
     else:
         if source is not None and source.library == "transformers":
+            taken = (
+                "lora_rwp.py trains it, and gamma.py takes it with --text_file"
+                if source.kind.endswith(("ForCausalLM", "LMHeadModel"))
+                else "vit_rwp.py takes it, as --model_name_or_path"
+            )
             raise ValueError(
                 f"pretrained={args.pretrained!r} is a model of transformers ({source.kind}), and this recipe takes "
-                "timm's: vit_rwp.py takes it, as --model_name_or_path"
+                f"timm's: {taken}"
             )
         name = (
             args.model if source is None else f"local-dir:{source.path}" if source.path else f"hf-hub:{source.hub_id}"

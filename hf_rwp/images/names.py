@@ -2,13 +2,14 @@
 
 import difflib
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import timm
 import torch
 from timm.optim import list_optimizers  # type: ignore[attr-defined]
 from timm.scheduler import create_scheduler_v2  # type: ignore[attr-defined]
+
+from hf_rwp.images.timm_files import nearest, no_model, similar, told
 
 SCHEDULES = ("cosine", "constant", "step", "multistep", "poly", "tanh", "wsd", "rsqrt", "none")  # timm lists none
 
@@ -21,7 +22,7 @@ def is_model(name: str) -> bool:
 def check_model(flag: str, name: str) -> None:
     """Raise ValueError for a model, or weights of it, that timm does not have; with a `:` it is from elsewhere."""
     if ":" not in name and not is_model(name):
-        raise ValueError(f"{flag} must be one of timm's models, got {name!r}{_told(similar_models(name))}")
+        raise ValueError(no_model(flag, name, similar_models(name)))
     check_tag(flag, name)
 
 
@@ -38,7 +39,7 @@ def check_optimizer(name: str) -> None:
     """Raise ValueError for an optimizer that timm does not have."""
     bare, known = name.removeprefix("lookahead_"), [str(one) for one in list_optimizers()]
     if bare not in known:
-        raise ValueError(f"opt must be one of timm's optimizers, got {name!r}{_told(similar(bare, known))}")
+        raise ValueError(f"opt must be one of timm's optimizers, got {name!r}{told(similar(bare, known))}")
 
 
 def check_schedule(name: str, **options: Any) -> None:
@@ -48,31 +49,18 @@ def check_schedule(name: str, **options: Any) -> None:
     """
     if name not in (known := [one for one in SCHEDULES if _has_schedule(one)]) and not _has_schedule(name):
         meant = difflib.get_close_matches(name.lower(), known, 1)
-        raise ValueError(f"sched must be one of {', '.join(known)}, got {name!r}" + (_told(meant) if meant else ""))
+        raise ValueError(f"sched must be one of {', '.join(known)}, got {name!r}" + (told(meant) if meant else ""))
     try:
         _made(name, **options)
     except ValueError as error:
         raise ValueError(f"sched={name!r} cannot be with these flags: {error}") from error
 
 
-def similar(name: str, known: Sequence[str]) -> list[str]:
-    """Up to five: those of the known names that begin as `name` does, else those that are spelled alike."""
-    longer = [one for one in known if one.startswith(name.lower())]
-    return difflib.get_close_matches(name.lower(), longer or known, 5, cutoff=0)
-
-
 def similar_models(name: str) -> list[str]:
-    """The same of timm's models; of names cut short, short ones with much in weights come first."""
-    stem, models = name.split(".")[0].lower(), timm.list_models()
-    longer = [one for one in models if stem and one.startswith(stem)]
-    if not longer:
-        return similar(stem, models)
-    weights = Counter(one.split(".")[0] for one in timm.list_pretrained(f"{stem}*"))
-    return sorted(longer, key=lambda one: -weights[one] / len(one) ** 2)[:5]
-
-
-def _told(names: Sequence[str]) -> str:
-    return f"; did you mean {names[0]}?" if len(names) == 1 else f". Similar names: {', '.join(names)}"
+    """Up to five of timm's models that are named like `name`."""
+    stem = name.split(".")[0].lower()
+    weights = Counter(one.split(".")[0] for one in timm.list_pretrained(f"{stem}*")) if stem else Counter[str]()
+    return nearest(stem, timm.list_models(), weights)
 
 
 def _has_schedule(name: str) -> bool:

@@ -59,7 +59,7 @@ def in_order_of(splits: Any, weights: str | None, config_of: Callable[[str], Map
     if unknown:
         raise ValueError(
             f"{weights} has no class {listed(unknown)}, of the {len(names)} in the data: it has {listed(theirs)}. An "
-            "evaluation needs classes that the weights were trained for"
+            "evaluation needs classes that the weights were trained for: name their data, --data_dir or --dataset"
         )
     return _in_order(splits, names, theirs, found)
 

@@ -22,6 +22,13 @@ if importlib.util.find_spec("pillow_heif"):
     importlib.import_module("pillow_heif").register_heif_opener()
 
 
+def why_unreadable(error: Exception) -> str:
+    """What to say of an image that an error came of."""
+    if isinstance(error, PIL.UnidentifiedImageError):  # its own words are of an object in memory
+        return "UnidentifiedImageError: no image, or none of a kind that Pillow reads"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 @functools.cache
 def image_endings() -> frozenset[str]:
     """The endings of the files that Pillow reads here, ".jpg" and so on, in lower case."""

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_rwp.images.found import listed
-
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
@@ -75,11 +73,15 @@ def _model_folder(path: Path, named: str, flag: str) -> tuple[Path, None, dict[s
             f"{flag}={named!r} is a LoRA adapter, which is not a model by itself: vit_rwp.py leaves the merged model "
             "beside it, in `model`"
         )
+    if (path / "adapter" / "adapter_config.json").is_file():
+        raise ValueError(f"{flag}={named!r} is a run of a language model, an adapter: name a model of images")
     if (path / "checkpoints").is_dir() or list(path.glob("checkpoint-*")):
         raise ValueError(
             f"{flag}={named!r} is a run that has not finished: go on with --resume_from_checkpoint {named}, or name a "
             "file of weights in one of its checkpoints"
         )
+    from hf_rwp.images.found import listed  # which imports datasets
+
     files = sorted(file.name for file in path.iterdir())
     raise ValueError(f"{flag}={named!r} holds no model, which has a config.json: it holds {listed(files, 5)}")
 

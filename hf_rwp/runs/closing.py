@@ -13,7 +13,7 @@ from hf_rwp.runs.records import Results, Row, aligned
 from hf_rwp.runs.screen import fitted
 
 COLUMNS = 80
-_SPACE = "\0"
+_SPACE, _LINE_END = "\0", "\n"
 # A rise of the loss by r makes the right class exp(-r) times as likely: by a twentieth less, by two fifths less.
 FLAT, SHARP = 0.05, 0.5
 SMALL, USUAL = 0.05, "5 to 70 %"  # noise relative to the weights of the largest layer
@@ -177,12 +177,15 @@ def beside(folder: Path, method: str) -> Path | None:
 def with_comments(next_commands: Mapping[str, str]) -> str:
     """Commands to copy, each with what it is for as the shell's comment.
 
-    One that a line does not hold stands below its comment, on lines that the shell takes for one.
+    One that a line does not hold stands below its comment, on lines that the shell takes for one; one that has lines
+    of its own keeps them.
     """
     room = COLUMNS - max(map(len, next_commands), default=0) - 4
     width = max((len(command) for command in next_commands.values() if len(command) <= room), default=0)
     return "\n".join(
-        f"{command:<{width}}  # {name}" if len(command) <= room else f"# {name}\n{continued(command)}"
+        f"{command:<{width}}  # {name}"
+        if len(command) <= room
+        else f"# {name}\n{command if _LINE_END in command else continued(command)}"
         for name, command in next_commands.items()
     )
 

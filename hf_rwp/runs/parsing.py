@@ -35,8 +35,8 @@ def parse_arguments(kind: type[Arguments], argv: Sequence[str] | None = None, de
     The file maps the same names to values, or timm's (`configs.RENAMED`); a flag on the command line overrides it.
     Where `--resume_from_checkpoint` names a run, that run's flags come first (`given.Given`, which the instance has as
     `given`). argv: None is the process's own. description: as `flags_first` has it. Where `kind` has a method
-    `look_up`, it checks or settles what only imports of seconds tell. Raises ValueError for an unknown flag, for a
-    value of another kind, and for a file of something else.
+    `look_up`, it checks or settles what only imports of seconds tell; `look_ahead`, what can be told ahead of those, in
+    a recipe. Raises ValueError for an unknown flag, for a value of another kind, and for a file of something else.
     """
     instance, given = _read(FlagParser(kind, description), kind, sys.argv[1:] if argv is None else argv)
     vars(instance)["given"] = given
@@ -63,8 +63,28 @@ def flags_first(
         return
     with told_in_a_line(ahead=True):
         parse = _read if light else _words
-        parse(FlagParser(kind, description or ""), kind, sys.argv[1:] if argv is None else argv, logs=False)
+        found = parse(FlagParser(kind, description or ""), kind, sys.argv[1:] if argv is None else argv, logs=False)
+        _look_ahead(found[0])
     announce(command)
+
+
+def values_first(module: str, kind: type[Any], argv: Sequence[str] | None = None) -> None:
+    """Refuse values out of range where a recipe is the program, ahead of the imports that all of its flags need.
+
+    kind: a dataclass of those flags that need none of them; others are passed over. Where a run goes on, its own flags
+    count as well, and all of them are checked later. module, argv: as `flags_first` has them.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if module != "__main__" or {"-h", "--help"} & {*words}:
+        return
+    with told_in_a_line(ahead=True):
+        parser = FlagParser(kind)
+        config = parser.parse_known_args(words)[0].config
+        of_file = read_config(config, _names(kind), ignore=True, logs=False) if config else {}
+        if "resume_from_checkpoint" not in {word[2:].partition("=")[0].replace("-", "_") for word in words}:
+            every = [*join_flags(of_file), *words]
+            found = parser.parse_args_into_dataclasses(every, return_remaining_strings=True, look_for_args_file=False)
+            _look_ahead(found[0])
 
 
 def start(
@@ -106,6 +126,11 @@ def _read(parser: FlagParser, kind: type[Any], argv: Sequence[str], logs: bool =
 
     given = with_those_of_the_run(settings | split_flags(argv, _names(kind)), default_folder, _names(kind))
     return _parsed(parser, [*join_flags(given.of_the_run), *words]), given
+
+
+def _look_ahead(arguments: Any) -> None:
+    """Have flags refuse what is not there, where they can tell without the imports that take seconds."""
+    getattr(arguments, "look_ahead", lambda: None)()
 
 
 def _parsed(parser: FlagParser, words: Sequence[str]) -> Any:

@@ -11,12 +11,15 @@ A line is due a tenth of an epoch after the last one, but ten seconds after it a
 latest: epochs of three seconds show one line each, at their end, and epochs of three hours one a minute.
 """
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from hf_rwp.runs.records import Row
 from hf_rwp.runs.screen import fitted
@@ -66,6 +69,7 @@ class Progress:
         self.part = part or max(1, steps)
         self._clock, self._figures, self.label = clock, dict[str, str](), ""
         self._bar: tqdm[Any] | None = None
+        self._redirected = ExitStack()
         self._has_bar = shown and (sys.stderr.isatty() if bar is None else bar)
         now = clock()
         self._session = now, done  # whose pace the rest is foretold from: evaluations and what else comes between count
@@ -78,6 +82,8 @@ class Progress:
             form = "{desc}: {percentage:3.0f}%|{bar}| {remaining} left{postfix}"
             options: dict[str, Any] = {"smoothing": 0, "leave": False, "dynamic_ncols": True, "bar_format": form}
             self._bar = tqdm(total=self.steps, initial=self.done, desc=label, file=sys.stderr, **options)
+            loggers = [logging.getLogger(name) for name in (None, "transformers")]
+            self._redirected.enter_context(logging_redirect_tqdm(loggers))  # warnings have lines of their own
         elif self._bar is not None:
             self._bar.set_description_str(label)
         else:
@@ -134,6 +140,7 @@ class Progress:
     def close(self) -> None:
         """Take the bar away."""
         if self._bar is not None:
+            self._redirected.close()
             self._bar.close()
             self._bar = None
 

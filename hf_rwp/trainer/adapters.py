@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from transformers import TrainerCallback
 
 from hf_rwp.runs.closing import beside, curves_beside, said_of_files, with_comments, wrapped
 from hf_rwp.runs.given import OF_A_SESSION, Flags, join_flags
-from hf_rwp.runs.progress import Progress
+from hf_rwp.runs.progress import Progress, nothing_left
 from hf_rwp.runs.records import aligned, scrub_paths
 from hf_rwp.trainer.language import exact_match, mean_loss
 
@@ -37,11 +38,17 @@ class Measured:
 
 
 class History(TrainerCallback):
-    """A row of figures for every evaluation, and how far training is. before: of the base, without adapters."""
+    """A row of figures for every evaluation, and how far training is. before: of the base, without adapters.
 
-    def __init__(self, measure: Measured, tokenizer: Any) -> None:
+    Rows, seconds and what RWP did are in Trainer's log, which checkpoints hold: a run that goes on has all of them.
+    """
+
+    def __init__(self, measure: Measured, tokenizer: Any, trainer: Any) -> None:
         self.measure, self.tokenizer, self.rows = measure, tokenizer, list[dict[str, Any]]()
         self.before: dict[str, float] = {}
+        self.slots = {"clean": 0, "perturbed": 0}  # before this session, as seconds
+        self.seconds = 0.0
+        self._begun, self._trainer = time.perf_counter(), trainer
         self._progress = Progress(1, shown=False)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
@@ -50,14 +57,36 @@ class History(TrainerCallback):
                 self.before = self.measure(seen["model"], self.tokenizer)
         elif not state.global_step:
             self.before = self.measure(seen["model"], self.tokenizer)
+        for entry in state.log_history:
+            if "row" in entry:
+                self.rows.append(entry["row"])
+            if "slots" in entry:
+                self.slots, self.seconds = entry["slots"], entry["seconds"]
         samples = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         part = max(1, round(state.max_steps / max(1, state.num_train_epochs)))
         counts = {"part": part, "done": state.global_step, "images": samples, "unit": "samples"}
         self._progress = Progress(state.max_steps, **counts, shown=state.is_world_process_zero)
+        if state.global_step >= state.max_steps:
+            self._progress.say(nothing_left(f"{state.max_steps:,} steps", "--num_train_epochs"))
         self._progress.begin("training")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._progress.advance()
+        self._note(state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._note(state, control)
+
+    def total(self) -> tuple[dict[str, int], float]:
+        """Gradients by kind and seconds, of all sessions. Collective."""
+        own = {} if self._trainer.rwp is None else self._trainer.rwp.report()["slots"]
+        slots = {kind: count + own.get(kind, 0) for kind, count in self.slots.items()}
+        return slots, self.seconds + time.perf_counter() - self._begun
+
+    def _note(self, state: Any, control: Any) -> None:
+        if control.should_save:
+            slots, seconds = self.total()
+            state.log_history.append({"step": state.global_step, "slots": slots, "seconds": seconds})
 
     def on_log(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
         logs = seen["logs"]
@@ -72,6 +101,7 @@ class History(TrainerCallback):
         row |= {name: losses[name] for name in ("loss_clean", "loss_perturbed", "loss_gap") if name in losses}
         row |= self.measure(seen["model"], self.tokenizer)
         self.rows.append(row)
+        state.log_history.append({"step": state.global_step, "row": row})
         told = {
             "eval_loss": "held-out loss {:.4f}",
             "accuracy": "exact match {:.2%}",
@@ -117,7 +147,8 @@ def in_words(results: Mapping[str, Any]) -> str:
         count = slots["clean"] + slots["perturbed"]
         said = [f"RWP took {slots['perturbed']:,} of {count:,} gradients with noise in the weights."]
         if largest:
-            said.append(f"It is {100 * largest['size']:.2g} % of the largest of them, {largest['name']}.")
+            size = f"{100 * largest['size']:.2g} %"
+            said.append(f"The noise was {size} of the weights in the largest layer ({largest['name']}).")
     if "forgetting" in final:
         more = final["forgetting"]
         what = "what it knew has suffered" if more > _SUFFERS else "little" if more > 0 else "nothing"
@@ -131,19 +162,26 @@ def next_commands(
     results: Mapping[str, Any], given: Flags, folder: Path, base: str, prompt: str | None
 ) -> dict[str, str]:
     """By what it is for; see `last_screen`."""
-    place, quoted = json.dumps(str(folder)), json.dumps(prompt or "Hello")
-    code = "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
-    model = f"M.from_pretrained({place})"
+    code = [
+        "",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"folder = {json.dumps(str(folder))}",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(base) if results['adapters'] else 'folder'})",
+    ]
     if results["adapters"]:
-        code = f"from peft import PeftModel; {code}"
-        model = f"PeftModel.from_pretrained(M.from_pretrained({json.dumps(base)}), {place})"
-    code += f't = T.from_pretrained({place}); i = t({quoted}, return_tensors="pt").input_ids; '
-    code += f"print(t.decode({model}.generate(i, max_new_tokens={results['max_new_tokens']})[0]))"
+        code.insert(1, "from peft import PeftModel")
+        code.append("model = PeftModel.from_pretrained(model, folder)")
+    code += [
+        f'prompt = tokenizer({json.dumps(prompt or "Hello")}, return_tensors="pt").input_ids',
+        f"answer = model.generate(prompt, max_new_tokens={results['max_new_tokens']})",
+        "print(tokenizer.decode(answer[0]))",
+    ]
     own = {n: v for n, v in given.items() if n not in OF_A_SESSION | {"rwp", "records"} and not n.startswith("rwp_")}
     method = results["arguments"]["method"]
     other = "true" if method == "base" else "false"
     return {
-        "generate": shlex.join(["python", "-c", code]),
+        "generate": shlex.join(["python", "-c", "\n".join(code)]),
         **curves_beside(folder.parent, beside(folder.parent, method)),
         "compare": shlex.join(["hf-rwp", "lora", f"--rwp={other}", *join_flags(own)]),
         "push": shlex.join(["hf-rwp", "push", str(folder), "USER/NAME"]),

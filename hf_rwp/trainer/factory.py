@@ -32,7 +32,7 @@ _OPTIONS -= {"accumulation_steps"}  # the Trainer's own
 
 class RWPFactory:
     """
-    Random Weight Perturbation for any `Trainer` as it is, TRL's as well:
+    Random Weight Perturbation for `Trainer` as it is, and for TRL's SFTTrainer and RewardTrainer:
 
         Trainer(..., optimizer_cls_and_kwargs=(RWPFactory, {"optim": "adamw_torch", "gamma": 0.01}))
 
@@ -170,7 +170,8 @@ def _base_of(trainer: Trainer, model: nn.Module, optim: str | None) -> Any:
     names = [str(name.value) for name in OptimizerNames]
     name = str(OptimizerNames(plain.args.optim).value) if optim is None else optim
     if name not in names:
-        near = difflib.get_close_matches(str(name), names, n=1)
+        near = [one for one in (f"{name}_torch", f"{name}w_torch") if one in names]
+        near += difflib.get_close_matches(str(name), names, n=1)
         meant = f"; did you mean {near[0]}?" if near else f". There are {', '.join(names)}"
         raise ValueError(f"optim={name!r} is not an optimizer of transformers{meant}")
     if name in ("lomo", "adalomo") or name.endswith("_layerwise"):

@@ -1,6 +1,7 @@
 """The flags of models for images that Trainer trains; nothing heavy is imported for them."""
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,11 +76,19 @@ class ModelArguments(ImageArguments):
         if name and not self.weights and is_model(name):
             check_tag("model_name_or_path", name)
         elif name and not self.weights:
-            similar = ", ".join(similar_models(name))
-            raise ValueError(
-                f"model_name_or_path={name!r} is neither a folder, nor an id on the Hub (which has a slash), nor one "
-                f"of timm's models. Similar ones: {similar}"
-            )
+            raise ValueError(_no_model(name, similar_models(name)))
+
+    def look_ahead(self) -> None:
+        """Raise ValueError for weights that are not there, and for a name that is in none of timm's files."""
+        from hf_rwp.images.timm_files import similar_in_files
+        from hf_rwp.images.weights import find_weights
+
+        super().look_ahead()
+        name = self.model_name_or_path
+        if self.weights:
+            find_weights(self.weights, "model_name_or_path")
+        elif name and (names := similar_in_files(name)) is not None:
+            raise ValueError(_no_model(name, names))
 
     @property
     def of_checkpoint(self) -> bool:
@@ -104,3 +113,10 @@ class ModelArguments(ImageArguments):
                 "imagenet_rwp.py loads it, as --model NAME --pretrained FILE; here a folder with a config.json does"
             )
         return str(source.path or source.hub_id)
+
+
+def _no_model(name: str, names: Sequence[str]) -> str:
+    return (
+        f"model_name_or_path={name!r} is neither a folder, nor an id on the Hub (which has a slash), nor one of timm's "
+        f"models. Similar ones: {', '.join(names)}"
+    )

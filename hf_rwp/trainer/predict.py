@@ -15,7 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+from hf_rwp.images.weights import find_weights
 from hf_rwp.runs.mistakes import Parser, tell
+from hf_rwp.runs.started import announce
 
 EPILOG = """\
 examples:
@@ -112,6 +114,9 @@ def predictions(
     """
     if not images:
         return
+    find_weights(model, "MODEL")  # ahead of imports that take seconds
+    if sys.stderr.isatty():
+        announce("predict")
     import torch
     from transformers.utils import logging
 
@@ -137,12 +142,12 @@ def predictions(
 
 def pixels_of(image: str, transform: Callable[[Any], Any]) -> Any:
     """What the transform makes of a file's image in RGB, or in words why there is none."""
-    from hf_rwp.images.pixels import decoded
+    from hf_rwp.images.pixels import decoded, why_unreadable
 
     try:
         return transform(decoded({"path": None, "bytes": Path(image).read_bytes()}))
     except Exception as error:  # decoders raise nearly anything
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return why_unreadable(error)
 
 
 def most_probable(probabilities: Any, names: Sequence[str], top_k: int) -> list[tuple[str, float]] | str:

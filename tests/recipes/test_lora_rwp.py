@@ -3,7 +3,6 @@
 import contextlib
 import getpass
 import io
-import itertools
 import json
 import re
 import shlex
@@ -111,7 +110,8 @@ def test_progress_is_lines_in_a_pipe_and_the_end_has_figures_words_and_commands(
     )
     assert lines[2].split() == ["held-out", "loss", f"{final['eval_loss']:.4f}"]
     assert "RWP took 3 of 6 gradients with noise in the weights." in lines
-    assert "It is 5 % of the largest of them" in text
+    assert "The noise was 5 % of the weights in the largest layer (base_model.model." in " ".join(text.split())
+    assert max(len(line) for line in lines if str(folder.parent) not in line) <= 80
     assert f"Text that the base knew costs {abs(final['forgetting']):.2f} nats a token" in text
     assert list(commands(text)) == ["generate", "compare", "push"]
     assert "it/s" not in text
@@ -119,10 +119,16 @@ def test_progress_is_lines_in_a_pipe_and_the_end_has_figures_words_and_commands(
 
 def commands(text):
     """What can be copied, by its comment, which stands behind it or, of one that is longer than a line, above it."""
-    lines = text.rpartition("\n\n")[2].replace("\\\n", "").splitlines()
-    above = [(name[2:], line) for name, line in itertools.pairwise(lines) if name.startswith("# ")]
-    beside = [(name, line) for line, _, name in (line.rpartition("  # ") for line in lines) if line]
-    return {name: shlex.split(line) for name, line in [*above, *beside]}
+    found, name, command = {}, "", ""
+    for line in text.rpartition("\n\n")[2].replace("\\\n", "").splitlines():
+        if not command and line.startswith("# "):
+            name = line[2:]
+            continue
+        command += f"{line}\n"
+        if command.count("'") % 2 == 0:
+            found[line.rpartition("  # ")[2] if "  # " in line else name] = shlex.split(command, comments=True)
+            command = ""
+    return found
 
 
 def test_the_next_commands_do_what_they_say(said, recipe):
@@ -239,7 +245,34 @@ def test_training_resumes_bit_exactly(recipe, base, tmp_path):
     again = load_file(tmp_path / "again/adapter/adapter_model.safetensors")
     assert whole.keys() == again.keys()
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
-    assert found["history"][-1]["step"] == 3
+    assert [row["step"] for row in found["history"]] == [3]
+    assert found["final"]["rwp"]["slots"] == {"clean": 3, "perturbed": 3}  # the two before the cut as well
+
+
+def test_a_finished_run_that_is_resumed_keeps_what_it_did(run, recipe, base, capsys):
+    folder, before = run
+    found = train(recipe, folder, base, f"--resume_from_checkpoint={folder}")
+    said = capsys.readouterr().out
+    assert "nothing is left to train: 3 steps are behind this run. A larger --num_train_epochs goes on" in said
+    assert "weights: from checkpoint-3" in said
+    assert found["final"]["rwp"]["slots"] == before["final"]["rwp"]["slots"]
+    assert found["history"] == before["history"]
+
+
+def test_each_run_without_a_folder_has_its_own(recipe, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = [*QUICK, f"--base_dir={str(base).removesuffix('_3')}", "--base_steps=3", "--rwp=false"]
+    for folder in ("outputs/sums_lora_base_seed0", "outputs/sums_lora_base_seed0/2"):
+        recipe.main(parse_arguments(recipe.Arguments, args))
+        assert results(Path(folder))["final"]["step"] == 3
+
+
+def test_messages_without_a_chat_template_are_refused_by_name(recipe, base, tmp_path):
+    file = tmp_path / "data.jsonl"
+    messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    file.write_text("\n".join([json.dumps({"messages": messages})] * 30))
+    with pytest.raises(ValueError, match="has no chat template, which `messages` need: set --chat_template_path"):
+        train(recipe, tmp_path / "run", base, f"--data_file={file}")
 
 
 @pytest.mark.parametrize(
@@ -247,6 +280,7 @@ def test_training_resumes_bit_exactly(recipe, base, tmp_path):
     [
         (["--held_out=0"], "held_out must be at least 1, got 0"),
         (["--dataset=a/b", "--data_file=c.jsonl"], "data_file must be unset where dataset is set"),
+        (["--num_train_epochs=0"], "num_train_epochs must be above 0, got 0.0"),
         (["--load_in_4bit"], "load_in_4bit and load_in_8bit are for a model that is given"),
         (["--rwp_alpha=2"], r"rwp_alpha must be in \[0, 1\], got 2.0"),
         (["--lora_rank=3"], r"no flag --lora_rank; did you mean --lora_r\?"),

@@ -208,6 +208,7 @@ def test_arguments_are_pickled_and_logged_as_without_it(tmp_path):
         ({"zzz": 1}, TypeError, r"no option zzz\. It has optim"),
         ({"accumulation_steps": 2}, TypeError, "set the Trainer's gradient_accumulation_steps"),
         ({"gamma": -1.0}, ValueError, "gamma must be"),
+        ({"optim": "adam"}, ValueError, r"optim='adam' is not .* did you mean adamw_torch\?"),
         ({"optim": "adamw_toch"}, ValueError, r"optim='adamw_toch' is not .* did you mean adamw_torch\?"),
         ({"optim": "adalomo"}, NotImplementedError, "'adalomo', which steps inside the backward pass"),
         ({"optim": "galore_adamw_layerwise"}, NotImplementedError, "steps inside the backward pass"),

@@ -217,6 +217,7 @@ def test_on_a_real_terminal_no_line_is_wider_than_it_and_no_bar_is_drawn(run, im
     status, text = drawn_by("-m", "hf_rwp.cli", "predict", run, images / "a.png", images / "b.jpg")
     assert status == 0, text
     lines = text.splitlines()
+    assert lines.pop(0) == "hf-rwp predict: loading PyTorch and what else it needs"
     assert len(lines) == 2, lines
     for text in lines:
         assert len(text) <= 80
