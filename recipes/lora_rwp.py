@@ -206,6 +206,7 @@ from hf_rwp.runs.files import write
 from hf_rwp.runs.records import append_record, environment, hub_id, scrub_paths
 from hf_rwp.runs.resuming import RESULTS, check_writable, settle_folder
 from hf_rwp.runs.screen import fitted
+from hf_rwp.runs.signals import Signals
 from hf_rwp.trainer.adapters import History, Measured, command_of_run, last_screen
 from hf_rwp.trainer.checkpoints import find_trainer_checkpoint, remove_later_checkpoints
 from hf_rwp.trainer.language import known_texts, make_base
@@ -230,7 +231,7 @@ def main(args: Arguments) -> None:
     trainer = create_trainer(args)
     tokenizer, is_main = trainer.processing_class, trainer.is_world_process_zero()
     measure = measured(args, trainer.held_out)
-    history = History(measure, tokenizer, trainer)
+    history = History(measure, tokenizer, trainer, signals := Signals())
     trainer.add_callback(history)
     for shows in (PrinterCallback, ProgressCallback):  # History does
         trainer.remove_callback(shows)
@@ -241,7 +242,8 @@ def main(args: Arguments) -> None:
         remove_later_checkpoints(output_dir, checkpoint)
         write(output_dir / "arguments.json", json.dumps(flags, indent=2, default=str))
     busy = time.process_time()
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    with signals:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     (slots, seconds), memory = history.total(), peak_memory()
     busy = time.process_time() - busy
     if not history.rows or history.rows[-1]["step"] != trainer.state.global_step:

@@ -14,7 +14,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,7 @@ class GammaProposal:
     gamma: the proposal, for `RWP(gamma=...)` with this `noise`. reached: whether it is where the loss rises by
     `allowed`, and not the largest or smallest size that was tried. loss: of the weights as they are. baseline: of a
     guess from the labels' frequencies, nan where `rise` was given. levels: by size, ascending. sizes: for each weight
-    that is perturbed, by name, how large its noise is at gamma, relative to the weight.
+    that is perturbed, by name, how large its noise is at gamma, relative to the weight. Printed without these two.
     """
 
     gamma: float
@@ -63,8 +63,8 @@ class GammaProposal:
     loss: float
     baseline: float
     allowed: float
-    levels: tuple[NoiseLevel, ...]
-    sizes: Mapping[str, float]
+    levels: tuple[NoiseLevel, ...] = field(repr=False)
+    sizes: Mapping[str, float] = field(repr=False)
 
 
 def find_gamma(

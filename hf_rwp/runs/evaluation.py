@@ -37,4 +37,4 @@ def write_evaluation(folder: Path, figures: Mapping[str, Any]) -> None:
     """eval.json in the folder, and two columns on the screen: all but the figures by class."""
     write(folder / "eval.json", as_json(figures))
     shown = {name.removeprefix("eval_"): value for name, value in figures.items() if "by_class" not in name}
-    print(aligned({name: f"{value:.4f}" for name, value in shown.items()}))
+    print(aligned({name: f"{value:.4f}" if isinstance(value, float) else value for name, value in shown.items()}))

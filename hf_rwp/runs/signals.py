@@ -13,7 +13,7 @@ from types import FrameType
 
 PREEMPTED = 75  # the exit status after SIGTERM, once a checkpoint is saved: EX_TEMPFAIL, "try again later"
 INTERRUPTED, TERMINATED = 130, 143  # after Ctrl-C and SIGTERM, as shells have it
-_SAID = b"\nCtrl-C: saves a checkpoint and stops, at the next step that all replicas agree on; again to stop at once\n"
+_SAID = b"\nCtrl-C: saves a checkpoint and stops; again to stop at once, without it\n"
 
 
 class Terminated(KeyboardInterrupt):

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from hf_rwp.runs.closing import beside, curves_beside, said_of_files, with_comme
 from hf_rwp.runs.given import OF_A_SESSION, Flags, join_flags
 from hf_rwp.runs.progress import Progress, nothing_left
 from hf_rwp.runs.records import aligned, scrub_paths
+from hf_rwp.runs.run import agree
+from hf_rwp.runs.signals import Signals
 from hf_rwp.trainer.language import exact_match, mean_loss
 
 _PLACES = {"base_dir", "output_dir", "records", "report_to", "push_to_hub", *OF_A_SESSION}  # not what a run is
@@ -41,14 +44,16 @@ class History(TrainerCallback):
     """A row of figures for every evaluation, and how far training is. before: of the base, without adapters.
 
     Rows, seconds and what RWP did are in Trainer's log, which checkpoints hold: a run that goes on has all of them.
+    After a signal all replicas save a checkpoint and exit with the signal's status.
     """
 
-    def __init__(self, measure: Measured, tokenizer: Any, trainer: Any) -> None:
+    def __init__(self, measure: Measured, tokenizer: Any, trainer: Any, signals: Signals) -> None:
         self.measure, self.tokenizer, self.rows = measure, tokenizer, list[dict[str, Any]]()
         self.before: dict[str, float] = {}
         self.slots = {"clean": 0, "perturbed": 0}  # before this session, as seconds
         self.seconds = 0.0
-        self._begun, self._trainer = time.perf_counter(), trainer
+        self._begun, self._trainer, self._signals = time.perf_counter(), trainer, signals
+        self._stops = False  # agreed
         self._progress = Progress(1, shown=False)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
@@ -72,7 +77,20 @@ class History(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._progress.advance()
+        asked, accelerator = self._signals.seen is not None, self._trainer.accelerator
+        alone = accelerator.num_processes == 1
+        if (asked and alone) or (not alone and state.global_step % (int(state.logging_steps) or 1) == 0):
+            self._stops = agree(accelerator, [], 0, asked)[0]
+        if self._stops:  # evaluation may take longer than there is time
+            control.should_save, control.should_evaluate = True, False
         self._note(state, control)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._stops:
+            self._progress.close()
+            self._trainer.accelerator.wait_for_everyone()  # a launcher ends the others with the first
+            self._trainer.accelerator.print(self._signals.saved(state.global_step, args.output_dir), file=sys.stderr)
+            raise SystemExit(self._signals.status)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._note(state, control)

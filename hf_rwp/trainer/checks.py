@@ -11,7 +11,7 @@ from hf_rwp.core.refusals import refuse_data_parallel, refuse_unsupported
 
 logger = logging.getLogger(__name__)
 
-_PAIRS = "has the two answers of a pair in rows one after the other, so that half of the rows are half of the pairs"
+_PAIRS = "has the chosen answers in one half of its rows and the rejected ones in the other, so that no half has a pair"
 _PROMPTS = "is made of prompts, whose answers come from the model inside of the step"
 _WHOLE = {"DPOTrainer": _PAIRS, "RewardTrainer": _PAIRS}  # Trainers of TRL whose batches cannot be cut in halves
 _ONLINE = ("GRPOTrainer", "RLOOTrainer", "DistillationTrainer")  # the model answers: a loss of its own batch's answers

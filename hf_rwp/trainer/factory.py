@@ -100,8 +100,8 @@ class _Windows(TrainerCallback):
             )
         if trainer is not None and (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None):
             self._say(
-                "the loss is a mean over all tokens of a step, and RWPFactory mixes by batch: batches of more tokens "
-                "have more of the mix than alpha says. RWPTrainerMixin mixes by token"
+                "the loss is a mean over all labels of a step, as of tokens, and RWPFactory mixes by batch: batches of "
+                "more labels have more of the mix than alpha says. RWPTrainerMixin mixes by label"
             )
 
     def on_step_begin(self, args: Any, *_: Any, **__: Any) -> None:

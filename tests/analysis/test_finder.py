@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from hf_rwp import RWP, find_gamma
 from hf_rwp.analysis.batches import check_batch
-from hf_rwp.analysis.finder import DOWN, UP, NothingLearnedError
+from hf_rwp.analysis.finder import DOWN, UP, GammaProposal, NothingLearnedError
 from hf_rwp.analysis.sharpness import worst_case
 from hf_rwp.core.gamma import DEFAULT_GAMMA
 
@@ -277,3 +277,9 @@ def test_a_loss_that_is_no_number_is_refused(classifier):
     classifier.out.bias.data[0] = math.nan
     with pytest.raises(NothingLearnedError, match="the loss is nan"):
         find_gamma(classifier, list(images(1)))
+
+
+def test_a_proposal_is_printed_in_a_line():
+    found = GammaProposal(0.015, True, "filter", 1.0, 2.3, 0.16, (), {"fc.weight": 0.1})
+    assert repr(found).startswith("GammaProposal(gamma=0.015, reached=True, noise='filter', loss=1.0")
+    assert len(repr(found)) < 120

@@ -4,8 +4,10 @@ import contextlib
 import getpass
 import io
 import json
+import os
 import re
 import shlex
+import signal
 import socket
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_rwp.runs.parsing import parse_arguments
+from hf_rwp.runs.progress import Progress
 from hf_rwp.runs.records import read_records
 from hf_rwp.trainer import language
 
@@ -257,6 +260,26 @@ def test_a_finished_run_that_is_resumed_keeps_what_it_did(run, recipe, base, cap
     assert "weights: from checkpoint-3" in said
     assert found["final"]["rwp"]["slots"] == before["final"]["rwp"]["slots"]
     assert found["history"] == before["history"]
+
+
+def test_ctrl_c_saves_a_checkpoint_from_which_training_goes_on(run, recipe, base, tmp_path, monkeypatch, capsys):
+    advance = Progress.advance
+
+    def pressed(progress):
+        advance(progress)
+        if progress.done == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Progress, "advance", pressed)
+    with pytest.raises(SystemExit) as stopped:
+        train(recipe, tmp_path, base)
+    assert stopped.value.code == 130
+    assert f"Ctrl-C: saved step 2; --resume_from_checkpoint {tmp_path} goes on" in capsys.readouterr().err
+    monkeypatch.undo()
+    found = train(recipe, tmp_path, base, f"--resume_from_checkpoint={tmp_path}")
+    assert found["final"]["rwp"]["slots"] == {"clean": 3, "perturbed": 3}
+    whole, again = (load_file(place / "adapter/adapter_model.safetensors") for place in (run[0], tmp_path))
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
 
 
 def test_each_run_without_a_folder_has_its_own(recipe, base, tmp_path, monkeypatch):

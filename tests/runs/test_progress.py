@@ -1,7 +1,9 @@
 """Lines and the bar of runs/progress.py, by a clock of the tests' own and on a terminal that is none."""
 
 import itertools
+import logging
 import re
+import sys
 
 import pytest
 from terminal import on_stderr
@@ -116,3 +118,22 @@ def test_a_terminal_has_one_bar_with_the_time_left_for_all_of_it(monkeypatch, ca
     assert re.search(r"epoch 3/4:  6\d%\|.* \d\d:\d\d left, loss 0\.2500, [\d,]+ images/s", drawn), drawn
     assert drawn.rstrip("\r").rsplit("\r", 1)[-1].strip() == ""  # nothing of it stays
     assert capsys.readouterr().out.splitlines() == [f"line {epoch}" for epoch in range(4)]
+
+
+@pytest.mark.parametrize("name", ["hf_rwp.images.loaders", "transformers.trainer"])
+def test_a_warning_has_a_line_of_its_own_beside_the_bar(monkeypatch, name):
+    handlers = logging.getLogger().handlers[:]
+    with on_stderr(monkeypatch) as written:
+        progress = Progress(4)
+        if name.startswith("transformers"):
+            handler = logging.StreamHandler(sys.stderr)
+            monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [handler])
+        progress.begin("epoch 1/1")
+        progress.advance()
+        progress._bar.refresh()
+        logging.getLogger(name).warning("unreadable image, row 3")
+        progress.close()
+        drawn = written()
+    before, _, _ = drawn.partition("unreadable image, row 3")
+    assert before.endswith(("\r", "\n", "\r\r"))  # at the start of a line that the bar was wiped from
+    assert logging.getLogger().handlers == handlers
