@@ -184,7 +184,8 @@ def main(args: Arguments) -> None:
     for number, (what, takes) in enumerate(todo, start=1):
         what["settings"] = what["settings"] or chosen(args, what["method"], what["protocol"])
         progress.note()  # the loss of the run before is not this one's
-        progress.begin(f"{what['kind']} {number}/{total}, {what['method']}, seed {what['seed']}, {what['protocol']}")
+        terms = f", {what['protocol']}" if len(args.protocols) > 1 else ""
+        progress.begin(f"{what['kind']} {number}/{total}, {what['method']}, seed {what['seed']}{terms}")
         news += run(accelerator, args, data, facts, what, takes, progress)
     progress.close()
 

@@ -24,7 +24,7 @@ ALONE = {  # the rooms, and the modules of others, that may import a package of 
     "huggingface_hub": {"hub"},
     "matplotlib": {"analysis"},
     "timm": {"images", "experiments", "hub.export", "trainer.images", "trainer.models"},
-    "datasets": {"images"},
+    "datasets": {"images", "trainer.texts"},
     "axolotl": {"integrations"},
     "pydantic": {"integrations"},
     "evaluate": {"images.top_k"},

@@ -13,6 +13,7 @@ from hf_rwp.hub.card import card_of_record
 from hf_rwp.hub.push import PushError, push
 from hf_rwp.runs.files import write
 from hf_rwp.runs.mistakes import Parser, told_in_a_line
+from hf_rwp.runs.started import announce
 
 
 def push_folder(argv: Sequence[str]) -> None:
@@ -42,6 +43,8 @@ def record(argv: Sequence[str]) -> None:
     parser.add_argument("--dataset", metavar="ID", help="What `--data_dir` held, by its id on the Hub.")
     parser.add_argument("--note", help="What the figures do not say, for the card.")
     options = parser.parse_args(argv)
+    if sys.stderr.isatty():
+        announce("record")
     from hf_rwp.runs.records import append_record  # which imports torch
 
     own = {name: value for name in ("dataset", "note") if (value := getattr(options, name))}

@@ -276,9 +276,9 @@ def test_in_a_pipe_it_says_how_far_all_runs_are(compare, tmp_path, monkeypatch, 
     start(compare, tmp_path, "--methods", "base", "--seeds", "0")
     start(compare, tmp_path, "--methods", "base", "rwp", "--seeds", "0")
     said = capsys.readouterr().out.splitlines()
-    last = max(number for number, line in enumerate(said) if line.startswith("run 1/1, base, seed 0, images"))
-    assert re.fullmatch(r"run 1/1, base, seed 0, images done: loss \d\.\d{4}, top-1 \d+\.\d\d%", said[last])
-    lines = [line for line in said[last:] if line.startswith("run 2/2, rwp, seed 0, images")]
+    last = max(number for number, line in enumerate(said) if line.startswith("run 1/1, base, seed 0"))
+    assert re.fullmatch(r"run 1/1, base, seed 0 done: loss \d\.\d{4}, top-1 \d+\.\d\d%", said[last])
+    lines = [line for line in said[last:] if line.startswith("run 2/2, rwp, seed 0")]
     percents = [int(re.search(r"(\d+)%", line)[1]) for line in lines[:-1]]
     assert percents == list(range(55, 101, 5))  # of ten steps after those that were there
     assert all(re.search(r" images/s(, \d\d:\d\d left)?$", line) for line in lines[:-1])
