@@ -43,6 +43,7 @@ from typing import Any
 from hf_rwp.cli import refuse_missing
 
 refuse_missing("lora", __name__)
+from hf_rwp.images.weights import find_weights
 from hf_rwp.runs.parsing import flags_first, start, values_first
 from hf_rwp.trainer.ranges import Ranges, check_ranges
 from hf_rwp.trainer.texts import TextArguments, load_texts
@@ -52,9 +53,16 @@ from hf_rwp.trainer.texts import TextArguments, load_texts
 class Ahead(TextArguments, Ranges):
     """What is checked ahead of the slow imports."""
 
+    model_name_or_path: str | None = None
+
     def __post_init__(self) -> None:
         TextArguments.__post_init__(self)
         Ranges.__post_init__(self)
+
+    def look_ahead(self) -> None:
+        named = self.model_name_or_path
+        if named and not Path(named).expanduser().exists():
+            find_weights(named, "model_name_or_path")  # which refuses what cannot be on the Hub
 
 
 values_first(__name__, Ahead)

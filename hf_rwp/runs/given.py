@@ -5,6 +5,7 @@ join_flags(given.of_the_run) + argv         # what the run is, and what is said 
 save_flags(folder, given.flags)             # when training begins
 """
 
+import difflib
 import json
 import os
 import re
@@ -92,7 +93,7 @@ def with_those_of_the_run(flags: Flags, default_folder: Callable[[], str], names
     if wanted == "latest":
         folder = Path(output_dir) if output_dir is not None else latest_folder(Path(default_folder()))
     else:
-        place = Path(wanted).expanduser()
+        place = existing_run(wanted)
         folder = next((path for path in (place, *place.absolute().parents[:2]) if (path / FLAGS).is_file()), place)
     if not (folder / FLAGS).is_file():  # of an earlier version
         return Given(flags)
@@ -106,6 +107,17 @@ def with_those_of_the_run(flags: Flags, default_folder: Callable[[], str], names
     anew = {name: values for name, values in kept.items() if own.get(name) != values}
     own["output_dir"] = [str(folder)]
     return Given({**own, **flags}, folder, own, anew)
+
+
+def existing_run(wanted: str) -> Path:
+    """What `--resume_from_checkpoint` names by its path. Raises ValueError where nothing is there."""
+    place = Path(wanted).expanduser()
+    if not place.exists():
+        beside = [path.name for path in place.parent.iterdir() if path.is_dir()] if place.parent.is_dir() else []
+        near = difflib.get_close_matches(place.name, beside, n=1)
+        meant = f"; did you mean {place.parent / near[0]}?" if near else ": name a run's folder, or latest"
+        raise ValueError(f"resume_from_checkpoint={wanted!r} does not exist{meant}")
+    return place
 
 
 def save_flags(folder: Path, flags: Flags) -> None:

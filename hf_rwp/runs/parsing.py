@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from hf_rwp.runs.configs import read_config, where_in
 from hf_rwp.runs.flags import FlagParser
-from hf_rwp.runs.given import Given, join_flags, split_flags, with_those_of_the_run
+from hf_rwp.runs.given import Given, existing_run, join_flags, split_flags, with_those_of_the_run
 from hf_rwp.runs.hints import no_such_flags
 from hf_rwp.runs.mistakes import told_in_a_line
 from hf_rwp.runs.started import announce
@@ -81,7 +81,11 @@ def values_first(module: str, kind: type[Any], argv: Sequence[str] | None = None
         parser = FlagParser(kind)
         config = parser.parse_known_args(words)[0].config
         of_file = read_config(config, _names(kind), ignore=True, logs=False) if config else {}
-        if "resume_from_checkpoint" not in {word[2:].partition("=")[0].replace("-", "_") for word in words}:
+        runs = split_flags(words, ()).get("resume_from_checkpoint")
+        for name in runs or ():
+            if name != "latest":
+                existing_run(name)
+        if runs is None:
             every = [*join_flags(of_file), *words]
             found = parser.parse_args_into_dataclasses(every, return_remaining_strings=True, look_for_args_file=False)
             _look_ahead(found[0])

@@ -90,6 +90,9 @@ OUT_OF_RANGE = [
     ("lora_rwp", ["--rwp_gamma", "-1"], "rwp_gamma must be finite and at least 0, got -1.0"),
     ("lora_rwp", ["--num_train_epochs=0"], "num_train_epochs must be above 0, got 0.0"),
     ("lora_rwp", ["--data_file=nowhere.txt"], "data_file='nowhere.txt' is not there"),
+    ("lora_rwp", ["--model_name_or_path=./nowhere"], "model_name_or_path='./nowhere' does not exist"),
+    ("imagenet_rwp", ["--resume_from_checkpoint=outputs/no"], "resume_from_checkpoint='outputs/no' does not exist"),
+    ("vit_rwp", ["--resume_from_checkpoint=outputs/no"], "resume_from_checkpoint='outputs/no' does not exist"),
 ]
 
 
