@@ -1,5 +1,6 @@
 """The wheel: the recipes are in it as `hf_rwp.recipes`, and start from there."""
 
+import json
 import os
 import subprocess
 import sys
@@ -58,16 +59,19 @@ def test_the_wheel_holds_the_recipes_and_their_files_and_no_results(installed):
     assert {name.split("/")[0] for name in files if ".dist-info" not in name} == {"hf_rwp"}
 
 
-LAUNCH = ["-m", "accelerate.commands.launch", "-m", "hf_rwp.recipes.imagenet_rwp"]
+LAUNCH = ["accelerate.commands.launch", "-m", "hf_rwp.recipes.imagenet_rwp"]
+COMMAND = ["hf_rwp.cli", "train", "--processes=2"]
 
 
-@pytest.mark.parametrize("start", [LAUNCH, ["-m", "hf_rwp.cli", "train"]], ids=["accelerate launch", "hf-rwp"])
-def test_an_installed_recipe_trains(installed, tmp_path, start):
+@pytest.mark.parametrize(("start", "processes"), [(LAUNCH, 1), (COMMAND, 2)], ids=["accelerate launch", "hf-rwp"])
+def test_an_installed_recipe_trains(installed, tmp_path, start, processes):
     _, python = installed
     flags = ["--img_size=16", "--batch_size=32", "--epochs=1", "--report_to=none", "--output_dir=out"]
-    trained = run(python, *start, *flags, cwd=tmp_path)
+    trained = run(python, "-m", *start, *flags, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
-    assert (tmp_path / "out" / "results.json").exists()
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["final"]["rwp"]["placement"] == ("parallel" if processes == 2 else "sequential")
+    assert ("not passed to `accelerate launch`" in trained.stderr) == (start == LAUNCH)
 
 
 def test_the_command_finds_the_files_of_installed_recipes(installed, tmp_path):

@@ -130,9 +130,8 @@ def loss_in_float32(model, x, y):
 
 
 LONG = {
-    "momentum": Case("hsdp", windows=30),
-    "clipping": Case("hsdp", windows=30, clip=0.05),
     "an evaluation each": Case("hsdp", windows=30, ahead=evaluate),
+    "clipping": Case("hsdp", windows=30, clip=0.05),
     "K=3": Case("hsdp", windows=10, accumulation=3, clip=0.05),
     "bf16": Case(
         "hsdp",
