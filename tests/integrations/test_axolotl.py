@@ -92,7 +92,7 @@ def test_pairs_are_refused_without_accumulation(tmp_path):
     class AxolotlDPOTrainer(type("DPOTrainer", (axolotl.AxolotlTrainer,), {})): ...
 
     given = {"train_dataset": sentences(5), "kind": AxolotlDPOTrainer, **QUIET}
-    with pytest.raises(ValueError, match="a batch of AxolotlDPOTrainer has the two answers"):
+    with pytest.raises(ValueError, match="a batch of AxolotlDPOTrainer has the chosen answers"):
         axolotl.build(KEYS, Tagger(), str(tmp_path), **given)
     axolotl.build({**KEYS, "gradient_accumulation_steps": 2}, Tagger(), str(tmp_path), **given)
 
