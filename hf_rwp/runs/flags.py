@@ -20,7 +20,7 @@ GROUPS = ("comparison", "model", "data", "training", "RWP", "run", "Hub", _OTHER
 _BY_NAME = {
     "model": "model|model_.*|pretrained|drop|drop_path|channels_last|torch_compile|mixed_precision|sync_bn|small_stem|"
     "base_dir|base_steps|use_peft|lora_.*|use_dora|load_in_.*|bf16|gradient_checkpointing|attn_implementation|dtype",
-    "data": "data_.*|dataset|dataset_.*|train_samples|held_out|known_file|max_length",
+    "data": "data_.*|dataset|dataset_.*|max_length",
     "training": "epochs|num_train_epochs|max_steps|learning_rate|lr_scheduler_type|warmup_.*|optim|adam_.*|"
     "weight_decay|per_device_.*|gradient_accumulation_steps|max_grad_norm|seed",
     "RWP": "rwp|rwp_.*|method|sam_rho",

@@ -9,6 +9,7 @@ import yaml
 
 from hf_rwp.core.checks import check_all
 from hf_rwp.images.arguments import ImageArguments
+from hf_rwp.images.weights import SUFFIXES, find_weights
 
 
 @dataclass
@@ -81,13 +82,10 @@ class ModelArguments(ImageArguments):
     def look_ahead(self) -> None:
         """Raise ValueError for weights that are not there, and for a name that is in none of timm's files."""
         from hf_rwp.images.timm_files import similar_in_files
-        from hf_rwp.images.weights import find_weights
 
         super().look_ahead()
         name = self.model_name_or_path
-        if self.weights:
-            find_weights(self.weights, "model_name_or_path")
-        elif name and (names := similar_in_files(name)) is not None:
+        if self.weights is None and name and (names := similar_in_files(name)) is not None:
             raise ValueError(_no_model(name, names))
 
     @property
@@ -101,8 +99,6 @@ class ModelArguments(ImageArguments):
 
         Raises ValueError for a path that leads nowhere or to no model.
         """
-        from hf_rwp.images.weights import SUFFIXES, find_weights  # heavy as well
-
         name = self.model_name_or_path
         if not name or not ("/" in name or Path(name).expanduser().exists() or Path(name).suffix in SUFFIXES):
             return None

@@ -20,7 +20,8 @@ class Ranges(RWPArguments):
     gradient_accumulation_steps: int = 1
     learning_rate: float | None = None
     seed: int = 0
-    rwp_split: bool = field(default=True, init=False, repr=False)  # which Trainer's arguments may be false
+    # Checked with Trainer's arguments, which know whether it may be false
+    rwp_split: bool = field(default=True, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_ranges(self)
