@@ -22,7 +22,8 @@ Flags: TypeAlias = Mapping[str, Sequence[str]]  # by name, as they were typed
 FLAGS = "_flags.json"  # a name that Trainer's own pushes leave out: it has paths of this machine
 OF_A_SESSION = {"config", "config_ignore_unknown", "eval_only", "output_dir", "overwrite_output_dir"}
 OF_A_SESSION |= {"resume_from_checkpoint"}
-_PLACES = {"data_dir", "dataset", "model_name_or_path", "pretrained"}  # these may be a folder's bare name
+# These may be a folder's or a file's bare name.
+_PLACES = {"data_dir", "data_file", "dataset", "known_file", "model_name_or_path", "pretrained"}
 _SECRET = re.compile(r"(^|_)token$")
 
 

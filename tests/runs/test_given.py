@@ -51,8 +51,13 @@ def test_paths_are_kept_as_absolute_ones_and_flags_of_a_session_are_not(tmp_path
     (tmp_path / "resnet50").mkdir()
     monkeypatch.chdir(tmp_path)
     flags = {"data_dir": ["photos"], "model": ["resnet50"], "output_dir": ["out"], "eval_only": []}
+    texts = {name: tmp_path / name for name in ("data_file", "known_file")}
+    flags |= {name: [name] for name in texts}
+    for file in texts.values():
+        file.touch()
     save_flags(tmp_path, flags | {"resume_from_checkpoint": ["latest"], "overwrite_output_dir": []})
-    assert json.loads((tmp_path / FLAGS).read_text()) == {"data_dir": [str(tmp_path / "photos")], "model": ["resnet50"]}
+    kept = {"data_dir": [str(tmp_path / "photos")], "model": ["resnet50"]}
+    assert json.loads((tmp_path / FLAGS).read_text()) == kept | {name: [str(file)] for name, file in texts.items()}
 
 
 @pytest.mark.parametrize("named", ["", "checkpoints/step_3", "checkpoint-3"])
