@@ -160,8 +160,8 @@ class Arguments(TextArguments, ModelConfig, RWPArguments, SFTConfig):
     def __post_init__(self) -> None:
         if self.quick:
             self.base_steps, self.num_train_epochs = min(self.base_steps, 20), 1.0
-            self.held_out = self.held_out or 16
-            self.train_samples = self.train_samples or 64
+            self.held_out = 16 if self.held_out is None else self.held_out
+            self.train_samples = 64 if self.train_samples is None else self.train_samples
         if self.learning_rate is None:
             self.learning_rate = 2e-4 if self.model_name_or_path else 1e-3
         if self.num_train_epochs is None:
@@ -212,7 +212,7 @@ from hf_rwp.hub.export import class_name
 from hf_rwp.hub.push import PushError, push
 from hf_rwp.runs.files import write
 from hf_rwp.runs.records import append_record, environment, hub_id, scrub_paths
-from hf_rwp.runs.resuming import RESULTS, check_writable, settle_folder
+from hf_rwp.runs.resuming import RESULTS, check_writable, name_of, settle_folder
 from hf_rwp.runs.screen import fitted
 from hf_rwp.runs.signals import Signals
 from hf_rwp.trainer.adapters import History, Measured, command_of_run, last_screen
@@ -226,8 +226,8 @@ class RWPSFTTrainer(RWPTrainerMixin, SFTTrainer): ...
 def main(args: Arguments) -> None:
     refuse_lone_processes()
     given = vars(args).pop("given", args.given)  # which Trainer need not pickle
-    if args.numbered and args.push_to_hub and args.hub_model_id is None:
-        args.hub_model_id = Path(args.output_dir).name  # and not the number of the run
+    if args.push_to_hub and args.hub_model_id is None and (args.numbered or given.run):
+        args.hub_model_id = name_of(Path(args.output_dir))
     settle_folder(args)
     output_dir, flags = Path(args.output_dir), scrub_paths(args.to_dict())
     checkpoint = find_trainer_checkpoint(args)
@@ -252,13 +252,13 @@ def main(args: Arguments) -> None:
     busy = time.process_time()
     with signals:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    (slots, seconds), memory = history.total(), peak_memory()
+    (done, seconds), memory = history.total(), peak_memory()
     busy = time.process_time() - busy
     if not history.rows or history.rows[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
     final = dict(history.rows[-1])
     if trainer.rwp is not None:
-        final["rwp"] = {**trainer.rwp.report(), "slots": slots, "gamma": trainer.rwp.defaults["rwp_gamma"]}
+        final["rwp"] = {**done, "gamma": trainer.rwp.defaults["rwp_gamma"]}
     final |= {f"{name}_before": value for name, value in history.before.items()}
     if "known_loss_before" in final:
         final["forgetting"] = final["known_loss"] - final["known_loss_before"]
@@ -345,7 +345,8 @@ def measured(args: Arguments, held_out: Sequence[Mapping[str, Any]]) -> Measured
     plain = [row for row in held_out if isinstance(row.get("prompt"), str)]
     known: list[str] = []
     if args.known_file:
-        known = [line for line in Path(args.known_file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = Path(args.known_file).expanduser().read_text(encoding="utf-8")
+        known = [line for line in text.splitlines() if line.strip()]
     elif args.model_name_or_path is None:
         known = known_texts(len(held_out), seed=10_000)
     return Measured(plain, known, args.max_new_tokens)

@@ -205,7 +205,7 @@ from hf_rwp.runs.evaluation import write_evaluation
 from hf_rwp.runs.files import as_json, write
 from hf_rwp.runs.opening import data_facts, model_facts, opening, say, step_facts
 from hf_rwp.runs.records import Results, base_of, environment, scrub_paths, weights_digest, with_by_class
-from hf_rwp.runs.resuming import RESULTS, check_writable, refuse_other_flags, settle_folder
+from hf_rwp.runs.resuming import RESULTS, check_writable, name_of, refuse_other_flags, settle_folder
 from hf_rwp.runs.sharded import gathered, refuse_sharded, replicas_of_run, shard_blocks, whole_copy
 from hf_rwp.runs.signals import Signals
 from hf_rwp.runs.tracking import track_trainer
@@ -232,8 +232,8 @@ def main(args: Arguments) -> None:
     refuse_lone_processes()
     disable_progress_bar()  # of each file that transformers reads
     given = vars(args).pop("given", args.given)  # which Trainer need not pickle beside the weights
-    if args.numbered and args.push_to_hub and args.hub_model_id is None:
-        args.hub_model_id = Path(args.output_dir).name  # and not the number of the run
+    if args.push_to_hub and args.hub_model_id is None and (args.numbered or given.run):
+        args.hub_model_id = name_of(Path(args.output_dir))
     settle_folder(args)
     output_dir = Path(args.output_dir)
     results_file, flags_file = output_dir / RESULTS, output_dir / "arguments.json"

@@ -77,6 +77,12 @@ def settle_folder(args: Any) -> None:
     args.output_dir, args.numbered = said[0], False
 
 
+def name_of(folder: Path) -> str:
+    """Of a run's row of folders: NAME for outputs/NAME and, of the second run there, outputs/NAME/2."""
+    folder = folder.absolute()
+    return folder.parent.name if folder.name.isdigit() and (folder.parent / FLAGS).is_file() else folder.name
+
+
 def runs_beside(output_dir: Path) -> list[Path]:
     """The folders beside one that hold a run's flags, at most five, the last written first."""
     files = [*output_dir.parent.glob(f"*/{FLAGS}"), *output_dir.parent.glob(f"*/[0-9]*/{FLAGS}")]

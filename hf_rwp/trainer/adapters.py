@@ -1,5 +1,6 @@
 """A fine-tuned language model, evaluation by evaluation: what it has learned, what it forgot, and what comes next."""
 
+import contextlib
 import json
 import shlex
 import sys
@@ -43,30 +44,28 @@ class Measured:
 class History(TrainerCallback):
     """A row of figures for every evaluation, and how far training is. before: of the base, without adapters.
 
-    Rows, seconds and what RWP did are in Trainer's log, which checkpoints hold: a run that goes on has all of them.
+    These, seconds and what RWP did are in Trainer's log, which checkpoints hold: a run that goes on has all of them.
     After a signal all replicas save a checkpoint and exit with the signal's status.
     """
 
     def __init__(self, measure: Measured, tokenizer: Any, trainer: Any, signals: Signals) -> None:
         self.measure, self.tokenizer, self.rows = measure, tokenizer, list[dict[str, Any]]()
         self.before: dict[str, float] = {}
-        self.slots = {"clean": 0, "perturbed": 0}  # before this session, as seconds
+        self.report: dict[str, Any] = {}  # RWP's, before this session, as seconds
         self.seconds = 0.0
         self._begun, self._trainer, self._signals = time.perf_counter(), trainer, signals
         self._stops = False  # agreed
         self._progress = Progress(1, shown=False)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
-        if args.use_peft:
-            with seen["model"].disable_adapter():
-                self.before = self.measure(seen["model"], self.tokenizer)
-        elif not state.global_step:
-            self.before = self.measure(seen["model"], self.tokenizer)
         for entry in state.log_history:
             if "row" in entry:
                 self.rows.append(entry["row"])
-            if "slots" in entry:
-                self.slots, self.seconds = entry["slots"], entry["seconds"]
+            if "seconds" in entry:
+                self.report, self.before, self.seconds = entry.get("rwp", {}), entry["before"], entry["seconds"]
+        if args.use_peft or not state.global_step:
+            with seen["model"].disable_adapter() if args.use_peft else contextlib.nullcontext():
+                self.before = self.measure(seen["model"], self.tokenizer)
         samples = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         part = max(1, round(state.max_steps / max(1, state.num_train_epochs)))
         counts = {"part": part, "done": state.global_step, "images": samples, "unit": "samples"}
@@ -79,7 +78,7 @@ class History(TrainerCallback):
         self._progress.advance()
         asked, accelerator = self._signals.seen is not None, self._trainer.accelerator
         alone = accelerator.num_processes == 1
-        if (asked and alone) or (not alone and state.global_step % (int(state.logging_steps) or 1) == 0):
+        if control.should_save or (asked and alone) or state.global_step % (int(state.logging_steps) or 1) == 0:
             self._stops = agree(accelerator, [], 0, asked)[0]
         if self._stops:  # evaluation may take longer than there is time
             control.should_save, control.should_evaluate = True, False
@@ -87,24 +86,28 @@ class History(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._stops:
-            self._progress.close()
             self._trainer.accelerator.wait_for_everyone()  # a launcher ends the others with the first
+            self._trainer.callback_handler.on_train_end(args, state, control)  # whoever writes logs or shows them ends
             self._trainer.accelerator.print(self._signals.saved(state.global_step, args.output_dir), file=sys.stderr)
             raise SystemExit(self._signals.status)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._note(state, control)
 
-    def total(self) -> tuple[dict[str, int], float]:
-        """Gradients by kind and seconds, of all sessions. Collective."""
-        own = {} if self._trainer.rwp is None else self._trainer.rwp.report()["slots"]
-        slots = {kind: count + own.get(kind, 0) for kind, count in self.slots.items()}
-        return slots, self.seconds + time.perf_counter() - self._begun
+    def total(self) -> tuple[dict[str, Any], float]:
+        """RWP's report, empty without it, and seconds, of all sessions. Collective."""
+        report = {} if self._trainer.rwp is None else self._trainer.rwp.report()
+        if report and self.report:
+            before = self.report["slots"]
+            report["slots"] = {kind: count + before[kind] for kind, count in report["slots"].items()}
+            report["relative_noise"] = report["relative_noise"] or self.report["relative_noise"]  # no pass ran since
+        return report, self.seconds + time.perf_counter() - self._begun
 
     def _note(self, state: Any, control: Any) -> None:
         if control.should_save:
-            slots, seconds = self.total()
-            state.log_history.append({"step": state.global_step, "slots": slots, "seconds": seconds})
+            report, seconds = self.total()
+            entry = {"step": state.global_step, "before": self.before, "seconds": seconds}
+            state.log_history.append(entry | ({"rwp": report} if report else {}))
 
     def on_log(self, args: Any, state: Any, control: Any, **seen: Any) -> None:
         logs = seen["logs"]
@@ -183,15 +186,15 @@ def next_commands(
     code = [
         "",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f"folder = {json.dumps(str(folder))}",
+        f"folder = {_quoted(str(folder))}",
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(base) if results['adapters'] else 'folder'})",
+        f"model = AutoModelForCausalLM.from_pretrained({_quoted(base) if results['adapters'] else 'folder'})",
     ]
     if results["adapters"]:
         code.insert(1, "from peft import PeftModel")
         code.append("model = PeftModel.from_pretrained(model, folder)")
     code += [
-        f'prompt = tokenizer({json.dumps(prompt or "Hello")}, return_tensors="pt").input_ids',
+        f'prompt = tokenizer({_quoted(prompt or "Hello")}, return_tensors="pt").input_ids',
         f"answer = model.generate(prompt, max_new_tokens={results['max_new_tokens']})",
         "print(tokenizer.decode(answer[0]))",
     ]
@@ -204,3 +207,8 @@ def next_commands(
         "compare": shlex.join(["hf-rwp", "lora", f"--rwp={other}", *join_flags(own)]),
         "push": shlex.join(["hf-rwp", "push", str(folder), "USER/NAME"]),
     }
+
+
+def _quoted(text: str) -> str:
+    """In Python, where JSON's escape of an emoji would be two characters."""
+    return json.dumps(text, ensure_ascii=False)

@@ -109,9 +109,10 @@ def _rows(args: TextArguments) -> Any:
 def _damage(file: Path, error: Exception) -> str:
     """Where a file is not what its name says, and why."""
     if file.suffix == ".jsonl":
-        for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
             try:
-                line.strip() and json.loads(line)
+                if line.strip():
+                    json.loads(line)
             except ValueError as found:
                 return f', line {number}: not JSON ({found}). Each line is an object, such as {{"text": "..."}}'
     return f" could not be read as {file.suffix[1:]}: {error.__cause__ or error}"

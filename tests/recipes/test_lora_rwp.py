@@ -1,5 +1,6 @@
 """recipes/lora_rwp.py: what it computes, writes and refuses."""
 
+import ast
 import contextlib
 import getpass
 import io
@@ -22,12 +23,15 @@ from imagenet import RECIPES, load_recipe, results
 from launched import under
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DefaultFlowCallback
 
+from hf_rwp.runs.given import save_flags
 from hf_rwp.runs.parsing import parse_arguments
 from hf_rwp.runs.progress import Progress
 from hf_rwp.runs.records import read_records
 from hf_rwp.trainer import language
+from hf_rwp.trainer.adapters import next_commands
+from hf_rwp.trainer.texts import TextArguments, load_texts
 
 CONFIGS = sorted((RECIPES / "configs" / "lora").glob("*.yaml"))
 BLOCKS = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer"}
@@ -145,6 +149,27 @@ def test_the_next_commands_do_what_they_say(said, recipe):
     assert found["push"] == ["hf-rwp", "push", str(folder / "adapter"), "USER/NAME"]
 
 
+def test_a_prompt_with_an_emoji_is_generated_from_as_it_is(run, base):
+    folder, found = run
+    code = next_commands(found, {}, folder / "adapter", str(base), "a \N{CAT FACE} is ")["generate"]
+    (given,) = (line for line in shlex.split(code)[2].splitlines() if line.startswith("prompt = "))
+    assert ast.literal_eval(given[len("prompt = tokenizer(") : given.index(", return")]) == "a \N{CAT FACE} is "
+
+
+def test_a_known_file_in_the_home_folder(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "known.txt").write_text("1+2=3\n")
+    args = parse_arguments(recipe.Arguments, ["--known_file=~/known.txt", "--use_cpu"])
+    assert recipe.measured(args, []).known == ["1+2=3"]
+
+
+def test_a_damaged_line_is_numbered_by_line_feeds_alone(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"text": "a\u2028b\x85c"}\n{"text": \n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"data.jsonl, line 2: not JSON"):
+        load_texts(TextArguments(data_file=str(file)), seed=0)
+
+
 def test_a_run_keeps_its_flags_its_command_and_a_record(said, recipe):
     folder, found, _ = said
     assert found["command"].startswith("accelerate launch recipes/lora_rwp.py --quick --train_samples=24")
@@ -239,8 +264,14 @@ def test_columns_that_it_does_not_know_are_named(recipe, base, tmp_path):
 
 
 def test_training_resumes_bit_exactly(recipe, base, tmp_path):
-    flags = ["--save_strategy=steps", "--save_steps=1", "--save_total_limit=9"]
-    train(recipe, tmp_path / "whole", base, *flags)
+    flags = [
+        "--save_strategy=steps",
+        "--save_steps=1",
+        "--save_total_limit=9",
+        "--eval_strategy=steps",
+        "--eval_steps=1",
+    ]
+    through = train(recipe, tmp_path / "whole", base, *flags)
     whole = load_file(tmp_path / "whole/adapter/adapter_model.safetensors")
     (tmp_path / "whole/results.json").unlink()
     again = [*flags, f"--resume_from_checkpoint={tmp_path / 'whole/checkpoint-2'}"]
@@ -248,7 +279,8 @@ def test_training_resumes_bit_exactly(recipe, base, tmp_path):
     again = load_file(tmp_path / "again/adapter/adapter_model.safetensors")
     assert whole.keys() == again.keys()
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
-    assert [row["step"] for row in found["history"]] == [3]
+    assert [row["step"] for row in found["history"]] == [1, 2, 3]
+    assert found["history"] == through["history"]
     assert found["final"]["rwp"]["slots"] == {"clean": 3, "perturbed": 3}  # the two before the cut as well
 
 
@@ -258,8 +290,16 @@ def test_a_finished_run_that_is_resumed_keeps_what_it_did(run, recipe, base, cap
     said = capsys.readouterr().out
     assert "nothing is left to train: 3 steps are behind this run. A larger --num_train_epochs goes on" in said
     assert "weights: from checkpoint-3" in said
-    assert found["final"]["rwp"]["slots"] == before["final"]["rwp"]["slots"]
+    assert found["final"]["rwp"] == before["final"]["rwp"]
     assert found["history"] == before["history"]
+
+
+def test_what_all_weights_forgot_is_known_after_resuming(recipe, base, tmp_path):
+    flags = ["--use_peft=false", "--rwp_frozen=false", "--train_samples=8"]
+    before = train(recipe, tmp_path, base, *flags)["final"]
+    found = train(recipe, tmp_path, base, *flags, f"--resume_from_checkpoint={tmp_path}")["final"]
+    assert found["known_loss_before"] == before["known_loss_before"]
+    assert found["forgetting"] == pytest.approx(before["forgetting"])
 
 
 def test_ctrl_c_saves_a_checkpoint_from_which_training_goes_on(run, recipe, base, tmp_path, monkeypatch, capsys):
@@ -270,10 +310,13 @@ def test_ctrl_c_saves_a_checkpoint_from_which_training_goes_on(run, recipe, base
         if progress.done == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
+    ended = []  # by whoever writes logs
     monkeypatch.setattr(Progress, "advance", pressed)
+    monkeypatch.setattr(DefaultFlowCallback, "on_train_end", lambda *_, **__: ended.append("log"))
     with pytest.raises(SystemExit) as stopped:
         train(recipe, tmp_path, base)
     assert stopped.value.code == 130
+    assert ended == ["log"]
     assert f"Ctrl-C: saved step 2; --resume_from_checkpoint {tmp_path} goes on" in capsys.readouterr().err
     monkeypatch.undo()
     found = train(recipe, tmp_path, base, f"--resume_from_checkpoint={tmp_path}")
@@ -290,6 +333,24 @@ def test_each_run_without_a_folder_has_its_own(recipe, base, tmp_path, monkeypat
         assert results(Path(folder))["final"]["step"] == 3
 
 
+@pytest.mark.parametrize("name", ["lora_rwp", "vit_rwp"])
+def test_a_second_run_that_goes_on_is_pushed_by_the_name_of_its_row(name, tmp_path, monkeypatch):
+    recipe, row, pushed = load_recipe(RECIPES / f"{name}.py"), tmp_path / "sums", []
+
+    def settle(args):
+        pushed.append(args.hub_model_id)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "settle_folder", settle)
+    for folder in (row, row / "2"):
+        folder.mkdir()
+        save_flags(folder, {"seed": ["1"]})
+        flags = [f"--resume_from_checkpoint={folder}", "--push_to_hub", "--use_cpu"]
+        with pytest.raises(KeyboardInterrupt):
+            recipe.main(parse_arguments(recipe.Arguments, flags))
+    assert pushed == ["sums", "sums"]
+
+
 def test_messages_without_a_chat_template_are_refused_by_name(recipe, base, tmp_path):
     file = tmp_path / "data.jsonl"
     messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
@@ -302,6 +363,8 @@ def test_messages_without_a_chat_template_are_refused_by_name(recipe, base, tmp_
     ("flags", "said"),
     [
         (["--held_out=0"], "held_out must be at least 1, got 0"),
+        (["--quick", "--held_out=0"], "held_out must be at least 1, got 0"),
+        (["--quick", "--train_samples=0"], "train_samples must be at least 1, got 0"),
         (["--dataset=a/b", "--data_file=c.jsonl"], "data_file must be unset where dataset is set"),
         (["--num_train_epochs=0"], "num_train_epochs must be above 0, got 0.0"),
         (["--load_in_4bit"], "load_in_4bit and load_in_8bit are for a model that is given"),
