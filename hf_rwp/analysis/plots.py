@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 StrPath = str | os.PathLike[str]
 
-# Okabe and Ito's palette, apart for every kind of colour vision; lines and markers are apart in grey, too.
+# Okabe and Ito's palette, apart for every kind of color vision; lines and markers are apart in gray, too.
 # One look for each model or method, in every panel.
 LOOKS: list[dict[str, Any]] = [
     {"color": "#0072B2", "linestyle": "-", "marker": "o"},
@@ -205,14 +205,14 @@ def landscape(losses: Mapping[str, Any], coordinates: Sequence[float], path: Str
     """Write a PNG: the loss on a plane through the weights, as contours above and as a surface below, for each model.
 
     losses: for each model's name an array (len(coordinates), len(coordinates)), first index along the first direction.
-    All models share axes, levels and colours. Losses above 0 that span more than a factor of ten are drawn on a
-    logarithmic scale; what is infinite or no number is left out. label: of the colours.
+    All models share axes, levels and colors. Losses above 0 that span more than a factor of ten are drawn on a
+    logarithmic scale; what is infinite or no number is left out. label: of the colors.
     """
     grids = {name: np.ma.masked_invalid(np.asarray(grid, dtype=float)) for name, grid in losses.items()}
     known = np.concatenate([grid.compressed() for grid in grids.values()])
     low, high = (known.min(), known.max()) if known.size else (0.0, 1.0)
     logarithmic = bool(low > 0 and high > 10 * low)
-    high = max(high, low + 1e-12 * max(1.0, abs(low)))  # a flat plane has a colour too
+    high = max(high, low + 1e-12 * max(1.0, abs(low)))  # a flat plane has a color too
     norm = LogNorm(low, high) if logarithmic else Normalize(low, high)
     levels = (np.geomspace if logarithmic else np.linspace)(low, high, 41)
     levels[[0, -1]] = low, high  # to the bit: rounding must not leave the extremes out

@@ -99,7 +99,7 @@ class ImageArguments:
     )
     vflip: float = field(default=0.0, metadata={"help": "Probability of a vertical flip."})
     color_jitter: float | None = field(
-        default=None, metadata={"help": "Strength of colour jitter, without `--aa`; 0.4, for the digits 0."}
+        default=None, metadata={"help": "Strength of color jitter, without `--aa`; 0.4, for the digits 0."}
     )
     aa: str | None = field(
         default=None, metadata={"help": "RandAugment, AutoAugment, AugMix as timm writes them, `rand-m9-mstd0.5-inc1`."}

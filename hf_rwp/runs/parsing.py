@@ -79,14 +79,12 @@ def values_first(module: str, kind: type[Any], argv: Sequence[str] | None = None
         return
     with told_in_a_line(ahead=True):
         parser = FlagParser(kind)
-        config = parser.parse_known_args(words)[0].config
-        of_file = read_config(config, _names(kind), ignore=True, logs=False) if config else {}
+        every, _ = _words(parser, kind, words, logs=False, others=True)
         runs = split_flags(words, ()).get("resume_from_checkpoint")
         for name in runs or ():
             if name != "latest":
                 existing_run(name)
         if runs is None:
-            every = [*join_flags(of_file), *words]
             found = parser.parse_args_into_dataclasses(every, return_remaining_strings=True, look_for_args_file=False)
             _look_ahead(found[0])
 
@@ -104,15 +102,20 @@ def start(
         main(arguments)
 
 
-def _words(parser: FlagParser, kind: type[Any], argv: Sequence[str], logs: bool = True) -> tuple[list[str], Any]:
-    """The words of the file and of the command line, each checked by itself, and the file's flags."""
+def _words(
+    parser: FlagParser, kind: type[Any], argv: Sequence[str], logs: bool = True, others: bool = False
+) -> tuple[list[str], Any]:
+    """The words of the file and of the command line, each checked by itself, and the file's flags.
+
+    others: whether flags that are not `kind`'s are passed over.
+    """
     names = _names(kind)
     options, unknown = parser.parse_known_args(list(argv))
-    if unknown:
+    if unknown and not others:
         raise ValueError(no_such_flags(unknown, [*names, "config", "config_ignore_unknown"]))
     settings = {}
     if options.config:
-        settings = read_config(options.config, names, ignore=options.config_ignore_unknown, logs=logs)
+        settings = read_config(options.config, names, ignore=others or options.config_ignore_unknown, logs=logs)
         for name, values in settings.items():
             try:
                 parser.parse_known_args(join_flags({name: values}))

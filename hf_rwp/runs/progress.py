@@ -25,6 +25,7 @@ from hf_rwp.runs.records import Row
 from hf_rwp.runs.screen import fitted
 
 EARLIEST, LATEST = 10.0, 60.0  # seconds from one line to the next
+_HAVE_HANDLERS = ("transformers", "datasets", "huggingface_hub")  # and may hand on to the root's as well
 PARTS = 10  # lines in an epoch, where they are due between these two
 
 
@@ -82,8 +83,11 @@ class Progress:
             form = "{desc}: {percentage:3.0f}%|{bar}| {remaining} left{postfix}"
             options: dict[str, Any] = {"smoothing": 0, "leave": False, "dynamic_ncols": True, "bar_format": form}
             self._bar = tqdm(total=self.steps, initial=self.done, desc=label, file=sys.stderr, **options)
-            loggers = [logging.getLogger(name) for name in (None, "transformers")]
+            loggers = [logging.getLogger(name) for name in (None, *_HAVE_HANDLERS)]
             self._redirected.enter_context(logging_redirect_tqdm(loggers))  # warnings have lines of their own
+            logging.getLogger().handlers[-1].addFilter(
+                lambda record: record.name.partition(".")[0] not in _HAVE_HANDLERS
+            )
         elif self._bar is not None:
             self._bar.set_description_str(label)
         else:

@@ -12,6 +12,6 @@ def announce(command: str) -> None:
     rank = next((os.environ[name] for name in _RANKS if name in os.environ), "0")
     helps = bool({"-h", "--help"} & {*sys.argv})
     if rank == "0" and _STARTED not in os.environ and (not helps or sys.stderr.isatty()):
-        what = "Trainer, whose flags it has" if helps else "PyTorch and what else it needs"
+        what = "what its flags need" if helps else "PyTorch and what else it needs"
         print(f"hf-rwp {command}: loading {what}", file=sys.stderr, flush=True)
     os.environ[_STARTED] = command  # for the processes that this one starts

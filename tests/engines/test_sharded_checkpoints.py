@@ -136,8 +136,8 @@ def load_into(model: Any, optimizer: Any, folder: Path, kind: str) -> None:
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options_of(kind))
 
 
-ELSEWHERE = {"fsdp2ranks": ["fsdp", "tp2ranks", "plain"], "hsdp": ["hsdp_tp"], "fsdp_tp": ["fsdp2ranks"]}
-AGAIN = [("fsdp2ranks", "boundary"), *((engine, "middle") for engine in ELSEWHERE)]
+ELSEWHERE = {"fsdp": ["fsdp2ranks", "tp2ranks", "plain"], "hsdp": ["hsdp_tp"], "fsdp_tp": ["fsdp2ranks"]}
+AGAIN = [("fsdp", "boundary"), *((engine, "middle") for engine in ELSEWHERE)]
 
 
 @pytest.fixture(scope="module")

@@ -104,6 +104,7 @@ def test_the_terms_are_equal(compare, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "| SAM every 10th step |" in said
     assert "equal gradient evaluations" in said
+    assert ", seed 0, gradients" in said
 
 
 def test_methods_see_the_same_images_and_every_image_once_an_epoch(compare):

@@ -70,7 +70,7 @@ def test_resuming_in_the_middle_of_an_epoch_is_bit_exact(recipe, tmp_path, flags
     flags = [*flags, "--checkpointing_steps=2", "--save_total_limit=9"]  # of three steps an epoch
     whole = results_of(recipe, tmp_path / "whole", *flags)
     assert steps(tmp_path / "whole") == [2, 3, 4, 6]
-    for step in (2, 3, 4) if "--model_ema" in flags else (2,):
+    for step in (2, 3, 4) if "--model_ema" in flags else (4,):
         folder = cut_back(tmp_path / "whole", tmp_path / f"from_{step}", step)
         again = results_of(recipe, folder, *flags, "--resume_from_checkpoint=latest")
         assert_same_run(again, whole)

@@ -87,6 +87,7 @@ OUT_OF_RANGE = [
     ("vit_rwp", ["--rwp_gamma", "-1"], "rwp_gamma must be finite and at least 0, got -1.0"),
     ("vit_rwp", ["--num_train_epochs=0"], "num_train_epochs must be above 0, got 0.0"),
     ("vit_rwp", ["--model_name_or_path=vit_base"], "model_name_or_path='vit_base' is neither a folder, nor an id"),
+    ("vit_rwp", ["--config=wrong.yaml"], "wrong.yaml, line 2: seed must be a whole number, got 'abc'"),
     ("lora_rwp", ["--rwp_gamma", "-1"], "rwp_gamma must be finite and at least 0, got -1.0"),
     ("lora_rwp", ["--num_train_epochs=0"], "num_train_epochs must be above 0, got 0.0"),
     ("lora_rwp", ["--data_file=nowhere.txt"], "data_file='nowhere.txt' is not there"),
@@ -100,10 +101,11 @@ OUT_OF_RANGE = [
 def refusals(tmp_path_factory):
     """Of each of `OUT_OF_RANGE` the status, both screens and what slow packages were loaded by then."""
     program = """
-import contextlib, io, json, runpy, sys
+import contextlib, io, json, os, runpy, sys
 ended = []
 for script, flags in json.load(sys.stdin):
     sys.argv = [script, *flags]
+    os.environ.pop("HF_RWP_STARTED", None)
     screens = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(screens[0]), contextlib.redirect_stderr(screens[1]):
         try:
@@ -115,7 +117,9 @@ for script, flags in json.load(sys.stdin):
 print(json.dumps(ended))
 """
     cases = json.dumps([[str(RECIPES / f"{recipe}.py"), flags] for recipe, flags, _ in OUT_OF_RANGE])
-    options = {"input": cases, "capture_output": True, "text": True, "cwd": tmp_path_factory.mktemp("refusals")}
+    folder = tmp_path_factory.mktemp("refusals")
+    (folder / "wrong.yaml").write_text("warmup_steps: 3\nseed: abc\n")
+    options = {"input": cases, "capture_output": True, "text": True, "cwd": folder}
     run = subprocess.run([sys.executable, "-c", program], timeout=500, **options)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
@@ -127,8 +131,8 @@ def test_a_value_out_of_range_is_refused_ahead_of_torch(refusals, case):
     assert (status, output, heavy) == (2, "", []), error
     *before, last = error.splitlines()
     assert last.startswith(f"error: {OUT_OF_RANGE[case][2]}")
-    # nothing is said to be loading, but by the first whose other flags take it
-    assert before in ([], ["hf-rwp vit: loading PyTorch and what else it needs"][: OUT_OF_RANGE[case][0] == "vit_rwp"])
+    of_trainer = {"vit_rwp": "vit", "lora_rwp": "lora"}.get(OUT_OF_RANGE[case][0])  # whose other flags take it
+    assert before == ([f"hf-rwp {of_trainer}: loading PyTorch and what else it needs"] if of_trainer else [])
 
 
 def test_a_recipe_that_runs_out_of_memory_says_what_to_try(tmp_path):

@@ -91,7 +91,7 @@ def test_in_evaluation_its_own_batch_is_the_one():
     arguments = SimpleNamespace(per_device_train_batch_size=8, per_device_eval_batch_size=100)
 
     def evaluation_loop():
-        raise ON_CPU
+        raise RuntimeError(*ON_CPU.args)  # a raised error keeps where it was raised
 
     with pytest.raises(RuntimeError) as failed:
         evaluation_loop()
@@ -101,7 +101,7 @@ def test_in_evaluation_its_own_batch_is_the_one():
 
 def test_a_model_that_does_not_fit_is_no_matter_of_the_batch():
     def create_model():
-        raise ON_CPU
+        raise RuntimeError(*ON_CPU.args)  # a raised error keeps where it was raised
 
     with pytest.raises(RuntimeError) as failed:
         create_model()

@@ -98,7 +98,8 @@ def train_and_kill(folder: Path, steps: int, world: int, chance: random.Random |
     watchdog = threading.Timer(120, lambda: [process.kill() for process in processes])
     watchdog.start()
     try:
-        began = said.recv()
+        began = received(said)
+        began = -1 if began is None else began  # it died, see below
         victim = began + chance.randint(EVERY + 1, 2 * EVERY) if chance else steps + 1
         for step in iter(lambda: received(said), None):
             if step == victim:

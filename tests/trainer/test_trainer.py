@@ -635,7 +635,7 @@ def test_push_to_hub_uploads_clean_weights(tmp_path, monkeypatch, boundaries):
 
     monkeypatch.setattr("transformers.trainer.hf_api", Hub)
     monkeypatch.setattr("hf_rwp.hub.push.push", lambda folder, *_, **__: Hub().upload_folder(folder))
-    trainer = eventful(tmp_path, push_to_hub=True)
+    trainer = eventful(tmp_path, push_to_hub=True, hub_always_push=True)  # whether or not one is under way
     trainer.train()
     trainer.push_to_hub()
     assert len(pushed) == 3
