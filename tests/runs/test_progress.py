@@ -121,7 +121,8 @@ def test_a_terminal_has_one_bar_with_the_time_left_for_all_of_it(monkeypatch, ca
 
 
 @pytest.mark.parametrize("name", ["hf_rwp.images.loaders", "transformers.trainer", "huggingface_hub.utils"])
-def test_a_warning_has_a_line_of_its_own_beside_the_bar(monkeypatch, name):
+def test_a_warning_has_a_line_of_its_own_beside_the_bar(monkeypatch, caplog, name):
+    caplog.set_level(logging.WARNING, logger=name)  # whatever a library was told before
     handlers = logging.getLogger().handlers[:]
     with on_stderr(monkeypatch) as written:
         progress = Progress(4)
