@@ -265,8 +265,9 @@ def test_pushing_again_sends_what_changed_alone(hub, clients, folder):
         assert sent(hub) == expected
         assert len(hub.commits("ada/model")) == 1
     (folder / "README.md").write_text("---\ntags: [rwp]\n---\nBetter.\n")
-    clients.run("push", folder, "ada/model", {"message": "Second"}, token=WRITE)
-    assert sent(hub) == 2
+    outcome = clients.run("push", folder, "ada/model", {"message": "Second"}, token=WRITE)
+    assert outcome.status == 0, outcome.output
+    assert sent(hub) == 2, [(request.method, request.path) for request in hub.log]  # all that happened
     assert hub.commits("ada/model") == ["Upload model", "Second"]
     assert hub.files("ada/model") == {file.name: file.read_bytes() for file in folder.iterdir()}
 
