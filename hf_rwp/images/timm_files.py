@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def similar_in_files(name: str) -> list[str] | None:
-    """Names of models like one that none of timm's files has; None where one has it, and timm itself is to be asked."""
+    """Names of models like one that none of timm's files has; None where one has it, and timm itself must say."""
     spec, stem = importlib.util.find_spec("timm"), name.split(".")[0].lower()
     if spec is None or spec.origin is None or ":" in name:
         return None

@@ -61,7 +61,7 @@ class History(TrainerCallback):
         for entry in state.log_history:
             if "row" in entry:
                 self.rows.append(entry["row"])
-            if "seconds" in entry:
+            if "before" in entry:  # those of `_note`
                 self.report, self.before, self.seconds = entry.get("rwp", {}), entry["before"], entry["seconds"]
         if args.use_peft or not state.global_step:
             with seen["model"].disable_adapter() if args.use_peft else contextlib.nullcontext():
