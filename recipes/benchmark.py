@@ -122,7 +122,7 @@ class Arguments:
 
     @property
     def loops(self) -> int:
-        """How often each of two training loops is timed."""
+        """How often what takes a process of its own is timed: each of two training loops, imports."""
         return min(self.rounds // 2, 5)
 
     @property
@@ -296,7 +296,7 @@ def recipe_loop(output_dir: Path, flags: list[str], threads: int) -> float:
 
 def run_imports(_: int, __: int, args: Arguments, folder: str) -> None:
     """Seconds that `import hf_rwp`, and also taking RWP from it, last after `import torch`."""
-    imports = [import_seconds() for _ in range(min(args.rounds, 5))]
+    imports = [import_seconds() for _ in range(args.loops)]
     found = dict(zip(("hf_rwp", "RWP"), zip(*imports, strict=True), strict=True))
     Path(folder, "0").write_text(json.dumps(found))
 

@@ -34,7 +34,7 @@ def run(tmp_path_factory):
             image.save(folder / "images" / split / label / f"{index}.png")
     output = folder / "results" / "benchmark.jsonl"
     flags = [*FLAGS, f"--data_dir={folder / 'images'}", f"--output={output}"]
-    done = imagenet.launch(imagenet.RECIPES / "benchmark.py", *flags)
+    done = imagenet.launch(imagenet.SUPPORT / "small_costs.py", *flags)
     assert done.returncode == 0, done.stderr
     (line,) = output.read_text().splitlines()
     return json.loads(line), done.stdout
