@@ -9,7 +9,6 @@ master copies), by the name that it had when the group came.
 
 import logging
 import math
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from hf_rwp.core.checks import check
 from hf_rwp.core.draws import Target
 from hf_rwp.core.refusals import refuse_unsupported
-from hf_rwp.core.sharding import block_of, gathered_weights, gatherers, local_of, reshard
+from hf_rwp.core.sharding import block_of, gathered_weights, gatherers, local_of, reference_to, reshard
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ class Groups:
         check("seed", seed, Integral, lambda value: -(2**63) <= value < 2**63, "an integer of 64 bits")
         self._base, self._model = base, model
         self._groups = base.param_groups  # as they were when a window opened
-        self._homes: dict[str, tuple[weakref.ref[Tensor], int]] = {}  # by name: the weight, and its group's number
+        self._homes: dict[str, tuple[Callable[[], Tensor | None], int]] = {}  # by name: the weight, and its group's number
         self._seen: Any = None  # what the targets below rest on
         self._targets: list[Target] = []
         self._numbers: list[int] = []  # of the targets' groups
@@ -78,7 +77,7 @@ class Groups:
         group.update(rwp_seed=first["rwp_seed"], rwp_windows=first["rwp_windows"])
         number = next(number for number, other in enumerate(self._base.param_groups) if other is group)
         for parameter in group["params"]:
-            self._homes[_plain(names[id(parameter)])] = weakref.ref(parameter), number
+            self._homes[_plain(names[id(parameter)])] = reference_to(parameter), number
 
     @property
     def seed(self) -> int:

@@ -27,7 +27,7 @@ from hf_rwp.core import registry
 from hf_rwp.core.hooks import Hook, Same, at_end_of_backward, in_backward, tensors_in, with_tensors
 from hf_rwp.core.perturbation import Noise, Perturbation
 from hf_rwp.core.placement import Role
-from hf_rwp.core.sharding import copied_dims, gather, gathered_weights, gatherers, in_use, times
+from hf_rwp.core.sharding import copied_dims, gather, gathered_weights, gatherers, hook_on, in_use, times
 from hf_rwp.core.window import Windows
 
 logger = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ class Passes:
         for parameter in parameters:
             weighs = parameter.requires_grad and (weight != 1 or copied_dims(parameter, group))
             if weighs and id(parameter) not in self._weight_hooks:
-                self._weight_hooks[id(parameter)] = parameter.register_hook(scale)
+                self._weight_hooks[id(parameter)] = hook_on(parameter, scale)
 
     def _before_backward(self, micro_step: MicroStep, _: Tensor) -> None:
         if micro_step.stage is Stage.OVER:

@@ -5,6 +5,7 @@ The one module that knows sharded parameters (DTensor) and those who gather them
 
 import math
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 class Block(NamedTuple):
@@ -61,6 +63,19 @@ def whole_of(tensor: Tensor) -> Tensor:
         return tensor
     whole: Tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()  # type: ignore[attr-defined]
     return whole
+
+
+def reference_to(parameter: Tensor) -> Callable[[], Tensor | None]:
+    """Gives a parameter as long as it is there. Nobody may move a DTensor that has a weak reference: it is kept."""
+    return (lambda: parameter) if is_sharded(parameter) else weakref.ref(parameter)
+
+
+def hook_on(parameter: Tensor, call: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """`register_hook`. A DTensor that `Module.to` has moved since it had one calls none, unless it is told of them."""
+    if is_sharded(parameter) and parameter._backward_hooks is not None:
+        parameter._backward_hooks = parameter._backward_hooks  # which autograd finds at the tensor that it was
+    handle: RemovableHandle = parameter.register_hook(call)
+    return handle
 
 
 def block_of(weight: Tensor) -> Block:

@@ -47,6 +47,12 @@ def gather_ahead(model):
     model.unshard()
 
 
+def move(model):
+    """Between two steps, or ahead of all as Accelerate's prepare does: it fails where a DTensor has a weak reference."""
+    if all(parameter.grad is None for parameter in model.parameters()):
+        model.to("cpu")
+
+
 @pytest.mark.parametrize("engine", ["hsdp", "fsdp"])
 def test_first_forward_when_the_hook_of_fsdp2_is_in_front(engine):
     case = Case(engine, accumulation=2, wrapped_first=True)
@@ -60,6 +66,11 @@ MIXED = {
     ],
     "gathered by the loop": [Case("hsdp", ahead=gather_ahead), Case("fsdp", ahead=gather_ahead, accumulation=2)],
     "asked for ahead": [Case("hsdp", ahead=ask_ahead), Case("fsdp", ahead=ask_ahead, accumulation=2)],
+    "moved after it was wrapped": [
+        Case("fsdp", ahead=move, accumulation=2),
+        Case("tp", ahead=move, accumulation=2),
+        Case("hsdp_tp", ahead=move),
+    ],
     "an evaluation between the passes": [
         Case("hsdp", between=evaluate),
         Case("fsdp", between=evaluate, accumulation=2),
