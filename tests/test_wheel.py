@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from distributed import night
 
 from hf_rwp.hub.card import render_card
 from hf_rwp.hub.facts import build_facts
@@ -60,10 +61,14 @@ def test_the_wheel_holds_the_recipes_and_their_files_and_no_results(installed):
 
 
 LAUNCH = ["accelerate.commands.launch", "-m", "hf_rwp.recipes.imagenet_rwp"]
-COMMAND = ["hf_rwp.cli", "train", "--processes=2"]
+COMMAND = ["hf_rwp.cli", "train"]
 
 
-@pytest.mark.parametrize(("start", "processes"), [(LAUNCH, 1), (COMMAND, 2)], ids=["accelerate launch", "hf-rwp"])
+@pytest.mark.parametrize(
+    ("start", "processes"),
+    night([(LAUNCH, 1), (COMMAND, 1), ([*COMMAND, "--processes=2"], 2)], [([*COMMAND, "--processes=2"], 2)]),
+    ids=["accelerate launch", "hf-rwp", "two processes"],
+)
 def test_an_installed_recipe_trains(installed, tmp_path, start, processes):
     _, python = installed
     flags = ["--img_size=16", "--batch_size=32", "--epochs=1", "--report_to=none", "--output_dir=out"]

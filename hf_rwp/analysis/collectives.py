@@ -35,6 +35,7 @@ class Traffic(NamedTuple):
 
 METHODS = ("base", "rwp")
 KINDS = ("all_gather", "reduce_scatter", "all_reduce")
+BLOCKS = 12  # of the network that is measured
 # The processes of each layout as copies of the weights and as those that hold one together.
 LAYOUTS = {
     "ddp": {1: (1, 1), 2: (2, 1), 4: (4, 1)},
@@ -128,13 +129,13 @@ def _messages(events: Iterable[Mapping[str, Any]], name: str, which: int) -> lis
 
 
 class Network(nn.Module):
-    """A transformer of twelve blocks, 5.3 million weights: those of a ViT-Tiny."""
+    """A transformer; of twelve blocks it has 5.3 million weights: those of a ViT-Tiny."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: int = BLOCKS) -> None:
         super().__init__()
         self.position = nn.Parameter(torch.randn(1, 4, 192))
         options = {"dim_feedforward": 768, "dropout": 0.0, "batch_first": True}
-        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(192, 3, **options) for _ in range(12))  # type: ignore[arg-type]
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(192, 3, **options) for _ in range(blocks))  # type: ignore[arg-type]
         self.norm = nn.LayerNorm(192)
         self.head = nn.Linear(192, 10)
 
@@ -154,12 +155,12 @@ def units_of(model: Network) -> list[list[Shape]]:
     return [[tuple(weight.shape) for weight in weights] for weights in (*blocks, rest)]
 
 
-def measure_traffic(layout: str, method: str) -> dict[str, Traffic]:
+def measure_traffic(layout: str, method: str, blocks: int = BLOCKS) -> dict[str, Traffic]:
     """The traffic of one step on this process of the group. method: base, or rwp, which takes halves on one replica."""
     world = dist.get_world_size()
     replicas, shards = LAYOUTS[layout][world]
     torch.manual_seed(0)
-    module = Network()
+    module = Network(blocks)
     base = torch.optim.SGD(module.parameters(), lr=0.1)
     micro_steps = 2 if method == "rwp" and replicas == 1 else 1
     optimizer: Any = RWP(base, module, accumulation_steps=micro_steps) if method == "rwp" else base
@@ -182,25 +183,24 @@ def measure_traffic(layout: str, method: str) -> dict[str, Traffic]:
     return counted(step)
 
 
-def formula(layout: str, method: str, world: int, rank: int) -> dict[str, Traffic]:
+def formula(layout: str, method: str, world: int, rank: int, blocks: int = BLOCKS) -> dict[str, Traffic]:
     """What `measure_traffic` is to find there."""
     replicas, shards = LAYOUTS[layout][world]
     alone = replicas == 1
     perturbed = method == "rwp" and (alone or rank // shards % 2 == 1)
     micro_steps = 2 if method == "rwp" and alone else 1
-    return foretold(
-        units_of(Network()), replicas=replicas, shards=shards, micro_steps=micro_steps, perturbed=int(perturbed)
-    )
+    units = units_of(Network(blocks))
+    return foretold(units, replicas=replicas, shards=shards, micro_steps=micro_steps, perturbed=int(perturbed))
 
 
-def traffic_rows() -> list[dict[str, Any]]:
+def traffic_rows(blocks: int = BLOCKS) -> list[dict[str, Any]]:
     """What this process of the group sends in a step, of every layout for so many, beside what the formula says."""
     world, rank = dist.get_world_size(), dist.get_rank()
     layouts = [layout for layout, worlds in LAYOUTS.items() if world in worlds]
     rows = []
     for layout, method in itertools.product(layouts, METHODS):
-        said = formula(layout, method, world, rank)
-        for kind, traffic in measure_traffic(layout, method).items():
+        said = formula(layout, method, world, rank, blocks)
+        for kind, traffic in measure_traffic(layout, method, blocks).items():
             place = {"layout": layout, "processes": world, "rank": rank, "method": method, "kind": kind}
             rows.append({**place, **traffic._asdict(), "formula": list(said[kind])})
     return rows

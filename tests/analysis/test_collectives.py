@@ -27,7 +27,7 @@ def new_processes():
 
 @pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_the_formula_is_what_the_profiler_counts(world):
-    rows = [row for ranks in run(world, traffic_rows, timeout=120) for row in ranks]
+    rows = [row for ranks in run(world, traffic_rows, 2, timeout=120) for row in ranks]
     assert {(row["layout"], row["method"]) for row in rows} == {
         (layout, method) for layout, worlds in LAYOUTS.items() if world in worlds for method in METHODS
     }

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import run, run_each
+from distributed import night, run, run_each
 from sharded import (
     PARALLEL,
     TOKENS,
@@ -39,7 +39,9 @@ ENGINES = ["hsdp", "replicate", "fsdp", "tp", "fsdp_tp", "hsdp_tp"]
 def cases_of(engine: str, **options) -> list[Case]:
     counts = (1, 3) if engine in PARALLEL else (2, 3)
     cases = [Case(engine, 0.3, accumulation=count, windows=2, **options) for count in counts]
-    return [*cases, Case(engine, 1.0, accumulation=2 if engine in PARALLEL else 1, windows=2, **options)]
+    if engine in ("hsdp", "fsdp", "tp"):
+        cases.append(Case(engine, 1.0, accumulation=2 if engine in PARALLEL else 1, windows=2, **options))
+    return cases
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -130,9 +132,9 @@ def loss_in_float32(model, x, y):
 
 
 LONG = {
-    "an evaluation each": Case("hsdp", windows=30, ahead=evaluate),
+    "an evaluation each": Case("hsdp", windows=5, ahead=evaluate),
     "clipping": Case("hsdp", windows=30, clip=0.05),
-    "K=3": Case("hsdp", windows=10, accumulation=3, clip=0.05),
+    "K=3": Case("hsdp", windows=5, accumulation=3, clip=0.05),
     "bf16": Case(
         "hsdp",
         windows=30,
@@ -231,7 +233,7 @@ LOOKED = [
 ]
 
 
-@pytest.mark.parametrize("case", LOOKED, ids=lambda case: f"{case.engine} {case.sharding or ''}")
+@pytest.mark.parametrize("case", night(LOOKED, LOOKED[2:3]), ids=lambda case: f"{case.engine} {case.sharding or ''}")
 def test_whoever_looks_between_the_passes_sees_clean_weights_and_changes_nothing(case):
     plain = run(4, follow, case, keep_group=True)
     for name, ranks in zip(LOOKS, run_each(4, look, [(case, name) for name in LOOKS], keep_group=True), strict=True):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from distributed import run_each, stop
+from distributed import chosen, night, run_each, stop
 from engines import accelerator_of, llama, next_word_loss, on_cpus, plain_name, sentences
 from engines import snapshot as weights_of
 from sharded import HIDDEN, Case, Net, assert_same, mesh_of, seen_weights, shard, snapshot, whole
@@ -28,6 +28,7 @@ from hf_rwp import RWP
 OPTIONS = {"seed": 5, "eta": 20.0, "beta": 0.9}
 BEFORE, AFTER = 2, 2  # windows
 KINDS = ["nested", "flat", "full"]
+TIMES = ["boundary", "middle"]
 
 
 class Said(logging.Handler):
@@ -95,15 +96,17 @@ def fisher(optimizer: Any) -> dict[str, torch.Tensor]:
     } or {name: f.flatten() for name, f in state["rwp"]["fisher"].items()}
 
 
-def save(engine: str, folder: str) -> dict[str, Any]:
-    """Train, save in all kinds, in the middle of a window too; and what another run does that is not interrupted."""
+def save(engine: str, kinds: dict[str, list[str]], folder: str) -> dict[str, Any]:
+    """Train, save, in the middle of a window too; and what another run does that is not interrupted.
+
+    kinds: that are wanted, by the moment."""
     model, optimizer = build(engine)
     go_on(model, optimizer, range(BEFORE))
     found = {"at": snapshot(model), "fisher": fisher(optimizer)}
-    for name in ("boundary", "middle"):
+    for name in TIMES:
         if name == "middle":
             go_on(model, optimizer, range(BEFORE, BEFORE), half=True)
-        for kind in KINDS:
+        for kind in kinds[name]:
             state = {
                 "model": get_model_state_dict(model, options=StateDictOptions(full_state_dict=kind == "full")),
                 "optimizer": get_optimizer_state_dict(model, optimizer, options=options_of(kind)),
@@ -137,29 +140,39 @@ def load_into(model: Any, optimizer: Any, folder: Path, kind: str) -> None:
 
 
 ELSEWHERE = {"fsdp": ["fsdp2ranks", "tp2ranks", "plain"], "hsdp": ["hsdp_tp"], "fsdp_tp": ["fsdp2ranks"]}
-AGAIN = [("fsdp", "boundary"), *((engine, "middle") for engine in ELSEWHERE)]
+SAME = [("fsdp", "boundary", kind) for kind in KINDS]
+SAME += [(engine, "middle", kind) for engine in ELSEWHERE for kind in KINDS]
+SAME_NIGHT = [("fsdp", "boundary", "flat"), ("fsdp", "boundary", "full"), ("fsdp", "middle", "full")]
+SAME_NIGHT += [("hsdp", "middle", "nested"), ("fsdp_tp", "middle", "flat")]
+OTHER = [(of, to, kind) for of, engines in ELSEWHERE.items() for to in engines for kind in ("nested", "full")]
+OTHER_NIGHT = [("fsdp", "fsdp2ranks", "full"), ("fsdp", "tp2ranks", "nested"), ("fsdp", "plain", "nested")]
+OTHER_NIGHT += [("hsdp", "hsdp_tp", "full"), ("fsdp_tp", "fsdp2ranks", "nested")]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(request, tmp_path_factory):
     """What was saved, by engine; and what came of loading it, by (engine, of, name, kind)."""
     folder = str(tmp_path_factory.mktemp("checkpoints"))
-    same = [(of, of, name, kind) for of, name in AGAIN for kind in KINDS]
-    other = [
-        (to, of, "middle", kind) for of, engines in ELSEWHERE.items() for to in engines for kind in ("nested", "full")
+    loads = sorted((of, of, name, kind) for of, name, kind in chosen(request, "engine", "name", "kind"))
+    loads += sorted((to, of, "middle", kind) for of, to, kind in chosen(request, "of", "to", "kind"))
+    saves = [
+        (
+            engine,
+            {at: [kind for kind in KINDS if any(load[1:] == (engine, at, kind) for load in loads)] for at in TIMES},
+        )
+        for engine in ELSEWHERE
     ]
     saved, loaded = {}, {}
-    for function, cases, found in ((save, [(engine,) for engine in ELSEWHERE], saved), (load, same + other, loaded)):
+    for function, cases, found in ((save, saves, saved), (load, loads, loaded)):
         for world in (4, 2, 1):
             here = [case for case in cases if Case(case[0]).world == world]
             stop()  # DTensor caches plans with the names of process groups, which a test before this may have ended
             answers = run_each(world, function, [(*case, folder) for case in here], timeout=120)
-            found.update(zip(here, answers, strict=True))
-    return {engine: ranks for (engine,), ranks in saved.items()}, loaded
+            found.update(zip([case[0] if function is save else case for case in here], answers, strict=True))
+    return saved, loaded
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("engine", "name"), AGAIN)
+@pytest.mark.parametrize(("engine", "name", "kind"), night(SAME, SAME_NIGHT))
 def test_resume_is_bit_exact_in_the_same_layout(runs, engine, name, kind):
     saved, loaded = runs
     for through, again in zip(saved[engine], loaded[engine, engine, name, kind], strict=True):
@@ -176,8 +189,7 @@ def test_resume_is_bit_exact_in_the_same_layout(runs, engine, name, kind):
             assert_same(again["fisher after"], through["fisher after"])
 
 
-@pytest.mark.parametrize("kind", ["nested", "full"])
-@pytest.mark.parametrize(("of", "to"), [(of, to) for of, engines in ELSEWHERE.items() for to in engines])
+@pytest.mark.parametrize(("of", "to", "kind"), night(OTHER, OTHER_NIGHT))
 def test_another_layout_goes_on_with_the_same_noise(runs, of, to, kind):
     saved, loaded = runs
     through = saved[of][0]
@@ -232,27 +244,30 @@ def accelerated(sizes: dict[str, int], state: str, folder: str, do: str, seed: i
     return {"at": weights_of(model), "own": own, "fisher": fisher(rwp), "said": said.lines}
 
 
-LAYOUTS = [{}, {"dp_replicate_size": 2, "dp_shard_size": 2}]
-STATES = ["SHARDED_STATE_DICT", "FULL_STATE_DICT"]
+LAYOUTS = {"fsdp": (2, {}), "hsdp": (4, {"dp_replicate_size": 2, "dp_shard_size": 2})}
+SHARDED, FULL = "SHARDED_STATE_DICT", "FULL_STATE_DICT"
 
 
 @pytest.fixture(scope="module")
-def accelerated_runs(tmp_path_factory):
+def accelerated_runs(request, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("accelerated"))
     found = {}
-    for world, sizes in ((2, LAYOUTS[0]), (4, LAYOUTS[1])):
-        cases = [(sizes, state, folder, do) for state in STATES for do in ("through", "save")]
-        cases += [(sizes, state, folder, "load", 77) for state in STATES]
+    for layout, (world, sizes) in LAYOUTS.items():
+        states = sorted(state for own, state in chosen(request, "layout", "state") if own == layout)
+        cases = [(sizes, state, folder, do) for state in states for do in ("through", "save")]
+        cases += [(sizes, state, folder, "load", 77) for state in states]
         stop()
         answers = run_each(world, accelerated, cases, timeout=120)
-        found |= {(str(sizes), case[1], case[3]): ranks for case, ranks in zip(cases, answers, strict=True)}
+        found |= {(layout, case[1], case[3]): ranks for case, ranks in zip(cases, answers, strict=True)}
     return found
 
 
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("sizes", LAYOUTS, ids=["fsdp", "hsdp"])
-def test_resume_through_accelerate_is_bit_exact(accelerated_runs, sizes, state):
-    through, again = (accelerated_runs[str(sizes), state, do] for do in ("through", "load"))
+@pytest.mark.parametrize(
+    ("layout", "state"),
+    night([(layout, state) for layout in LAYOUTS for state in (SHARDED, FULL)], [("fsdp", FULL), ("hsdp", SHARDED)]),
+)
+def test_resume_through_accelerate_is_bit_exact(accelerated_runs, layout, state):
+    through, again = (accelerated_runs[layout, state, do] for do in ("through", "load"))
     for one, other in zip(through, again, strict=True):
         assert other["own"] == one["own"] == {"rwp_seed": 5, "rwp_windows": 4}
         assert_same(other["at"], through[0]["at"])

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import run_each
+from distributed import night, run_each
 from sharded import HIDDEN, Case, Net, base_of, batch, build, snapshot, whole
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
@@ -82,7 +82,7 @@ def both(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
     return sharded_course(case), whole_course(case)
 
 
-@pytest.mark.parametrize("engine", SHARES)
+@pytest.mark.parametrize("engine", night(SHARES, ["hsdp", "tp", "fsdp_tp"]))
 def test_a_run_is_that_of_whole_weights(engine):
     """Weights, their average, report, losses: of another order of sums, so not the same bits."""
     accumulation = 2 if len(SHARES[engine]) == 1 else 1

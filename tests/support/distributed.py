@@ -22,6 +22,7 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
@@ -83,6 +84,29 @@ def context() -> ForkServerContext:
 def run_each(world: int, function: Callable[..., Any], cases: Iterable[tuple[Any, ...]], **options: Any) -> list[Any]:
     """`run` of `function(*case)` for each of `cases`, in one process group: what it returned by case, then by rank."""
     return [list(ranks) for ranks in zip(*run(world, _each, function, list(cases), **options), strict=True)]
+
+
+def night(values: Iterable[Any], later: Iterable[Any]) -> list[Any]:
+    """Values to parametrize a test with, tuples of several arguments' as well; those of `later` wait for the nightly run,
+    where the others together show the same of each part."""
+    later = list(later)
+    values = list(values)
+    assert all(value in values for value in later), later
+    several = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [
+        pytest.param(*each, marks=[pytest.mark.slow] if value in later else [])
+        for value, each in zip(values, several, strict=True)
+    ]
+
+
+def chosen(request: pytest.FixtureRequest, *names: str) -> set[Any]:
+    """For a module's fixture: with which values of the arguments `names` this session runs the module's tests."""
+    calls = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
+    return {
+        tuple(call.params[name] for name in names) if len(names) > 1 else call.params[names[0]]
+        for call in calls
+        if call is not None and all(name in call.params for name in names)
+    }
 
 
 def rank() -> int:

@@ -835,8 +835,9 @@ def is_json(path):
         return False
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(30, marks=pytest.mark.slow)])
-def test_random_kills_and_resumes_end_bit_equal(tmp_path, kills):
+@pytest.mark.slow  # one kill is in test_trainer_resume
+def test_random_kills_and_resumes_end_bit_equal(tmp_path):
+    kills = 30
     chance, finals, began = random.Random(kills), {}, []
     for name in ("whole", "killed"):
         folder = tmp_path / name

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.utils import ParallelismConfig
-from distributed import rank, run_each, stop
+from distributed import chosen, night, rank, run_each, stop
 from engines import PreciseLlamaForCausalLM, gradients, llama, load_llama, on_cpus, seen_weights, sentences, snapshot
 from reference import noises
 from torch import nn
@@ -148,17 +148,20 @@ CASES = {
     "tp, halves": Case(2, **TP),
     "tp, accumulation": Case(2, **TP, accumulation=3),
 }
+NIGHT = ["hsdp, accumulation", "hsdp, no tokens", "fsdp, accumulation", "fsdp, halves, not across", "tp, halves"]
+NIGHT += ["fsdp and tp, halves", "loaded hsdp, accumulation"]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(request, tmp_path_factory):
     """By case, what every rank saw."""
+    names = chosen(request, "name") & {*CASES}
     folder = tmp_path_factory.mktemp("runs")
     llama().save_pretrained(folder / "model")
     found = {}
     for world in (4, 2):
         stop()  # DTensor caches plans with the names of process groups, which a test before this one may have ended
-        cases = {name: case for name, case in CASES.items() if case.world == world}
+        cases = {name: case for name, case in CASES.items() if case.world == world and name in names}
         calls = [(case, str(folder), str(folder / "model")) for case in cases.values()]
         found |= dict(zip(cases, run_each(world, train, calls, timeout=120), strict=True))
     return found
@@ -187,7 +190,7 @@ def own_means(case: Case, steps: Any) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", night(CASES, NIGHT))
 def test_training_is_the_papers_loop_over_all_tokens(runs, name):
     case, ranks = CASES[name], runs[name]
     lengths = []
