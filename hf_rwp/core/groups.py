@@ -37,9 +37,8 @@ class Groups:
         check("seed", seed, Integral, lambda value: -(2**63) <= value < 2**63, "an integer of 64 bits")
         self._base, self._model = base, model
         self._groups = base.param_groups  # as they were when a window opened
-        self._homes: dict[
-            str, tuple[Callable[[], Tensor | None], int]
-        ] = {}  # by name: the weight, and its group's number
+        # By name: the weight, as long as it is there, and its group's number.
+        self._homes: dict[str, tuple[Callable[[], Tensor | None], int]] = {}
         self._seen: Any = None  # what the targets below rest on
         self._targets: list[Target] = []
         self._numbers: list[int] = []  # of the targets' groups

@@ -155,12 +155,9 @@ def runs(request, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("checkpoints"))
     loads = sorted((of, of, name, kind) for of, name, kind in chosen(request, "engine", "name", "kind"))
     loads += sorted((to, of, "middle", kind) for of, to, kind in chosen(request, "of", "to", "kind"))
+    wanted = {load[1:] for load in loads}
     saves = [
-        (
-            engine,
-            {at: [kind for kind in KINDS if any(load[1:] == (engine, at, kind) for load in loads)] for at in TIMES},
-        )
-        for engine in ELSEWHERE
+        (engine, {at: [kind for kind in KINDS if (engine, at, kind) in wanted] for at in TIMES}) for engine in ELSEWHERE
     ]
     saved, loaded = {}, {}
     for function, cases, found in ((save, saves, saved), (load, loads, loaded)):

@@ -48,7 +48,7 @@ def gather_ahead(model):
 
 
 def move(model):
-    """Between two steps, or ahead of all as Accelerate's prepare does: it fails where a DTensor has a weak reference."""
+    """Between two steps, or ahead of all as Accelerate's prepare does."""
     if all(parameter.grad is None for parameter in model.parameters()):
         model.to("cpu")
 

@@ -87,15 +87,15 @@ def run_each(world: int, function: Callable[..., Any], cases: Iterable[tuple[Any
 
 
 def night(values: Iterable[Any], later: Iterable[Any]) -> list[Any]:
-    """Values to parametrize a test with, tuples of several arguments' as well; those of `later` wait for the nightly run,
-    where the others together show the same of each part."""
-    later = list(later)
-    values = list(values)
+    """Values to parametrize a test with, or tuples for several arguments; those of `later` wait for the nightly run.
+
+    The others show the same of each part, and not of every combination.
+    """
+    values, later = list(values), list(later)
     assert all(value in values for value in later), later
-    several = [value if isinstance(value, tuple) else (value,) for value in values]
     return [
-        pytest.param(*each, marks=[pytest.mark.slow] if value in later else [])
-        for value, each in zip(values, several, strict=True)
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=[pytest.mark.slow] * (value in later))
+        for value in values
     ]
 
 
