@@ -31,8 +31,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _context = multiprocessing.get_context("forkserver")
-_HEAVY = ["accelerate", "datasets", "hf_rwp.core.optimizer", "lightning", "timm", "torch.distributed.fsdp"]
-_HEAVY += ["torch.distributed.tensor.parallel", "transformers.trainer"]
+_HEAVY = {"accelerate", "datasets", "evaluate", "lightning", "matplotlib.pyplot", "peft", "sklearn.datasets", "timm"}
+_HEAVY |= {"torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"}
+_HEAVY |= {"transformers.trainer", "trl"}
 _workers: list[tuple[BaseProcess, Connection]] = []
 _kept: dict[int, tempfile.TemporaryDirectory[str]] = {}  # by world: the store of a group that the next call may have
 _GRACE = 30  # seconds beyond the collectives' own timeout
@@ -77,8 +78,9 @@ def run(
 
 def context() -> ForkServerContext:
     """Of processes that are forked from the server, which imports once what these tests have imported."""
-    _context.set_forkserver_preload(["torch._dynamo", *[name for name in _HEAVY if name in sys.modules]])
-    return _context  # DistributedDataParallel needs torch._dynamo
+    imported = [name for name in sys.modules if name in _HEAVY or name.startswith("hf_rwp.")]
+    _context.set_forkserver_preload(["torch._dynamo", *imported])  # which DistributedDataParallel needs
+    return _context
 
 
 def run_each(world: int, function: Callable[..., Any], cases: Iterable[tuple[Any, ...]], **options: Any) -> list[Any]:
@@ -144,6 +146,7 @@ def _each(function: Callable[..., Any], cases: list[tuple[Any, ...]]) -> list[An
 def _serve(connection: Connection, rank: int) -> None:
     torch.set_num_threads(1)
     gc.freeze()
+    multiprocessing.set_start_method(None, force=True)  # or processes of its own would be started as it was
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # Accelerate asks for them, and finds the group made
     while True:
