@@ -123,14 +123,11 @@ def test_the_precision_of_a_launch_file_reaches_its_processes(config):
 
 
 # Accelerate refuses a mesh, and DeepSpeed is not there, where there is no GPU. On a CPU the files of GPUs start what
-# cpu_2 does; of several machines test_nodes.py has the launches.
+# cpu_2 does, which test_imagenet_resuming.py starts; of several machines test_nodes.py has the launches.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
-    [
-        pytest.param(path, id=path.stem, marks=[] if path.stem == "cpu_2" else [pytest.mark.slow])
-        for path in LAUNCHES
-        if path.stem not in ("hsdp_2x8", "deepspeed_zero2")
-    ],
+    [pytest.param(path, id=path.stem) for path in LAUNCHES if path.stem not in ("hsdp_2x8", "deepspeed_zero2")],
 )
 def test_a_launch_file_starts_its_replicas(config, tmp_path):
     """On CPUs, with at most two processes; several machines are two launches on this one."""

@@ -246,7 +246,8 @@ def test_ctrl_c_under_accelerate_launch(tmp_path, processes):
 
 def test_ctrl_c_under_hf_rwp_with_two_processes_prints_no_traceback(tmp_path):
     flags = ["--epochs=9999", "--img_size=16", "--batch_size=256", "--report_to=none", f"--output_dir={tmp_path}"]
-    command = ["-m", "hf_rwp.cli", "train", "--processes", "2", "--logging_steps=1", *flags]
+    processes = ["--config_file", "recipes/accelerate/cpu_2.yaml"]
+    command = ["-m", "hf_rwp.cli", "train", *processes, "--logging_steps=1", *flags]
     with forked.started(*command, ACCELERATE_USE_CPU="true") as launcher:
         launcher.wait_for("\nepoch 1")
         os.killpg(launcher.pid, signal.SIGINT)
@@ -255,6 +256,7 @@ def test_ctrl_c_under_hf_rwp_with_two_processes_prints_no_traceback(tmp_path):
     assert run.returncode == 130, said
     assert "Traceback" not in said
     assert f"Ctrl-C: saved step {steps(tmp_path)[-1]}; --resume_from_checkpoint {tmp_path} goes on" in said
+    assert "devices: 2 replicas on cpu" in run.stdout
 
 
 # A run that has diverged

@@ -92,6 +92,7 @@ def test_a_run_its_checkpoints_and_its_model(file, changed, flags, tmp_path):
     assert ("eval_loss_ema" in found) == bool(flags)
 
 
+@pytest.mark.slow
 def test_plain_training_is_that_of_whole_weights(tmp_path):
     """By DDP and by FSDP2: the same figures, to the rounding of sums."""
     sharded = start("fsdp2_8", tmp_path / "sharded", "--method=base")

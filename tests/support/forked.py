@@ -130,6 +130,8 @@ def _as_python(words: list[str]) -> None:
     kind, *rest = words
     if kind == "-m":
         sys.argv = rest
+        for name in (rest[0], f"{rest[0]}.__main__"):  # which tests may have imported
+            sys.modules.pop(name, None)
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     elif kind == "-c":
         sys.argv = ["-c", *rest[1:]]
