@@ -23,6 +23,7 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: the garbage collector, which many tests call, need not go over it each time."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 50, 50)
     distributed.context()  # there is one server to fork from, whoever starts it
 
 

@@ -146,7 +146,7 @@ SAME_NIGHT = [("fsdp", "boundary", "flat"), ("fsdp", "boundary", "full"), ("fsdp
 SAME_NIGHT += [("hsdp", "middle", "nested"), ("fsdp_tp", "middle", "flat")]
 OTHER = [(of, to, kind) for of, engines in ELSEWHERE.items() for to in engines for kind in ("nested", "full")]
 OTHER_NIGHT = [("fsdp", "fsdp2ranks", "full"), ("fsdp", "tp2ranks", "nested"), ("fsdp", "plain", "nested")]
-OTHER_NIGHT += [("hsdp", "hsdp_tp", "full"), ("fsdp_tp", "fsdp2ranks", "nested")]
+OTHER_NIGHT += [("hsdp", "hsdp_tp", kind) for kind in ("nested", "full")] + [("fsdp_tp", "fsdp2ranks", "nested")]
 
 
 @pytest.fixture(scope="module")

@@ -146,6 +146,7 @@ def _each(function: Callable[..., Any], cases: list[tuple[Any, ...]]) -> list[An
 def _serve(connection: Connection, rank: int) -> None:
     torch.set_num_threads(1)
     gc.freeze()
+    gc.set_threshold(100_000, 50, 50)
     multiprocessing.set_start_method(None, force=True)  # or processes of its own would be started as it was
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # Accelerate asks for them, and finds the group made

@@ -145,6 +145,7 @@ def slow(seconds: float) -> Callable[["_Handler"], None]:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer's body waits for 40 ms
     hub: HubServer
     log: list[Request]
     body: Any
