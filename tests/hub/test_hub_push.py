@@ -328,7 +328,7 @@ def test_a_public_repository_gets_nothing_private(hub, clients, folder):
 def test_two_pushes_at_once_both_arrive(hub, clients, folder, tmp_path):
     other = Path(shutil.copytree(folder, tmp_path / "other"))
     (other / "README.md").write_text("Other.\n")
-    hub.commit_seconds = 0.4
+    hub.commit_seconds = 0.1
     hub.make("ada/model")
     begun = [
         clients.start("push", place, "ada/model", {"message": place.name}, token=WRITE) for place in (folder, other)
