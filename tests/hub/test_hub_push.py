@@ -328,7 +328,7 @@ def test_a_public_repository_gets_nothing_private(hub, clients, folder):
 def test_two_pushes_at_once_both_arrive(hub, clients, folder, tmp_path):
     other = Path(shutil.copytree(folder, tmp_path / "other"))
     (other / "README.md").write_text("Other.\n")
-    hub.commit_seconds = 0.1
+    hub.commit_seconds = 60
     hub.make("ada/model")
     begun = [
         clients.start("push", place, "ada/model", {"message": place.name}, token=WRITE) for place in (folder, other)
@@ -336,6 +336,7 @@ def test_two_pushes_at_once_both_arrive(hub, clients, folder, tmp_path):
     for job in begun:
         outcome = clients.finish(job)
         assert outcome.status == 0, outcome.output
+    assert hub.repos["ada/model"].refused.is_set()
     assert sorted(hub.commits("ada/model")) == ["model", "other"]
     last = folder if hub.commits("ada/model")[-1] == "model" else other
     assert hub.files("ada/model") == {file.name: file.read_bytes() for file in last.iterdir()}

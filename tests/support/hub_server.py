@@ -37,6 +37,7 @@ class Repo:
     branches: dict[str, list[Commit]] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     committing: threading.Lock = field(default_factory=threading.Lock)
+    refused: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Refused(Exception):  # noqa: N818
 
 
 class HubServer:
-    """commit_seconds: how long a commit takes, while others on the repository are refused, as on the Hub."""
+    """commit_seconds: how long a commit takes at most, until another one is refused meanwhile, as on the Hub."""
 
     def __init__(self, commit_seconds: float = 0) -> None:
         self.repos: dict[str, Repo] = {}
@@ -319,9 +320,10 @@ class _Handler(BaseHTTPRequestHandler):
         if revision not in repo.branches:
             raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         if not repo.committing.acquire(blocking=False):
+            repo.refused.set()
             raise Refused(412, message="A commit has happened since. Please refresh and try again.")
         try:
-            time.sleep(self.hub.commit_seconds)
+            repo.refused.wait(self.hub.commit_seconds)
             before = repo.branches[revision][-1]
             files, lfs, message = dict(before.files), set(before.lfs), ""
             for line in map(json.loads, self.body.splitlines()):
