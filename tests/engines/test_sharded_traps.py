@@ -69,7 +69,6 @@ MIXED = {
     "moved after it was wrapped": [
         Case("fsdp", ahead=move, accumulation=2),
         Case("tp", ahead=move, accumulation=2),
-        Case("hsdp_tp", ahead=move),
     ],
     "an evaluation between the passes": [
         Case("hsdp", between=evaluate),
