@@ -175,8 +175,9 @@ for line in sys.stdin:
         os.write(theirs, said[-9000:].encode())
         os._exit(0)
     os.close(theirs)
-    print(json.dumps(os.fdopen(ours).read()))
-    os.wait()
+    said = os.fdopen(ours).read()
+    _, status = os.wait()
+    print(json.dumps(said or ("" if status == 0 else f"died with status {status}")))
 """
 
 
@@ -204,6 +205,7 @@ def test_rooms_need_the_packages_of_their_extra_alone(ended, extras):
     assert ended(without(blocked) + "import " + ", ".join(modules)) == ""
     assert blocked
     assert "import of" in ended(without(blocked) + f"import {min(blocked)}")
+    assert "died" in ended("import os; os.abort()")
 
 
 def test_rooms_have_their_needs():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hf_rwp.core.checks import check
 from hf_rwp.core.draws import Target
 from hf_rwp.core.refusals import refuse_unsupported
-from hf_rwp.core.sharding import block_of, gathered_weights, gatherers, local_of, reference_to, reshard
+from hf_rwp.core.sharding import block_of, gathered_weights, gatherers, local_of, reshard
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +37,9 @@ class Groups:
         check("seed", seed, Integral, lambda value: -(2**63) <= value < 2**63, "an integer of 64 bits")
         self._base, self._model = base, model
         self._groups = base.param_groups  # as they were when a window opened
-        # By name: the weight, as long as it is there, and its group's number.
-        self._homes: dict[str, tuple[Callable[[], Tensor | None], int]] = {}
+        # By name: the weight, None once another took its place, and its group's number. Not by weak references, with
+        # which torch refuses to move a DTensor.
+        self._homes: dict[str, tuple[Tensor | None, int]] = {}
         self._seen: Any = None  # what the targets below rest on
         self._targets: list[Target] = []
         self._numbers: list[int] = []  # of the targets' groups
@@ -78,7 +79,7 @@ class Groups:
         group.update(rwp_seed=first["rwp_seed"], rwp_windows=first["rwp_windows"])
         number = next(number for number, other in enumerate(self._base.param_groups) if other is group)
         for parameter in group["params"]:
-            self._homes[_plain(names[id(parameter)])] = reference_to(parameter), number
+            self._homes[_plain(names[id(parameter)])] = parameter, number
 
     @property
     def seed(self) -> int:
@@ -160,6 +161,11 @@ class Groups:
         if seen != self._seen:
             refuse_unsupported(parameter for _, parameter in named)
             self._seen, self._targets, self._numbers = seen, [], []
+            there = {id(parameter) for _, parameter in named} | numbers.keys()
+            self._homes = {
+                name: (weight if id(weight) in there else None, number)
+                for name, (weight, number) in self._homes.items()
+            }
             for position, (name, weight) in enumerate(named):
                 number = self._number(name, weight, numbers) if weight.requires_grad else 0 if frozen else None
                 if number is not None and gammas[number] > 0 and (noise_1d or weight.ndim > 1):
@@ -188,7 +194,7 @@ class Groups:
     def _number(self, name: str, weight: Tensor, numbers: dict[int, int]) -> int | None:
         """The number of a weight's group: by what the groups hold now, else by its name."""
         home = self._homes.get(_plain(name))
-        return numbers.get(id(weight), home[1] if home and home[0]() is weight else None)
+        return numbers.get(id(weight), home[1] if home and home[0] is weight else None)
 
     def _is_lost(self, name: str, weight: Tensor, numbers: dict[int, int]) -> bool:
         """Whether a weight stands where one of the optimizer's was, and is not the optimizer's."""
@@ -197,7 +203,7 @@ class Groups:
     def why_no_target(self) -> str:
         """Why `targets` finds none: what was seen, and what to do."""
         ours = {id(parameter) for parameter in self._model.parameters()}
-        replaced = [name for name, (weight, _) in self._homes.items() if id(weight()) not in ours]
+        replaced = [name for name, (weight, _) in self._homes.items() if id(weight) not in ours]
         if replaced:
             return (
                 f"nothing to perturb: {len(replaced)} of the model's parameters ({', '.join(replaced[:3])}) are others "

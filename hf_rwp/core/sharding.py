@@ -5,7 +5,6 @@ The one module that knows sharded parameters (DTensor) and those who gather them
 
 import math
 import sys
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -65,15 +64,14 @@ def whole_of(tensor: Tensor) -> Tensor:
     return whole
 
 
-def reference_to(parameter: Tensor) -> Callable[[], Tensor | None]:
-    """Gives a parameter as long as it is there. Nobody may move a DTensor that has a weak reference: it is kept."""
-    return (lambda: parameter) if is_sharded(parameter) else weakref.ref(parameter)
-
-
 def hook_on(parameter: Tensor, call: Callable[[Tensor], Tensor]) -> RemovableHandle:
-    """`register_hook`. A DTensor that `Module.to` has moved since it had one calls none, unless it is told of them."""
+    """`register_hook`, also of a DTensor that was moved after it had hooks.
+
+    `Module.to` puts another tensor behind a DTensor, and autograd calls none of the hooks that it had, nor later ones:
+    they are registered again, a user's own with ours.
+    """
     if is_sharded(parameter) and parameter._backward_hooks is not None:
-        parameter._backward_hooks = parameter._backward_hooks  # which autograd finds at the tensor that it was
+        parameter._backward_hooks = parameter._backward_hooks
     handle: RemovableHandle = parameter.register_hook(call)
     return handle
 

@@ -33,6 +33,7 @@ _CLASSES = {
 
 class _Metadata(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        module = "pathlib" if module == "pathlib._local" else module  # Python 3.13's name of it
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if dtype or name in _CLASSES.get(module, ()):
             return super().find_class(module, name)

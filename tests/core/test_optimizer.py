@@ -13,6 +13,7 @@ import itertools
 import logging
 import pickle
 import shutil
+import weakref
 from collections import namedtuple
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -2119,3 +2120,18 @@ def test_what_only_noise_forbids_is_allowed_without(off):
     before = snapshot(model)
     optimizer.step(closure)
     assert differs(before, snapshot(model))
+
+
+def test_a_weight_that_another_replaced_is_let_go():
+    model = nn.Linear(2, 2)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = RWP(base, model, alpha=1.0)
+    replaced = weakref.ref(model.weight)
+    model.weight = nn.Parameter(torch.ones(2, 2))
+    base.param_groups[0]["params"] = list(model.parameters())
+    for _ in range(2):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    gc.collect()
+    assert replaced() is None

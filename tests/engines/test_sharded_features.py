@@ -292,7 +292,7 @@ PAIRS = {
 }
 
 BASES = [Case("hsdp", windows=2), Case("fsdp2ranks", accumulation=2, windows=2)]
-# Of replicas nothing but the side by side is new: what compilation makes of the hooks, looks and pairs are as on one.
+# Replicas add only passes side by side: compilation, looks and pairs are as on one replica, and are tested there.
 ON_REPLICAS = [name for name in {**PLAIN, **OUTPUTS} if "compiled" not in name or name == "compiled model"]
 ON_REPLICAS += ["a look, a module around it", "an auxiliary loss kept on a module"]
 ON_ONE = [name for name in {**PLAIN, **LOOKED, **PAIRS} if name not in ON_REPLICAS or "look" in name]
@@ -309,11 +309,12 @@ def plain_names(answers):
     ]
 
 
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["parts", "whole"])
 @pytest.mark.parametrize("base", BASES, ids=lambda case: case.engine)
-def test_none_of_it_changes_a_bit_of_the_gradient(base):
+def test_none_of_it_changes_a_bit_of_the_gradient(base, whole):
     pairs = {**{name: (changes, {}) for name, changes in {**PLAIN, **OUTPUTS, **LOOKED}.items()}, **PAIRS}
-    chosen = ON_REPLICAS if base.engine == "hsdp" else ON_ONE
-    pairs = {name: pair for name, pair in pairs.items() if name in chosen}
+    names = pairs if whole else ON_REPLICAS if base.engine == "hsdp" else ON_ONE
+    pairs = {name: pair for name, pair in pairs.items() if name in names}
     distinct = [(dataclasses.replace(base, **changes),) for pair in pairs.values() for changes in pair if changes]
     answers = iter(run_each(base.world, follow, [(base,), *distinct], keep_group=True, timeout=120))
     plain = next(answers)

@@ -24,7 +24,7 @@ from sharded import (
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from hf_rwp import RWP
@@ -50,7 +50,10 @@ def gather_ahead(model):
 def move(model):
     """Between two steps, or ahead of all as Accelerate's prepare does."""
     if all(parameter.grad is None for parameter in model.parameters()):
+        sharded = next(parameter for parameter in model.parameters() if isinstance(parameter, DTensor))
+        behind = sharded._local_tensor
         model.to("cpu")
+        assert sharded._local_tensor is not behind
 
 
 @pytest.mark.parametrize("engine", ["hsdp", "fsdp"])

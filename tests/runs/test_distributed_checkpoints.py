@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from hf_rwp.runs.checkpoints import load_checkpoint
-from hf_rwp.runs.distributed_checkpoints import checkpoint_weights, refuse_code
+from hf_rwp.runs.distributed_checkpoints import checkpoint_weights, read_metadata, refuse_code
 from hf_rwp.runs.sharded import in_lockstep, refuse_sharded, replicas_of_run
 
 SHARDS = "pytorch_model_fsdp_0"
@@ -60,6 +60,11 @@ def test_weights_are_read_whole_however_they_were_saved(tmp_path):
 def test_plain_data_beside_tensors_is_no_code(tmp_path):
     plain = {"lr": 0.1, "betas": (0.9, 0.999), "name": "sgd", "step": torch.tensor(3.0), "none": None}
     refuse_code(written(tmp_path / "optimizer_0", {"optimizer": plain}))
+
+
+def test_paths_that_python_3_13_wrote_are_read(tmp_path):
+    (tmp_path / ".metadata").write_bytes(b"cpathlib._local\nPosixPath\n(Vshard\ntR.")
+    assert read_metadata(tmp_path) == Path("shard")
 
 
 def test_code_beside_tensors_is_refused_and_not_run(tmp_path):

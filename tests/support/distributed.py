@@ -91,7 +91,7 @@ def run_each(world: int, function: Callable[..., Any], cases: Iterable[tuple[Any
 def night(values: Iterable[Any], later: Iterable[Any]) -> list[Any]:
     """Values to parametrize a test with, or tuples for several arguments; those of `later` wait for the nightly run.
 
-    The others show the same of each part, and not of every combination.
+    The rest cover each part, though not every combination.
     """
     values, later = list(values), list(later)
     assert all(value in values for value in later), later
@@ -147,7 +147,7 @@ def _serve(connection: Connection, rank: int) -> None:
     torch.set_num_threads(1)
     gc.freeze()
     gc.set_threshold(100_000, 50, 50)
-    multiprocessing.set_start_method(None, force=True)  # or processes of its own would be started as it was
+    multiprocessing.set_start_method(None, force=True)  # or its own children would come from a fork server
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # Accelerate asks for them, and finds the group made
     while True:

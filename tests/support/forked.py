@@ -100,7 +100,7 @@ def run(
 
 def _run(words: list[str], environment: Mapping[str, str], cwd: str, screens: tuple[Path, Path]) -> None:
     os.setsid()
-    multiprocessing.set_start_method(None, force=True)  # or processes of its own would be started as it was
+    multiprocessing.set_start_method(None, force=True)  # or its own children would come from a fork server
     for descriptor, screen in enumerate(screens, 1):
         os.dup2(os.open(screen, os.O_WRONLY | os.O_APPEND | os.O_NOCTTY), descriptor)
     sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]

@@ -64,7 +64,7 @@ class Refused(Exception):  # noqa: N818
 
 
 class HubServer:
-    """commit_seconds: how long a commit takes at most, until another one is refused meanwhile, as on the Hub."""
+    """commit_seconds: the longest that a commit takes; it ends once another one was refused, as on the Hub."""
 
     def __init__(self, commit_seconds: float = 0) -> None:
         self.repos: dict[str, Repo] = {}
@@ -171,10 +171,11 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = any_method  # noqa: N815
 
     def serve(self) -> None:
-        if self.log is not self.hub.log:  # a request of the test before, whose client may be gone
-            return cut(self)
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.hub.log.append(Request(self.command, self.path, dict(self.headers), self.body))
+        if self.log is not self.hub.log:  # a request of the test before, whose client may be gone
+            self.close_connection = True
+            return None
+        self.log.append(Request(self.command, self.path, dict(self.headers), self.body))
         try:
             for method, pattern, answer in _ROUTES:
                 match = re.fullmatch(pattern, self.route)

@@ -149,7 +149,7 @@ CASES = {
     "tp, accumulation": Case(2, **TP, accumulation=3),
 }
 NIGHT = ["hsdp, accumulation", "hsdp, no tokens", "fsdp, accumulation", "fsdp, halves, not across", "tp, halves"]
-NIGHT += ["fsdp and tp, halves", "loaded hsdp, accumulation", "hsdp and tp"]
+NIGHT += ["fsdp and tp, halves", "loaded hsdp, accumulation"]
 
 
 @pytest.fixture(scope="module")
