@@ -101,7 +101,7 @@ def _rows(args: TextArguments) -> Any:
     file = Path(args.data_file).expanduser()
     try:
         rows = load_dataset(KINDS[file.suffix], data_files=str(file), split="train")
-    except DatasetGenerationError as error:
+    except (DatasetGenerationError, ValueError) as error:  # the latter by datasets before 5
         raise ValueError(f"{args.data_file}{_damage(file, error)}") from error
     return rows.filter(lambda row: row["text"].strip()) if file.suffix == ".txt" else rows
 

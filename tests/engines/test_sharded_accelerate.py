@@ -23,6 +23,7 @@ from sharded import Window, assert_same
 from hf_rwp import RWP
 
 WINDOWS, BATCH = 2, 2
+CLIPPED = 1e-6 if torch.__version__ < (2, 9) else 1e-11  # torch 2.8 clips by a factor in float32
 SIZES = {
     "hsdp": {"dp_replicate_size": 2, "dp_shard_size": 2},
     "fsdp": {},
@@ -142,7 +143,8 @@ def assert_mixed(case: Case, ranks: list[Any], tolerance: float = 1e-14) -> None
         for window in windows:
             assert window.gradient.keys() == expected.keys()
             for name, gradient in window.gradient.items():
-                torch.testing.assert_close(gradient, expected[name] * factor, rtol=1e-11, atol=tolerance)
+                rtol = 1e-11 if case.clip is None else CLIPPED
+                torch.testing.assert_close(gradient, expected[name] * factor, rtol=rtol, atol=tolerance)
         after = ranks[0][0][number + 1].weights
         with torch.no_grad():
             rows = sentences(11, seed=1)

@@ -5,7 +5,7 @@ it loads it. Its step is the paper's over all tokens, its logs are the plain los
 import json
 import shutil
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,9 +22,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from trainer_runs import LOUD, logged, make, paper
 from transformers import HfArgumentParser, TrainerCallback
+from transformers.distributed import DistributedConfig
 
 from hf_rwp import RWPTrainer, RWPTrainingArguments
 
+# transformers 5.19 has no replicas of what it loads in parts, nor peft 0.18 adapters for it.
+OLD = "dp_replicate_size" not in {item.name for item in fields(DistributedConfig)}
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 BATCH = 3
 
@@ -150,6 +153,10 @@ CASES = {
 }
 NIGHT = ["hsdp, accumulation", "hsdp, no tokens", "fsdp, accumulation", "fsdp, halves, not across", "tp, halves"]
 NIGHT += ["fsdp and tp, halves", "loaded hsdp, accumulation"]
+if OLD:
+    for name in ("loaded hsdp, accumulation", "hsdp and tp", "loaded fsdp, lora"):
+        del CASES[name]
+    NIGHT.remove("loaded hsdp, accumulation")
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +298,7 @@ def scripts(tmp_path_factory):
     return folder, found
 
 
-LOADED = {"loaded-hs": LOADED_HSDP["parts"], "loaded-tp": FSDP_TP["parts"]}
+LOADED = {"loaded-tp": FSDP_TP["parts"], **({} if OLD else {"loaded-hs": LOADED_HSDP["parts"]})}
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +309,7 @@ def loaded_scripts(request, scripts):
     return folder, dict(zip(names, found, strict=True))
 
 
-@pytest.mark.parametrize("name", night(LOADED, ["loaded-tp"]))
+@pytest.mark.parametrize("name", night(LOADED, [] if OLD else ["loaded-tp"]))
 def test_what_transformers_loaded_in_parts_is_pushed_whole(loaded_scripts, name):
     folder, found = loaded_scripts
     (weights, steps), *others = found[name]
@@ -322,6 +329,7 @@ def test_resume_of_a_script_with_the_flags_alone_is_bit_exact(scripts, name):
         assert set(again[2]) == set(whole[2]) == {(0, 10)}
 
 
+@pytest.mark.skipif(OLD, reason="with the words that older versions of transformers need the first is not the worst")
 def test_the_best_weights_are_loaded_and_all_that_is_pushed_is_whole_and_clean(scripts):
     folder, (*_, (first, second)) = scripts[0], scripts[1]["hsdp"][::-1]
     assert [run[3] for run in (first, second)] == [[3, 6, 9, 10, 3], [6, 9, 10, 3]]
