@@ -137,7 +137,11 @@ TEXT += ["--model_kwargs={hidden_size: 32, num_hidden_layers: 1, intermediate_si
 
 
 @pytest.mark.parametrize(
-    ("seeds", "epochs", "flags"), [([3, 4], 8, ["--lr=0.05"]), ([3], 14, TEXT)], ids=["images", "text"]
+    ("seeds", "epochs", "flags"),
+    [
+        pytest.param([3, 4], 8, ["--lr=0.05"], id="images", marks=pytest.mark.slow),
+        pytest.param([3], 14, TEXT, id="text"),
+    ],
 )
 def test_a_validation_is_a_plain_run_a_grid_and_the_proposal_for_each_seed_once(
     recipe, tmp_path, seeds, epochs, flags, capsys

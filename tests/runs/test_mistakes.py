@@ -8,6 +8,7 @@ import sys
 
 import forked
 import pytest
+from distributed import night
 
 from hf_rwp.runs.mistakes import Parser, in_words, refuse, told_in_a_line
 
@@ -52,7 +53,7 @@ def launched(tmp_path):
     return launched
 
 
-@pytest.mark.parametrize("seen_by", ["all", "0", "1"])
+@pytest.mark.parametrize("seen_by", night(["all", "0", "1"], ["0"]))
 def test_hf_rwp_ends_with_the_line_whichever_process_has_seen_it(launched, seen_by):
     run = launched("hf-rwp", "--seen_by", seen_by)
     assert (run.returncode, run.stdout, run.stderr) == (2, "", f"{LINE}\n")

@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from distributed import run
+from distributed import night, run
 from torch import nn
 from torch.utils._pytree import tree_flatten
 from trainer_runs import make, tensors
@@ -308,8 +308,7 @@ def train_and_kill(folder, steps, world, chance):
     return began
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("world", "kills"), night([(2, 1), (1, 1), (2, 20), (1, 20)], [(1, 1), (2, 20), (1, 20)]))
 def test_resume_is_exact_after_sigkill(tmp_path, world, kills):
     chance, steps = random.Random(kills), 10 * (kills + 1)
     through, killed = tmp_path / "through", tmp_path / "killed"
