@@ -151,14 +151,13 @@ LONG = {
 
 @pytest.mark.parametrize("name", night(LONG, ["an evaluation each", "K=3"]))
 def test_replicas_are_bit_equal_after_30_steps(name):
-    for case, ranks in [(LONG[name], run(4, follow, LONG[name], keep_group=True))]:
-        assert all(weights for _, weights in ranks)
-        assert_replicas_agree(case, ranks)
-        _, weights = ranks[0]
-        moved = [
-            not torch.equal(weights[0][name], weights[-1][name]) for name in weights[0] if weights[0][name].numel()
-        ]
-        assert all(moved)
+    case = LONG[name]
+    ranks = run(4, follow, case, keep_group=True)
+    assert all(weights for _, weights in ranks)
+    assert_replicas_agree(case, ranks)
+    _, weights = ranks[0]
+    moved = [not torch.equal(weights[0][name], weights[-1][name]) for name in weights[0] if weights[0][name].numel()]
+    assert all(moved)
 
 
 def clean_parts(base) -> list[torch.Tensor]:

@@ -571,7 +571,7 @@ def test_errors_of_the_transform_pass_through():
         list(build_loader(numbered(4), transform=fails, batch_size=2, training=True))
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_share_what_could_not_be_read(method):
     split = without_path([b"", encoded(picture(9), "PNG"), b"x", encoded(picture(9), "PNG")])
     images = ImageDataset(split, as_float, training=True)
