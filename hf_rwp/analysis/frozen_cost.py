@@ -63,10 +63,13 @@ def frozen_costs(device: torch.device, rounds: int, tokens: int = TOKENS, width:
 
 
 def run_frozen(_: int, ranks: int, args: Any, folder: str) -> None:
-    """Write `frozen_costs` to the folder, measured with the threads of a single process. args: of the benchmark."""
+    """Write `frozen_costs` to the folder, measured with the threads of a single process. args: of the benchmark.
+
+    Four of its rounds to one of the benchmark's: they are short, and its kinds are close together.
+    """
     torch.set_num_threads(args.threads * args.ranks // ranks)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    Path(folder, "0").write_text(json.dumps(frozen_costs(device, args.rounds)))
+    Path(folder, "0").write_text(json.dumps(frozen_costs(device, 4 * args.rounds)))
 
 
 def frozen_ratios(found: Mapping[str, Any]) -> dict[str, tuple[list[float], list[float]]]:

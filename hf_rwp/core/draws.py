@@ -7,7 +7,7 @@
 
 import functools
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ class _Plan(NamedTuple):
     cut: list[int]  # whose filters other processes hold parts of
     small: list[tuple[list[int], list[Tensor]]]  # that fit into one scratch together, and their places in there
     large: list[int]
+    alone: set[int]  # of the large ones: in whose storage no other target is, with which they might overlap
     fused: list[int]
     kernels: Any
 
@@ -60,19 +61,38 @@ class Draws:
         factors: Sequence[float],
         seeds: Sequence[int],
         dampings: Sequence[Tensor | None] | None = None,
+        clean: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
         """Add noise to every target's weight in place; the standard deviations by filter: (rows,) for each, or 0-dim.
 
         factors: what filters' norms are multiplied by, `noise.std_factor`; less than 0 for the opposite noise. seeds:
-        `noise.noise_seeds`. dampings: `noise.arwp_damping`, (rows,) each.
+        `noise.noise_seeds`. dampings: `noise.arwp_damping`, (rows,) each. clean: copies of the weights, if there are
+        any; it is faster on a CPU.
         """
         plan = self._plan_of(targets)
         stds = self._stds(plan, factors)
         for std, damping in zip(stds, dampings or (), strict=bool(dampings)):
             if damping is not None:
                 std.mul_(damping.view_as(std))
-        self._add_(plan, stds, seeds)
+        self._add_(plan, stds, seeds, clean)
         return stds
+
+    @torch.no_grad()
+    def drawn(self, target: Target, std: Tensor | None, factor: float, seed: int) -> tuple[Tensor, Tensor]:
+        """A target's weight plus its noise in memory of its own, and the standard deviations, see `add_`.
+
+        std: what an earlier call gave, for the same noise once more.
+        """
+        if std is None:
+            (std,) = self._stds(self._made([target]), [factor])
+        values = torch.empty_like(target.local, requires_grad=False)
+        block = block_like(target.block, values)
+        if values.device.type == "cpu":
+            noise.add_noise_(block, std, seed, self._source(block.memory), target.block.memory)
+        else:
+            values.copy_(target.local)
+            self._add_(self._made([target._replace(local=values, block=block)]), [std], [seed])
+        return values, std
 
     @torch.no_grad()
     def holds(self, target: Target, std: Tensor, seed: int, clean: Tensor) -> bool:
@@ -104,15 +124,16 @@ class Draws:
         small: dict[tuple[torch.device, torch.dtype], list[list[int]]] = defaultdict(lambda: [[]])
         room: dict[tuple[torch.device, torch.dtype], int] = defaultdict(lambda: noise.CPU_TILE)
         many_filters: list[int] = []
-        cut, large, fused, storages = [], [], [], set()
+        storages = Counter(target.block.memory.untyped_storage().data_ptr() for target in targets)
+        cut, large, alone, fused, seen = [], [], set(), [], set()
         for index, target in enumerate(targets):
             local, block = target.local, target.block
             memory, kind = block.memory, (block.memory.device, block.memory.dtype)
             storage = memory.untyped_storage().data_ptr()
             if block.groups:
                 cut.append(index)
-            if fuse and _fuses(local, block) and storage not in storages:  # of one storage one: they may overlap
-                storages.add(storage)
+            if fuse and _fuses(local, block) and storage not in seen:  # of one storage one: they may overlap
+                seen.add(storage)
                 fused.append(index)
                 continue
             if not block.groups:
@@ -127,6 +148,8 @@ class Draws:
                 small[kind][-1].append(index)
             else:
                 large.append(index)
+                if storages[storage] == 1:
+                    alone.add(index)
         kernels = _kernels().plan([targets[index].block for index in fused]) if fused else None
         batches = []
         for batch in (batch for batches in small.values() for batch in batches):
@@ -134,7 +157,7 @@ class Draws:
             scratch = self._source(memories[0]).scratch
             places = scratch[: sum(map(Tensor.numel, memories))].split([memory.numel() for memory in memories])
             batches.append((batch, [place.view(m.shape) for place, m in zip(places, memories, strict=True)]))
-        return _Plan(targets, list(one_filter.values()), many_filters, cut, batches, large, fused, kernels)
+        return _Plan(targets, list(one_filter.values()), many_filters, cut, batches, large, alone, fused, kernels)
 
     def _stds(self, plan: _Plan, factors: Sequence[float]) -> list[Tensor]:
         blocks = [target.block for target in plan.targets]
@@ -158,7 +181,9 @@ class Draws:
                 stds[index] = square.sqrt_().mul_(factors[index]).to(dtype)
         return [stds[index] for index in range(len(blocks))]
 
-    def _add_(self, plan: _Plan, stds: Sequence[Tensor], seeds: Sequence[int]) -> None:
+    def _add_(
+        self, plan: _Plan, stds: Sequence[Tensor], seeds: Sequence[int], clean: Sequence[Tensor] | None = None
+    ) -> None:
         blocks = [target.block for target in plan.targets]
         if plan.fused:
             _kernels().add_noise_(plan.kernels, [stds[i] for i in plan.fused], [seeds[i] for i in plan.fused])
@@ -170,7 +195,10 @@ class Draws:
             own = [stds[index] for index in indices]
             torch._foreach_addcmul_(memories, normals, [std.view(-1, 1) if std.ndim else std for std in own])
         for index in plan.large:
-            noise.add_noise_(blocks[index], stds[index], seeds[index], self._source(blocks[index].memory))
+            block, own = blocks[index], None
+            if clean is not None and index in plan.alone:
+                own = block_like(block, clean[index]).memory
+            noise.add_noise_(block, stds[index], seeds[index], self._source(block.memory), own)
 
     def _source(self, memory: Tensor) -> noise.Source:
         key = memory.device, memory.dtype

@@ -21,7 +21,6 @@ from hf_rwp.core.noisy import Noisy
 from hf_rwp.core.quantized import Quantized, quantized_layers
 from hf_rwp.core.sharding import (
     after_each_put,
-    block_like,
     block_of,
     gathered_as_held,
     gatherers,
@@ -196,11 +195,11 @@ class Layers:
 
 
 def _drawer(target: Target, factor: float, seed: int) -> Callable[[], Tensor]:
-    @torch.no_grad()
+    std = None  # from the first draw on: the weight stays the same
+
     def draw() -> Tensor:
-        values = torch.empty_like(target.local, requires_grad=False).copy_(target.local)
-        own = target._replace(local=values, block=block_like(target.block, values))
-        Draws().add_([own], [factor], [seed])  # one that is kept would keep the values
+        nonlocal std
+        values, std = Draws().drawn(target, std, factor, seed)
         return values
 
     return draw

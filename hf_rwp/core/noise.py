@@ -91,7 +91,7 @@ class Source:
         return self.fill_(self.scratch[:count], seed)
 
     def fill_(self, numbers: Tensor, seed: int) -> Tensor:
-        """Fill a part of `scratch` with the numbers of the tile with this seed, of which a CPU uses the low 32 bits."""
+        """Fill contiguous memory with the numbers of the tile with this seed, of which a CPU uses the low 32 bits."""
         return numbers.normal_(generator=self._generator.manual_seed(seed))
 
 
@@ -101,11 +101,12 @@ def tile_of(block: Block, source: Source) -> tuple[int, int]:
     return source.tile // width, width
 
 
-def add_noise_(block: Block, std: Tensor, seed: int, source: Source) -> None:
+def add_noise_(block: Block, std: Tensor, seed: int, source: Source, clean: Tensor | None = None) -> None:
     """Add Gaussian noise to a block in place, a tile at a time. The sum is rounded once, to the weight's dtype.
 
     std: of every filter in it, (rows,). seed: of the parameter's draw, see `noise_seeds`. source: of its device and
-    dtype. A filter that cannot be flattened and is larger than a tile takes memory of its own for the moment.
+    dtype. clean: what the noise is added to, of the shape of the block's memory and not in it; what is there by
+    default. A filter that cannot be flattened and is larger than a tile takes memory of its own for the moment.
     """
     memory, filters, length, row, column = block[:5]
     if memory.numel() == 0:
@@ -115,6 +116,13 @@ def add_noise_(block: Block, std: Tensor, seed: int, source: Source) -> None:
     height, width = tile_of(block, source)
     across = -(-length // width)
     seeds = hashes(seed, range(-(-filters // height) * across))
+    if clean is not None:
+        if memory.shape == (filters, width) and memory.is_contiguous() and memory.dtype == source.scratch.dtype:
+            for tile, tile_seed in zip(memory.split(height), seeds, strict=True):
+                source.fill_(tile, tile_seed)
+            torch.addcmul(clean, memory, std, out=memory)
+            return
+        memory.copy_(clean)
     for top in range(row // height * height, bottom, height):
         rows = slice(max(top, row) - row, min(top + height, bottom) - row)
         parts = []

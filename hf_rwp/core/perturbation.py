@@ -75,7 +75,7 @@ class Perturbation:
         _copy_all(self._clean, self._tensors)
         self._guarded, self.noise = guarded, Noise.SHOWN
         try:
-            stds = self._draws.add_(targets, factors, seeds, dampings)
+            stds = self._draws.add_(targets, factors, seeds, dampings, self._clean[:count])
             self._writes.begin(targets, stds, seeds)
             self.layers.show()
         except BaseException:  # an interrupt too: half the noise is neither clean nor the paper's

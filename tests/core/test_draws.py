@@ -60,10 +60,13 @@ def check_one_by_one(weights: Sequence[Tensor], noisy: Sequence[Tensor], stds: S
         assert torch.equal(weight, found)
 
 
-def test_noise_is_that_of_each_weight_alone():
+@pytest.mark.parametrize("copied", [False, True])
+def test_noise_is_that_of_each_weight_alone(copied):
     weights = mixed_weights()
     clean, versions = clones(weights), [weight._version for weight in weights]
-    stds = Draws().add_(targets_of(weights), [0.5] * len(weights), seeds_of(weights))
+    copies = clones(weights) if copied else None
+    stds = Draws().add_(targets_of(weights), [0.5] * len(weights), seeds_of(weights), None, copies)
+    assert copies is None or same(copies, clean)
     check_one_by_one(clean, weights, stds)
     for weight, before, version in zip(weights, clean, versions, strict=True):
         assert weight.numel() == 0 or not torch.equal(weight, before)
@@ -79,11 +82,13 @@ def test_small_weights_of_more_than_one_scratch_are_those_of_each_alone():
     check_one_by_one(clean, weights, adder.add_(targets_of(weights), [0.3] * len(weights), seeds_of(weights)))
 
 
-def test_weights_that_overlap_get_the_noise_of_all_of_them():
+@pytest.mark.parametrize("copied", [False, True])
+def test_weights_that_overlap_get_the_noise_of_all_of_them(copied):
     views = [lambda t: t, lambda t: t[:500].view(20, 25).t(), lambda t: t[:10], lambda t: t[2:30]]
     flat, expected = torch.ones(70_000), torch.ones(70_000)
     weights = [view(flat) for view in views]
-    stds = Draws().add_(targets_of(weights), [0.1] * 4, seeds_of(weights))
+    copies = clones(weights) if copied else None
+    stds = Draws().add_(targets_of(weights), [0.1] * 4, seeds_of(weights), None, copies)
     for view, std, seed in zip(views, stds, seeds_of(weights), strict=True):
         alone = torch.zeros(view(expected).shape)
         noise.add_noise_(block_of(alone), std, seed, noise.Source(alone))

@@ -262,7 +262,20 @@ def test_scratch_is_bounded_and_accurate(dtype):
 
 # 3. However a weight is cut
 
-CUT = [(50, 300), (3, 70_000), (10, 3, 3, 3), (1, 197, 24), (1, 1, 24), (7,), (768,), (3,), (), (3, 5), (2, 33_000)]
+CUT = [
+    (50, 300),
+    (250, 300),
+    (3, 70_000),
+    (10, 3, 3, 3),
+    (1, 197, 24),
+    (1, 1, 24),
+    (7,),
+    (768,),
+    (3,),
+    (),
+    (3, 5),
+    (2, 33_000),
+]
 CUT_LAST = [(10, 3, 3, 3), (10, 5, 2, 2), (2, 4000, 3, 3)]  # the last one's filters are larger than a tile
 
 
@@ -302,6 +315,28 @@ def test_the_noise_of_a_part_is_that_part_of_the_whole_weights_noise(shape, last
         for (part, _), (_, expected) in zip(parts_of(block_of(clean), *cut), parts_of(whole, *cut), strict=True):
             noise.add_noise_(part, std[part.row : part.row + len(part.memory)], 11, source)
             assert torch.equal(part.memory, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize(
+    ("shape", "last"), [*((shape, False) for shape in CUT), *((shape, True) for shape in CUT_LAST)]
+)
+def test_noise_beside_clean_values_is_that_in_place(shape, last, dtype):
+    """What was in the block's memory is no matter; a part of a weight is no exception."""
+    clean = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    clean = clean.to(memory_format=torch.channels_last) if last else clean
+    std, noisy, found = std_of(clean, 0.5), clean.clone(), torch.full_like(clean, torch.nan)
+    source, values = noise.Source(block_of(clean).memory), clean.clone()
+    noise.add_noise_(block_of(noisy), std, 11, source)
+    noise.add_noise_(block_of(found), std, 11, source, block_of(values).memory)
+    assert torch.equal(found, noisy)
+    assert torch.equal(values, clean)
+    for (part, own), (_, expected) in zip(
+        parts_of(block_of(clean), *CUTS[-1]), parts_of(block_of(noisy), *CUTS[-1]), strict=True
+    ):
+        part.memory.fill_(torch.nan)
+        noise.add_noise_(part, std[part.row : part.row + len(part.memory)], 11, source, own)
+        assert torch.equal(part.memory, expected)
 
 
 class Recorder(noise.Source):
