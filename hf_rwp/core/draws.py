@@ -195,10 +195,10 @@ class Draws:
             own = [stds[index] for index in indices]
             torch._foreach_addcmul_(memories, normals, [std.view(-1, 1) if std.ndim else std for std in own])
         for index in plan.large:
-            block, own = blocks[index], None
+            block, beside = blocks[index], None
             if clean is not None and index in plan.alone:
-                own = block_like(block, clean[index]).memory
-            noise.add_noise_(block, stds[index], seeds[index], self._source(block.memory), own)
+                beside = block_like(block, clean[index]).memory
+            noise.add_noise_(block, stds[index], seeds[index], self._source(block.memory), beside)
 
     def _source(self, memory: Tensor) -> noise.Source:
         key = memory.device, memory.dtype
