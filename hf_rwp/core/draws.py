@@ -78,13 +78,14 @@ class Draws:
         return stds
 
     @torch.no_grad()
-    def drawn(self, target: Target, std: Tensor | None, factor: float, seed: int) -> tuple[Tensor, Tensor]:
-        """A target's weight plus its noise in memory of its own, and the standard deviations, see `add_`.
+    def std(self, target: Target, factor: float) -> Tensor:
+        """The standard deviations of one target's noise, see `add_`."""
+        (std,) = self._stds(self._made([target]), [factor])
+        return std
 
-        std: what an earlier call gave, for the same noise once more.
-        """
-        if std is None:
-            (std,) = self._stds(self._made([target]), [factor])
+    @torch.no_grad()
+    def drawn(self, target: Target, std: Tensor, seed: int) -> Tensor:
+        """A target's weight plus its noise, in memory of its own, see `add_`."""
         values = torch.empty_like(target.local, requires_grad=False)
         block = block_like(target.block, values)
         if values.device.type == "cpu":
@@ -92,7 +93,7 @@ class Draws:
         else:
             values.copy_(target.local)
             self._add_(self._made([target._replace(local=values, block=block)]), [std], [seed])
-        return values, std
+        return values
 
     @torch.no_grad()
     def holds(self, target: Target, std: Tensor, seed: int, clean: Tensor) -> bool:

@@ -195,12 +195,13 @@ class Layers:
 
 
 def _drawer(target: Target, factor: float, seed: int) -> Callable[[], Tensor]:
-    std = None  # from the first draw on: the weight stays the same
+    std: Tensor | None = None  # from the first draw on: it is of the clean weight
 
     def draw() -> Tensor:
         nonlocal std
-        values, std = Draws().drawn(target, std, factor, seed)
-        return values
+        if std is None:
+            std = Draws().std(target, factor)
+        return Draws().drawn(target, std, seed)
 
     return draw
 
