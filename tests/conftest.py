@@ -15,6 +15,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or libraries look for the driver at each of many questions
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the background, whose processes inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -27,12 +29,21 @@ def pytest_collection_finish() -> None:
     distributed.context()  # there is one server to fork from, whoever starts it
 
 
+@pytest.fixture(autouse=True, scope="module")
+def collected():
+    """The same of what earlier tests imported: recipes collect garbage after each run, which is a million objects."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seeds():
     """What a test draws does not depend on the tests before it."""
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():  # `torch.manual_seed` keeps a traceback where there is no GPU
+        torch.cuda.manual_seed_all(0)
 
 
 @pytest.fixture(autouse=True)

@@ -64,6 +64,7 @@ def launch(*arguments, machines=2, processes=4):
     return "\n".join(said)
 
 
+@pytest.mark.slow
 def test_clean_and_perturbed_alternate_within_each_machine(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

@@ -6,6 +6,7 @@ what a program imports, nor for variables that libraries read when they are impo
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -100,6 +101,7 @@ def run(
 
 def _run(words: list[str], environment: Mapping[str, str], cwd: str, screens: tuple[Path, Path]) -> None:
     os.setsid()
+    gc.freeze()  # what the server imported
     multiprocessing.set_start_method(None, force=True)  # or its own children would come from a fork server
     for descriptor, screen in enumerate(screens, 1):
         os.dup2(os.open(screen, os.O_WRONLY | os.O_APPEND | os.O_NOCTTY), descriptor)
