@@ -102,6 +102,8 @@ def peak_of_process(make: Callable[[], Callable[[], Any]], device: torch.device,
     with contextlib.suppress(AttributeError):  # of other C libraries
         libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: larger blocks go back to the system as soon as they are free
     make()()
+    gc.collect()
+    gc.freeze()  # what is loaded: no try need go over it
     return min(_peak_resident(make(), libc) for _ in range(tries))
 
 

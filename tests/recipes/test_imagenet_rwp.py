@@ -40,14 +40,20 @@ from hf_rwp.runs.parsing import parse_arguments
 # As a user starts it
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
-def test_no_arguments_but_a_seed_learn_the_digits(tmp_path, seed):
-    run = launch(RECIPE, f"--seed={seed}", f"--output_dir={tmp_path}")
+@pytest.mark.parametrize(
+    ("flags", "epochs", "top1"),
+    [
+        (["--seed=0", "--epochs=4"], 4, 0.95),
+        *(pytest.param([f"--seed={seed}"], 10, 0.985, marks=pytest.mark.slow) for seed in range(5)),
+    ],
+)
+def test_no_arguments_learn_the_digits(tmp_path, flags, epochs, top1):
+    run = launch(RECIPE, *flags, f"--output_dir={tmp_path}")
     assert run.returncode == 0, run.stderr
     found = results(tmp_path)
-    assert found["final"]["top1"] >= 0.985
+    assert found["final"]["top1"] >= top1
     assert (found["arguments"]["method"], found["final"]["rwp"]["placement"]) == ("rwp", "sequential")
-    assert found["final"]["rwp"]["slots"] == {"clean": 220, "perturbed": 220}
+    assert found["final"]["rwp"]["slots"] == {"clean": 22 * epochs, "perturbed": 22 * epochs}
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert re.search(rf"Wrote\s+to\s+{re.escape(str(tmp_path))}:\s+results\.json", run.stdout)
     assert "%|" not in run.stderr  # no progress bar where there is no terminal

@@ -1,12 +1,12 @@
 import getpass
 import json
-import multiprocessing
 import socket
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from distributed import rank, run
 
 from hf_rwp.runs.records import (
     append_record,
@@ -127,18 +127,14 @@ def test_a_record_that_a_kill_cut_short_is_left_out_and_cut_off(tmp_path):
     assert file.read_text() == '{"top1": 0.5}\n{"top1": 0.7}\n'
 
 
-def append_many(path, number):
+def append_many(path):
     for index in range(50):
-        append_record(path, {"process": number, "index": index})
+        append_record(path, {"process": rank(), "index": index})
 
 
 def test_two_processes_may_append_to_one_file(tmp_path):
     file = tmp_path / "runs.jsonl"
-    processes = [multiprocessing.get_context("spawn").Process(target=append_many, args=(file, n)) for n in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    run(2, append_many, file)
     assert len(read_records(file)) == 100
 
 

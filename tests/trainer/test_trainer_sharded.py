@@ -151,7 +151,8 @@ CASES = {
     "tp, halves": Case(2, **TP),
     "tp, accumulation": Case(2, **TP, accumulation=3),
 }
-NIGHT = ["hsdp, accumulation", "hsdp, no tokens", "fsdp, accumulation", "fsdp, halves, not across", "tp, halves"]
+NIGHT = ["hsdp", "fsdp, not across", "fsdp, lora, halves"]
+NIGHT += ["hsdp, accumulation", "hsdp, no tokens", "fsdp, accumulation", "fsdp, halves, not across", "tp, halves"]
 NIGHT += ["fsdp and tp, halves", "loaded hsdp, accumulation"]
 if OLD:
     for name in ("loaded hsdp, accumulation", "hsdp and tp", "loaded fsdp, lora"):
