@@ -42,7 +42,7 @@ class _Plan(NamedTuple):
     cut: list[int]  # whose filters other processes hold parts of
     small: list[tuple[list[int], list[Tensor]]]  # that fit into one scratch together, and their places in there
     large: list[int]
-    alone: set[int]  # of the large ones: in whose storage no other target is, with which they might overlap
+    alone: set[int]  # of the large ones, those on a CPU in whose storage no other target is, which might overlap
     fused: list[int]
     kernels: Any
 
@@ -78,22 +78,24 @@ class Draws:
         return stds
 
     @torch.no_grad()
-    def std(self, target: Target, factor: float) -> Tensor:
-        """The standard deviations of one target's noise, see `add_`."""
-        (std,) = self._stds(self._made([target]), [factor])
-        return std
+    def drawn(self, target: Target, factor: float, seed: int, std: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A target's weight plus its noise, in memory of its own, and the standard deviations, see `add_`.
 
-    @torch.no_grad()
-    def drawn(self, target: Target, std: Tensor, seed: int) -> Tensor:
-        """A target's weight plus its noise, in memory of its own, see `add_`."""
+        std: those that an earlier call gave for the same noise, which then are not computed again.
+        """
         values = torch.empty_like(target.local, requires_grad=False)
         block = block_like(target.block, values)
         if values.device.type == "cpu":
+            if std is None:
+                (std,) = self._stds(self._made([target]), [factor])
             noise.add_noise_(block, std, seed, self._source(block.memory), target.block.memory)
         else:
             values.copy_(target.local)
-            self._add_(self._made([target._replace(local=values, block=block)]), [std], [seed])
-        return values
+            plan = self._made([target._replace(local=values, block=block)])
+            if std is None:
+                (std,) = self._stds(plan, [factor])
+            self._add_(plan, [std], [seed])
+        return values, std
 
     @torch.no_grad()
     def holds(self, target: Target, std: Tensor, seed: int, clean: Tensor) -> bool:
@@ -149,7 +151,7 @@ class Draws:
                 small[kind][-1].append(index)
             else:
                 large.append(index)
-                if storages[storage] == 1:
+                if memory.device.type == "cpu" and storages[storage] == 1:
                     alone.add(index)
         kernels = _kernels().plan([targets[index].block for index in fused]) if fused else None
         batches = []

@@ -199,9 +199,8 @@ def _drawer(target: Target, factor: float, seed: int) -> Callable[[], Tensor]:
 
     def draw() -> Tensor:
         nonlocal std
-        if std is None:
-            std = Draws().std(target, factor)
-        return Draws().drawn(target, std, seed)
+        values, std = Draws().drawn(target, factor, seed, std)
+        return values
 
     return draw
 
