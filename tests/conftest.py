@@ -7,22 +7,22 @@ import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import distributed
-import imagenet
-import numpy as np
 import pytest
-import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
-torch.set_num_threads(1)
-if not torch.cuda.is_available():
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or libraries look for the driver at each of many questions
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the background, whose processes inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# What takes seconds to import is imported where it is used: xdist's controller reads this file too, and runs no test.
 
 
 def pytest_collection_finish() -> None:
     """What is imported by now stays: the garbage collector, which many tests call, need not go over it each time."""
+    import distributed
+    import torch
+
+    torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or libraries look for the driver at each of many questions
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 50)
@@ -39,6 +39,9 @@ def collected():
 @pytest.fixture(autouse=True)
 def seeds():
     """What a test draws does not depend on the tests before it."""
+    import numpy as np
+    import torch
+
     random.seed(0)
     np.random.seed(0)
     torch.default_generator.manual_seed(0)
@@ -55,6 +58,8 @@ def no_accelerate_state():
 
 
 def _reset() -> None:
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     PartialState._reset_state()
@@ -63,6 +68,8 @@ def _reset() -> None:
 @pytest.fixture
 def recipe(monkeypatch):
     """recipes/imagenet_rwp.py as a module, on a hundred of the digits."""
+    import imagenet
+
     loaded = imagenet.load_recipe()
     monkeypatch.setattr(loaded, "load_images", imagenet.few_digits)
     return loaded

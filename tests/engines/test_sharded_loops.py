@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import run, run_each
+from distributed import night, run, run_each
 from sharded import PARALLEL, Case, Net, assert_same, batch, buffers_of, build, follow, part, replica_index
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -199,7 +199,7 @@ ADDED = {
 }
 
 
-@pytest.mark.parametrize("engine", ADDED)
+@pytest.mark.parametrize("engine", night(ADDED, ["fsdp_tp"]))
 def test_a_step_sends_no_more_than_without_noise_but_one_sum_of_norms(engine):
     """Only in a perturbed replica, along a dimension of the mesh that cuts filters."""
     case = Case(engine, windows=2) if engine in PARALLEL else Case(engine, windows=2, accumulation=2)
