@@ -16,22 +16,20 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the back
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays: the garbage collector, which many tests call, need not go over it each time."""
+    """Ahead of the first test, in each process that runs some."""
     import distributed
     import torch
 
     torch.set_num_threads(1)
     if not torch.cuda.is_available():
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or libraries look for the driver at each of many questions
-    gc.collect()
-    gc.freeze()
     gc.set_threshold(100_000, 50, 50)
     distributed.context()  # there is one server to fork from, whoever starts it
 
 
 @pytest.fixture(autouse=True, scope="module")
 def collected():
-    """The same of what earlier tests imported: recipes collect garbage after each run, which is a million objects."""
+    """What is imported by now stays: whoever collects garbage, as Trainer does, need not go over a million objects."""
     gc.collect()
     gc.freeze()
 

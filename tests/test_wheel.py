@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from distributed import night
-from vit import write_pictures
 
 from hf_rwp.hub.card import render_card
 from hf_rwp.hub.facts import build_facts
@@ -73,7 +72,6 @@ COMMAND = ["hf_rwp.cli", "train", "--processes=2"]
 def test_an_installed_recipe_trains(installed, tmp_path, start, processes):
     _, python = installed
     flags = ["--img_size=16", "--batch_size=32", "--epochs=1", "--report_to=none", "--output_dir=out"]
-    flags.append(f"--data_dir={write_pictures(tmp_path / 'pictures')}")
     trained = run(python, "-m", *start, *flags, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
