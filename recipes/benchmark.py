@@ -140,7 +140,7 @@ from torch import nn
 
 from hf_rwp.analysis.collectives import LAYOUTS, Network, traffic_rows, units_of
 from hf_rwp.analysis.costs import rows, table
-from hf_rwp.analysis.frozen_cost import run_frozen
+from hf_rwp.analysis.frozen_cost import MODELS, rounds_of, run_frozen
 from hf_rwp.analysis.noise_cost import kernels_without_launches, noise_and_restore
 from hf_rwp.analysis.pieces import Piece, kept_pieces, measure_pieces, round_done, start, total_rounds
 from hf_rwp.analysis.timing import on_one_thread
@@ -209,13 +209,17 @@ def pieces_of(args: Arguments) -> dict[str, Piece]:
         for kind in KINDS:
             found[f"{name}, memory of {kind}"] = Piece(partial(run_memory, name, kind), args.ranks)
     found["loops"] = Piece(run_loops, rounds=2 * args.loops)
-    found["host"], found["frozen base"], found["import"] = Piece(run_host), Piece(run_frozen), Piece(run_imports)
+    found["host"], found["import"] = Piece(run_host), Piece(run_imports)
+    for name in MODELS:
+        found[f"LoRA, {name}"] = Piece(partial(run_frozen, name), rounds=rounds_of(name, args.rounds))
     return found
 
 
 def record_of(args: Arguments, facts: dict, found: dict[str, list]) -> dict[str, Any]:
     """The record of the pieces that there are; without those that there are not."""
-    names = {"loop_images_per_second": "loops", "host_milliseconds": "host", "frozen": "frozen base"}
+    names = {"loop_images_per_second": "loops", "host_milliseconds": "host"} | {
+        name: f"LoRA, {name}" for name in MODELS
+    }
     record = {**facts, **{key: found[title][0] for key, title in names.items() if title in found}}
     if "import" in found:
         record["import_seconds"] = found["import"][0]

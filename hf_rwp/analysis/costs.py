@@ -55,13 +55,14 @@ def rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         loops = record["loop_images_per_second"]
         speeds = _ratios(loops["imagenet_rwp"], loops["timm"])
         add("", "images/s, imagenet_rwp base / timm's loop", speeds, 1.0, at_least=True)
-    if "frozen" in record:
-        more = 1.05 + record["frozen"]["layer_bytes"] / record["frozen"]["weights_bytes"]
-        limits = {"drawn": (None if gpu else 1.15, more)}
-        for kind, (times, memory) in frozen_ratios(record["frozen"]).items():
-            time_limit, memory_limit = limits.get(kind, (None, None))
-            add("lora", f"step, base noise ({kind}) / plain LoRA", times, time_limit)
-            add("lora", f"memory, base noise ({kind}) / plain LoRA", memory, memory_limit)
+    for key, model in (("frozen", "lora"), ("llama", "llama_135m, lora")):
+        if key in record:
+            more = 1.05 + record[key]["layer_bytes"] / record[key]["weights_bytes"]
+            limits = {"drawn": (None if gpu else 1.15, more)}
+            for kind, (times, memory) in frozen_ratios(record[key]).items():
+                time_limit, memory_limit = limits.get(kind, (None, None))
+                add(model, f"step, base noise ({kind}) / plain LoRA", times, time_limit)
+                add(model, f"memory, base noise ({kind}) / plain LoRA", memory, memory_limit)
     for path, limit in (("torch", 3.0), ("kernels", 1.5)):
         if path in record.get("host_milliseconds", {}):  # no kernels without Triton
             add("", f"host ms of begin + restore, {path}", record["host_milliseconds"][path], limit)
