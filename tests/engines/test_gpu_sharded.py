@@ -39,7 +39,7 @@ LAYOUTS = [
 @pytest.fixture(autouse=True)
 def new_processes():
     """DTensor caches plans with the names of process groups, which a test before this one may have ended."""
-    stop()
+    stop(0)
 
 
 class Net(nn.Module):

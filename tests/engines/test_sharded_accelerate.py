@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from distributed import chosen, night, run_each, stop
+from distributed import chosen, night, run_each
 from engines import (
     accelerator_of,
     gradients,
@@ -174,9 +174,8 @@ def runs(request):
     """By case, what every rank saw."""
     names, found = chosen(request, "name"), {}
     for world in (4, 2):
-        stop()  # DTensor caches plans with the names of process groups, which a test before this one may have ended
         cases = {name: case for name, case in CASES.items() if case.world == world and name in names}
-        answers = run_each(world, record, [(case,) for case in cases.values()], timeout=120)
+        answers = run_each(world, record, [(case,) for case in cases.values()], keep_group=True)
         found |= dict(zip(cases, answers, strict=True))
     return found
 
@@ -188,7 +187,6 @@ def test_step_gradient_is_the_mix_through_prepare(runs, name):
 
 def test_step_gradient_is_the_mix_where_transformers_loads_the_parts(tmp_path):
     llama().save_pretrained(tmp_path)
-    stop()
     cases = [Case("tp", accumulation=accumulation, folder=str(tmp_path)) for accumulation in (2, 3)]
-    for case, ranks in zip(cases, run_each(2, record, [(case,) for case in cases], timeout=120), strict=True):
+    for case, ranks in zip(cases, run_each(2, record, [(case,) for case in cases], keep_group=True), strict=True):
         assert_mixed(case, ranks)

@@ -11,6 +11,7 @@ import PIL.Image
 import pytest
 import timm
 import torch
+from distributed import night
 
 from hf_rwp.runs.parsing import parse_arguments
 
@@ -23,8 +24,8 @@ def benchmark():
     return imagenet.load_recipe(imagenet.RECIPES / "benchmark.py")
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
+@pytest.fixture(scope="module", params=night(["1", ""], [""]), ids=lambda forks: "forks" * bool(forks) or "processes")
+def run(tmp_path_factory, request):
     """The record and what was printed."""
     folder = tmp_path_factory.mktemp("benchmark")
     for split, label in itertools.product(("train", "validation"), ("dark", "light")):
@@ -34,7 +35,7 @@ def run(tmp_path_factory):
             image.save(folder / "images" / split / label / f"{index}.png")
     output = folder / "results" / "benchmark.jsonl"
     flags = [*FLAGS, f"--data_dir={folder / 'images'}", f"--output={output}"]
-    done = imagenet.launch(imagenet.SUPPORT / "small_costs.py", *flags)
+    done = imagenet.launch(imagenet.SUPPORT / "small_costs.py", *flags, FORKS=request.param)
     assert done.returncode == 0, done.stderr
     (line,) = output.read_text().splitlines()
     return json.loads(line), done.stdout

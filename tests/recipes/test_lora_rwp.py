@@ -432,7 +432,7 @@ def test_two_processes_that_hold_the_weights_together_train_as_one_does(recipe, 
     flags = [f"--config={RECIPES / 'configs' / 'lora' / 'fsdp2_7b.yaml'}", f"--model_name_or_path={base}"]
     flags += ["--bf16=false", "--dtype=float32", "--num_train_epochs=1", "--gradient_checkpointing=false"]
     flags += ["--per_device_train_batch_size=4"]
-    stop()  # DTensor caches plans with the names of groups
+    stop(0)  # DTensor caches plans with the names of groups
     assert run_on_ranks(2, train_on_rank, tmp_path / "two", base, *flags, timeout=180) == ["", ""]
     two = results(tmp_path / "two")
     assert two["final"]["rwp"]["placement"] == "sequential"

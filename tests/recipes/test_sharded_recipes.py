@@ -24,7 +24,7 @@ FULL = {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
 @pytest.fixture(autouse=True)
 def new_processes():
     """DTensor caches plans with the names of process groups, which a test before this one may have ended."""
-    stop()
+    stop(0)
 
 
 def start(file, folder, *flags, changed=None):

@@ -23,7 +23,7 @@ BLOCKS = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_C
 @pytest.fixture(autouse=True)
 def new_processes():
     """DTensor caches plans with the names of process groups, which a test before this one may have ended."""
-    stop()
+    stop(0)
 
 
 def start(file, changed, folder, *flags):

@@ -34,8 +34,8 @@ _context = multiprocessing.get_context("forkserver")
 _HEAVY = {"accelerate", "datasets", "evaluate", "lightning", "matplotlib.pyplot", "peft", "sklearn.datasets", "timm"}
 _HEAVY |= {"torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"}
 _HEAVY |= {"transformers.trainer", "trl"}
-_workers: list[tuple[BaseProcess, Connection]] = []
-_kept: dict[int, tempfile.TemporaryDirectory[str]] = {}  # by world: the store of a group that the next call may have
+_pools: dict[int, list[tuple[BaseProcess, Connection]]] = {}  # by the world of the group that they keep, 0 for none
+_kept: dict[int, tempfile.TemporaryDirectory[str]] = {}  # by world: the store of that group
 _GRACE = 30  # seconds beyond the collectives' own timeout
 
 
@@ -45,22 +45,26 @@ def run(
     """What `function(*args)` returned on each of `world` ranks, by rank.
 
     function: importable by name; it finds a gloo group and the environment variables of torchrun. timeout: seconds, of
-    every collective. keep_group: calls of this kind that follow one another share a process group, and what DTensor
-    keeps by its name. Raises RuntimeError with the tracebacks where a rank raised, died or did not answer.
+    every collective, at least 120 of a group that is kept. keep_group: calls of this kind have processes of their own
+    and share a process group, and what DTensor keeps by its name. Raises RuntimeError with the tracebacks where a rank
+    raised, died or did not answer.
     """
-    folder = _kept.pop(world, None) if keep_group else None
+    pool = world if keep_group else 0
+    folder = _kept.pop(pool, None)
     fresh = folder is None
-    if keep_group and fresh:
-        stop()  # plans of DTensor name groups of the past
-    _kept.clear()
+    if keep_group:
+        timeout = max(timeout, 120)
+        if fresh:
+            stop(pool)  # plans of DTensor name groups of the past
     folder = folder or tempfile.TemporaryDirectory()
-    while len(_workers) < world:
+    workers = _pools.setdefault(pool, [])
+    while len(workers) < world:
         ours, theirs = _context.Pipe()
-        process = context().Process(target=_serve, args=(theirs, len(_workers)), daemon=True)
+        process = context().Process(target=_serve, args=(theirs, len(workers)), daemon=True)
         process.start()
         theirs.close()
-        _workers.append((process, ours))
-    workers = _workers[:world]
+        workers.append((process, ours))
+    workers = workers[:world]
     job = pickle.dumps((function, args, world, os.path.join(folder.name, "store") if fresh else None, timeout))
     for _, connection in workers:
         connection.send_bytes(job)
@@ -68,11 +72,11 @@ def run(
     outcomes = [_answer(connection, deadline) for _, connection in workers]
     failures = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(outcomes) if failure]
     if any("no answer" in failure for failure in failures):
-        stop()
+        stop(pool)
     if failures:
         raise RuntimeError(f"{function.__name__} failed on {len(failures)} of {world} ranks\n" + "\n".join(failures))
     if keep_group:
-        _kept[world] = folder
+        _kept[pool] = folder
     return [value for value, _ in outcomes]
 
 
@@ -116,14 +120,17 @@ def rank() -> int:
     return int(os.environ["RANK"])
 
 
-def stop() -> None:
-    """End the processes; the next `run` starts new ones."""
-    _kept.clear()
-    while _workers:
-        process, connection = _workers.pop()
-        connection.close()
-        process.kill()
-        process.join()
+def stop(pool: int | None = None) -> None:
+    """End processes; the next `run` starts new ones. pool: the world of those that keep a group, 0 for those that keep
+    none, None for all."""
+    for own in [*_pools] if pool is None else [pool]:
+        _kept.pop(own, None)
+        workers = _pools.pop(own, [])
+        for process, connection in workers:
+            connection.close()
+            process.kill()
+        for process, _ in workers:
+            process.join()
 
 
 def _answer(connection: Connection, deadline: float) -> tuple[Any, str]:

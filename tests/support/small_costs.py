@@ -1,13 +1,23 @@
-"""A benchmark whose layers are small where their size is nothing to what a test looks at."""
+"""A benchmark whose layers are small where their size is nothing to what a test looks at.
+
+With FORKS=1 its processes are forks of it, which need not import anew what it has.
+"""
 
 import json
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import benchmark
 import torch
 
-from hf_rwp.analysis import frozen_cost
+from hf_rwp.analysis import frozen_cost, pieces
 from hf_rwp.runs import parsing
 
 SMALL = {
@@ -24,6 +34,29 @@ def run_frozen(name: str, _: int, __: int, args: Any, folder: str) -> None:
     Path(folder, "0").write_text(json.dumps(found))
 
 
+def forking(start: Any, *args: Any, start_method: str, **options: Any) -> Any:
+    assert start_method == "forkserver"
+    return start(*args, start_method="fork", **options)
+
+
+def run(command: list[str], **options: Any) -> Any:
+    """As `subprocess.run`; the recipe is a fork."""
+    if command[1] != str(benchmark.RECIPE):
+        return subprocess.run(command, **options)
+    process = multiprocessing.get_context("fork").Process(target=train, args=(command[1:],))
+    process.start()
+    process.join()
+    return SimpleNamespace(returncode=process.exitcode, stderr="")
+
+
+def train(words: list[str]) -> None:
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
 if __name__ == "__main__":
     benchmark.run_frozen = run_frozen
+    if os.environ.get("FORKS"):
+        pieces.start_processes = partial(forking, pieces.start_processes)
+        benchmark.subprocess = SimpleNamespace(run=run)
     parsing.start(benchmark.main, benchmark.Arguments, benchmark.__doc__)

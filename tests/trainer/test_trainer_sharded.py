@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.utils import ParallelismConfig
-from distributed import chosen, night, rank, run_each, stop
+from distributed import chosen, night, rank, run_each
 from engines import PreciseLlamaForCausalLM, gradients, llama, load_llama, on_cpus, seen_weights, sentences, snapshot
 from reference import noises
 from torch import nn
@@ -168,10 +168,9 @@ def runs(request, tmp_path_factory):
     llama().save_pretrained(folder / "model")
     found = {}
     for world in (4, 2):
-        stop()  # DTensor caches plans with the names of process groups, which a test before this one may have ended
         cases = {name: case for name, case in CASES.items() if case.world == world and name in names}
         calls = [(case, str(folder), str(folder / "model")) for case in cases.values()]
-        found |= dict(zip(cases, run_each(world, train, calls, timeout=120), strict=True))
+        found |= dict(zip(cases, run_each(world, train, calls, keep_group=True), strict=True))
     return found
 
 
@@ -294,8 +293,7 @@ def scripts(tmp_path_factory):
     }
     found = {}
     for world, case in cases.items():
-        stop()
-        (found[case[0]],) = run_each(world, whole_and_resumed, [case], timeout=120)
+        (found[case[0]],) = run_each(world, whole_and_resumed, [case], keep_group=True)
     return folder, found
 
 
@@ -306,7 +304,7 @@ LOADED = {"loaded-tp": FSDP_TP["parts"], **({} if OLD else {"loaded-hs": LOADED_
 def loaded_scripts(request, scripts):
     folder, _ = scripts
     names = sorted(chosen(request, "name") & {*LOADED})
-    found = run_each(4, push_loaded, [(name, str(folder), LOADED[name]) for name in names], timeout=120)
+    found = run_each(4, push_loaded, [(name, str(folder), LOADED[name]) for name in names], keep_group=True)
     return folder, dict(zip(names, found, strict=True))
 
 
