@@ -140,12 +140,12 @@ from torch import nn
 
 from hf_rwp.analysis.collectives import LAYOUTS, Network, traffic_rows, units_of
 from hf_rwp.analysis.costs import rows, table
-from hf_rwp.analysis.frozen_cost import MODELS, rounds_of, run_frozen
 from hf_rwp.analysis.noise_cost import kernels_without_launches, noise_and_restore
 from hf_rwp.analysis.pieces import Piece, kept_pieces, measure_pieces, round_done, start, total_rounds
-from hf_rwp.analysis.timing import on_one_thread
+from hf_rwp.analysis.timing import WARM_UP, on_one_thread
 from hf_rwp.experiments.loops import LOOP, timm_loop
-from hf_rwp.experiments.step_costs import KINDS, WARM_UP, combined, run_memory, run_steps
+from hf_rwp.experiments.lora_costs import MODELS, run_lora
+from hf_rwp.experiments.step_costs import KINDS, combined, run_memory, run_steps
 from hf_rwp.images.data import load_images
 from hf_rwp.runs.progress import Progress
 from hf_rwp.runs.records import append_record, command_of, environment, scrub_paths
@@ -210,8 +210,8 @@ def pieces_of(args: Arguments) -> dict[str, Piece]:
             found[f"{name}, memory of {kind}"] = Piece(partial(run_memory, name, kind), args.ranks)
     found["loops"] = Piece(run_loops, rounds=2 * args.loops)
     found["host"], found["import"] = Piece(run_host), Piece(run_imports)
-    for name in MODELS:
-        found[f"LoRA, {name}"] = Piece(partial(run_frozen, name), rounds=rounds_of(name, args.rounds))
+    for name, measured in MODELS.items():
+        found[f"LoRA, {name}"] = Piece(partial(run_lora, name), rounds=measured.rounds(args.rounds))
     return found
 
 

@@ -21,7 +21,7 @@ HEAVY |= {"sklearn", "numpy", "PIL", "yaml"}
 FLOORS = [{"core"}, {"images", "runs", "analysis"}, {"hub"}, {"trainer"}, {"experiments", "integrations"}]
 TOP = "cli"  # the one module outside of them, above all
 ALONE = {  # the rooms, and the modules of others, that may import a package of their own choice
-    "transformers": {"trainer", "runs.flags", "experiments.texts"},
+    "transformers": {"trainer", "runs.flags", "experiments.lora_costs", "experiments.texts"},
     "huggingface_hub": {"hub"},
     "matplotlib": {"analysis"},
     "timm": {"images", "experiments", "hub.export", "trainer.images", "trainer.models"},

@@ -1,31 +1,19 @@
 """What noise on a frozen base costs under LoRA: drawn where needed, by a copy, and as Flat-LoRA's trainer has it."""
 
 import copy
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_rwp.analysis.pieces import round_done
-from hf_rwp.analysis.timing import peak_bytes, timed
+from hf_rwp.analysis.timing import WARM_UP, peak_bytes, timed
 from hf_rwp.core.optimizer import RWP
 
 WIDTH, LAYERS, RANK = 1024, 6, 8
-TOKENS, LENGTH = 2048, 512  # of a step, and of one of its sequences
+TOKENS = 2048  # of a step: those of a batch of sequences
 GAMMA = 0.05  # relative to the weights' rms, as Flat-LoRA's
-LLAMA = {  # https://huggingface.co/HuggingFaceTB/SmolLM2-135M/blob/main/config.json
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-}
 KINDS = ("plain", "drawn", "copy", "flat_lora")
 
 Loss = Callable[[nn.Module], Tensor]
@@ -57,34 +45,6 @@ def linear_layers(tokens: int = TOKENS, width: int = WIDTH) -> tuple[nn.Module, 
     return nn.Sequential(*[module for pair in pairs for module in pair]), loss
 
 
-def llama(tokens: int = TOKENS, **shape: Any) -> tuple[nn.Module, Loss]:
-    """A Llama of SmolLM2-135M's shape whose linear layers, its head aside, are adapted; and the loss of a step.
-
-    shape: what else its configuration has. Needs transformers.
-    """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    model: Any = LlamaForCausalLM(LlamaConfig(**{**LLAMA, **shape})).requires_grad_(False)
-    for layer in model.model.layers:
-        for block in (layer.self_attn, layer.mlp):
-            for name, linear in [*block.named_children()]:
-                if isinstance(linear, nn.Linear):
-                    setattr(block, name, Adapted(linear, RANK))
-    ids = torch.randint(model.config.vocab_size, (max(tokens // LENGTH, 1), min(tokens, LENGTH)))
-
-    def loss(model: nn.Module) -> Tensor:
-        own = ids.to(next(model.parameters()).device)
-        return model(input_ids=own, labels=own).loss  # type: ignore[no-any-return]
-
-    return model, loss
-
-
-MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, Loss]], int, Sequence[str]]] = {  # rounds to one of the benchmark
-    "frozen": (linear_layers, 4, KINDS),  # they are short, and its kinds are close together
-    "llama": (llama, 1, ("plain", "drawn", "flat_lora")),
-}
-
-
 def frozen_costs(
     model: nn.Module,
     loss: Loss,
@@ -94,8 +54,8 @@ def frozen_costs(
 ) -> dict[str, Any]:
     """Seconds of a step whose gradient is perturbed, and the most bytes that it takes beyond the weights, by kind.
 
-    `plain` has no noise on the base. Every round takes each kind once; the first two are not counted. tell: is called
-    after each.
+    `plain` has no noise on the base. Every round takes each kind once; WARM_UP of them are not counted. tell: is called
+    after each round.
     """
     device = next(model.parameters()).device
     makers: dict[str, Callable[[nn.Module, Loss], Callable[[], None]]] = {
@@ -106,10 +66,10 @@ def frozen_costs(
     }
     steps = {kind: makers[kind](copy.deepcopy(model), loss) for kind in kinds}
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for index in range(rounds + 2):
+    for index in range(WARM_UP + rounds):
         for kind, step in steps.items():
             taken = timed(step, device)
-            if index >= 2:  # writes are looked for in the first
+            if index >= WARM_UP:
                 seconds[kind].append(taken)
         tell()
     del steps
@@ -119,26 +79,6 @@ def frozen_costs(
         "weights_bytes": sum(weight.nbytes for weight in model.parameters()),
         "layer_bytes": max(weight.nbytes for weight in model.parameters() if not weight.requires_grad),
     }
-
-
-def run_frozen(name: str, _: int, ranks: int, args: Any, folder: str) -> None:
-    """Write `frozen_costs` of one of MODELS to the folder, measured with the threads of a single process.
-
-    args: of the benchmark.
-    """
-    torch.set_num_threads(args.threads * args.ranks // ranks)
-    torch.manual_seed(0)
-    build, times, kinds = MODELS[name]
-    model, loss = build()
-    if torch.cuda.is_available():
-        model.to("cuda", torch.bfloat16)
-    found = frozen_costs(model, loss, times * args.rounds, kinds, partial(round_done, folder))
-    Path(folder, "0").write_text(json.dumps(found))
-
-
-def rounds_of(name: str, rounds: int) -> int:
-    """How many rounds `run_frozen` tells of, by those of the benchmark."""
-    return MODELS[name][1] * rounds + 2
 
 
 def frozen_ratios(found: Mapping[str, Any]) -> dict[str, tuple[list[float], list[float]]]:

@@ -14,6 +14,9 @@ import torch
 from torch.profiler import profile
 from tqdm import tqdm
 
+# Rounds that are not counted: memory is allocated, DDP's buckets are built, kernels are tried, writes are looked for.
+WARM_UP = 2
+
 Result = TypeVar("Result")
 
 

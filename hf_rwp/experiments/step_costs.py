@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_rwp.analysis.noise_cost import noise_and_restore, noise_variants
 from hf_rwp.analysis.pieces import round_done
-from hf_rwp.analysis.timing import collectives, peak_bytes, peak_of_process, timed
+from hf_rwp.analysis.timing import WARM_UP, collectives, peak_bytes, peak_of_process, timed
 from hf_rwp.core.noise import Source
 from hf_rwp.core.optimizer import RWP
 from hf_rwp.images.small_models import make_stem_small
@@ -28,8 +28,6 @@ from hf_rwp.runs.steps import accumulate, plain_step, sam_step, wrap_sam
 
 Record = dict[str, Any]
 KINDS = ("base", "rwp", "sam")
-# Rounds that are not counted: memory is allocated, DDP's buckets are built, kernels are tried, writes are looked for.
-WARM_UP = 2
 
 
 def set_up(rank: int, ranks: int, args: Any, folder: str) -> torch.device:

@@ -226,7 +226,7 @@ def test_ctrl_c_reaches_everybody_and_only_the_main_process_decides(tmp_path):
     assert "goes on" in run.stderr
 
 
-@pytest.mark.slow  # `hf-rwp` with two processes, below, is the same launcher
+@pytest.mark.slow  # test_mistakes.py has `hf-rwp`, which is the same launcher, of a program that saves nothing
 @pytest.mark.parametrize("processes", [1, 2])
 def test_ctrl_c_under_accelerate_launch(tmp_path, processes):
     """A terminal reaches the launcher and, where it has only one, its process; others the launcher tells itself."""
@@ -244,7 +244,8 @@ def test_ctrl_c_under_accelerate_launch(tmp_path, processes):
     assert f"--resume_from_checkpoint {tmp_path / 'out'} goes on" in said
 
 
-def test_ctrl_c_under_hf_rwp_with_two_processes_prints_no_traceback(tmp_path):
+@pytest.mark.slow
+def test_ctrl_c_under_hf_rwp_with_two_processes_saves_and_prints_no_traceback(tmp_path):
     flags = ["--epochs=9999", "--img_size=16", "--batch_size=256", "--report_to=none", f"--output_dir={tmp_path}"]
     processes = ["--config_file", "recipes/accelerate/cpu_2.yaml"]
     command = ["-m", "hf_rwp.cli", "train", *processes, "--logging_steps=1", *flags]

@@ -4,6 +4,7 @@ import argparse
 import errno
 import os
 import re
+import signal
 import sys
 
 import forked
@@ -24,6 +25,9 @@ class Flags:
 def main(flags):
     if flags.seen_by not in ("all", os.environ.get("RANK")):
         signal.pause()  # until the launcher ends it
+    if flags.kind == "none":
+        print("up", flush=True)
+        signal.pause()
     if flags.kind == "bug":
         {}["missing"]
     raise ValueError("the images are not there:\\n  name others")
@@ -37,10 +41,10 @@ AGENT += ["--dynamo_backend=no"]
 
 
 @pytest.fixture
-def launched(tmp_path):
+def started(tmp_path):
     (tmp_path / "recipe.py").write_text(SCRIPT)
 
-    def launched(way, *flags, **environment):
+    def started(way, *flags, **environment):
         script = str(tmp_path / "recipe.py")
         program = {
             "hf-rwp": ["-c", f"from hf_rwp.cli import launch, Path; launch(Path({script!r}), {[*flags]}, 2, None)"],
@@ -48,7 +52,16 @@ def launched(tmp_path):
             "alone": ["-m", "accelerate.commands.launch", "--cpu", script, *flags],
             "quiet": ["-m", "accelerate.commands.launch", "--cpu", "--quiet", script, *flags],
         }[way]
-        return forked.run(*program, cwd=tmp_path, **{"ACCELERATE_USE_CPU": "true", **environment})
+        return forked.started(*program, cwd=tmp_path, **{"ACCELERATE_USE_CPU": "true", **environment})
+
+    return started
+
+
+@pytest.fixture
+def launched(started):
+    def launched(*arguments, **environment):
+        with started(*arguments, **environment) as program:
+            return program.end()
 
     return launched
 
@@ -67,6 +80,15 @@ def test_hf_rwp_shows_a_bug_and_all_of_a_mistake_if_told_to(launched):
     assert run.returncode == 1
     assert "ValueError: the images are not there" in run.stderr
     assert "ChildFailedError" in run.stderr
+
+
+def test_ctrl_c_under_hf_rwp_with_two_processes_prints_no_traceback(started):
+    with started("hf-rwp", "--kind=none") as launcher:
+        launcher.wait_for("up\nup\n")
+        os.killpg(launcher.pid, signal.SIGINT)
+        run = launcher.end()
+    assert run.returncode == 130, run.stderr
+    assert run.stderr.strip() == "stopped by Ctrl-C: what was not saved before is lost"
 
 
 @pytest.mark.parametrize("seen_by", ["all", "1"])

@@ -18,19 +18,19 @@ import benchmark
 import torch
 
 from hf_rwp.analysis import frozen_cost, pieces
+from hf_rwp.experiments import lora_costs
 from hf_rwp.runs import parsing
 
 SMALL = {
     "frozen": lambda: frozen_cost.linear_layers(tokens=64, width=512),
-    "llama": lambda: frozen_cost.llama(tokens=16, num_hidden_layers=2, vocab_size=64),
+    "llama": lambda: lora_costs.llama(tokens=16, num_hidden_layers=2, vocab_size=64),
 }
 
 
-def run_frozen(name: str, _: int, __: int, args: Any, folder: str) -> None:
+def run_lora(name: str, _: int, __: int, args: Any, folder: str) -> None:
     """As the benchmark's own, which takes minutes."""
     torch.manual_seed(0)
-    _, _, kinds = frozen_cost.MODELS[name]
-    found = frozen_cost.frozen_costs(*SMALL[name](), args.rounds, kinds)
+    found = frozen_cost.frozen_costs(*SMALL[name](), args.rounds, lora_costs.MODELS[name].kinds)
     Path(folder, "0").write_text(json.dumps(found))
 
 
@@ -55,7 +55,7 @@ def train(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    benchmark.run_frozen = run_frozen
+    benchmark.run_lora = run_lora
     if os.environ.get("FORKS"):
         pieces.start_processes = partial(forking, pieces.start_processes)
         benchmark.subprocess = SimpleNamespace(run=run)
