@@ -211,6 +211,8 @@ def pieces_of(args: Arguments) -> dict[str, Piece]:
     found["loops"] = Piece(run_loops, rounds=2 * args.loops)
     found["host"], found["import"] = Piece(run_host), Piece(run_imports)
     for name, measured in MODELS.items():
+        if args.quick and measured.long:
+            continue
         found[f"LoRA, {name}"] = Piece(partial(run_lora, name), rounds=measured.rounds(args.rounds))
     return found
 

@@ -51,11 +51,15 @@ def llama(tokens: int = TOKENS, **shape: Any) -> tuple[nn.Module, Loss]:
 
 @dataclass(frozen=True)
 class Measured:
-    """build: a model, and the loss of a step. times: rounds to one of the benchmark's. kinds: of noise."""
+    """build: a model, and the loss of a step. times: rounds to one of the benchmark's. kinds: of noise.
+
+    long: whether it takes minutes on a CPU.
+    """
 
     build: Callable[[], tuple[nn.Module, Loss]]
     times: int
     kinds: tuple[str, ...] = KINDS
+    long: bool = False
 
     def rounds(self, of_benchmark: int) -> int:
         """Of work, those included that are not counted."""
@@ -64,7 +68,7 @@ class Measured:
 
 MODELS = {  # by their names in a record
     "frozen": Measured(linear_layers, 4),  # short rounds, of kinds that are close together
-    "llama": Measured(llama, 2, ("plain", "drawn")),
+    "llama": Measured(llama, 2, ("plain", "drawn"), long=True),
 }
 
 

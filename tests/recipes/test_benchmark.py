@@ -143,6 +143,12 @@ def test_a_flag_out_of_range_is_named(benchmark, flag, message):
         parse_arguments(benchmark.Arguments, [flag])
 
 
+def test_a_quick_run_leaves_out_what_takes_minutes(benchmark):
+    flags = [[*FLAGS, f"--quick={quick}"] for quick in ("false", "true")]
+    whole, quick = (benchmark.pieces_of(parse_arguments(benchmark.Arguments, own)) for own in flags)
+    assert whole.keys() - quick.keys() == {"LoRA, llama"}
+
+
 def test_ranks_are_not_to_be_started_for_it(benchmark, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="start one, with python"):
