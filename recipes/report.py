@@ -288,8 +288,8 @@ def details(
         parts.append(
             f"`{record['command']}`, {record['date']}, torch {record['versions']['torch']}, load average "
             f"{record['load_average']:.2f} when it began. Medians over rounds, and quartiles; ratios are taken within "
-            "rounds. Limits are the project's own. `lora` are adapted linear layers and nothing else, the case in which "
-            "a draw costs most; `llama_135m, lora` has the shape of SmolLM2-135M."
+            "rounds. Limits are the project's own. `lora` are adapted linear layers and nothing else, the case in "
+            "which a draw costs most; `llama_135m, lora` has the shape of SmolLM2-135M."
         )
         parts.append(costs(record["rows"]))
     parts += forgetting.section(RESULTS / "lora")
