@@ -15,7 +15,7 @@ from hf_rwp.analysis.frozen_cost import KINDS, RANK, TOKENS, Adapted, Loss, froz
 from hf_rwp.analysis.pieces import round_done
 from hf_rwp.analysis.timing import WARM_UP
 
-LENGTH = 512  # words of a sequence
+LENGTH = 512  # tokens of a sequence
 SMOLLM2_135M = {  # https://huggingface.co/HuggingFaceTB/SmolLM2-135M/blob/main/config.json
     "hidden_size": 576,
     "intermediate_size": 1536,

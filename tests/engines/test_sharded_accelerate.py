@@ -175,7 +175,7 @@ def runs(request):
     names, found = chosen(request, "name"), {}
     for world in (4, 2):
         cases = {name: case for name, case in CASES.items() if case.world == world and name in names}
-        answers = run_each(world, record, [(case,) for case in cases.values()], keep_group=True)
+        answers = run_each(world, record, [(case,) for case in cases.values()], timeout=120, keep_group=True)
         found |= dict(zip(cases, answers, strict=True))
     return found
 
@@ -188,5 +188,6 @@ def test_step_gradient_is_the_mix_through_prepare(runs, name):
 def test_step_gradient_is_the_mix_where_transformers_loads_the_parts(tmp_path):
     llama().save_pretrained(tmp_path)
     cases = [Case("tp", accumulation=accumulation, folder=str(tmp_path)) for accumulation in (2, 3)]
-    for case, ranks in zip(cases, run_each(2, record, [(case,) for case in cases], keep_group=True), strict=True):
+    answers = run_each(2, record, [(case,) for case in cases], timeout=120, keep_group=True)
+    for case, ranks in zip(cases, answers, strict=True):
         assert_mixed(case, ranks)

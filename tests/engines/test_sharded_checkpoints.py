@@ -164,7 +164,7 @@ def runs(request, tmp_path_factory):
     for function, cases, found in ((save, saves, saved), (load, loads, loaded)):
         for world in (4, 2, 1):
             here = [case for case in cases if Case(case[0]).world == world]
-            answers = run_each(world, function, [(*case, folder) for case in here], keep_group=True)
+            answers = run_each(world, function, [(*case, folder) for case in here], timeout=120, keep_group=True)
             found.update(zip([case[0] if function is save else case for case in here], answers, strict=True))
     return saved, loaded
 
@@ -253,7 +253,7 @@ def accelerated_runs(request, tmp_path_factory):
         states = sorted(state for own, state in chosen(request, "layout", "state") if own == layout)
         cases = [(sizes, state, folder, do) for state in states for do in ("through", "save")]
         cases += [(sizes, state, folder, "load", 77) for state in states]
-        answers = run_each(world, accelerated, cases, keep_group=True)
+        answers = run_each(world, accelerated, cases, timeout=120, keep_group=True)
         found |= {(layout, case[1], case[3]): ranks for case, ranks in zip(cases, answers, strict=True)}
     return found
 

@@ -2,8 +2,8 @@
 
 `run(3, function, *args)` calls `function(*args)` in three processes and returns what it returned, by rank. The
 processes are forked once, from a server that has imported torch already, and serve all tests; each call gets a process
-group of its own, so that a failure leaves nothing behind. Nothing hangs: a collective fails after `timeout` seconds,
-anything else a little later, and `run` raises with what every rank said.
+group of its own, unless it is told to keep one, so that a failure leaves nothing behind. Nothing hangs: a collective
+fails after `timeout` seconds, anything else a little later, and `run` raises with what every rank said.
 """
 
 import gc
@@ -36,6 +36,7 @@ _HEAVY |= {"torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.dist
 _HEAVY |= {"transformers.trainer", "trl"}
 _pools: dict[int, list[tuple[BaseProcess, Connection]]] = {}  # by the world of the group that they keep, 0 for none
 _kept: dict[int, tempfile.TemporaryDirectory[str]] = {}  # by world: the store of that group
+_LONGEST = 120  # seconds of a collective of a group that calls share
 _GRACE = 30  # seconds beyond the collectives' own timeout
 
 
@@ -45,17 +46,15 @@ def run(
     """What `function(*args)` returned on each of `world` ranks, by rank.
 
     function: importable by name; it finds a gloo group and the environment variables of torchrun. timeout: seconds, of
-    every collective, at least 120 of a group that is kept. keep_group: calls of this kind have processes of their own
-    and share a process group, and what DTensor keeps by its name. Raises RuntimeError with the tracebacks where a rank
-    raised, died or did not answer.
+    every collective where the group is its own, and with _GRACE of the whole call. keep_group: calls of this kind have
+    processes of their own and share a process group, and what DTensor keeps by its name. Raises RuntimeError with the
+    tracebacks where a rank raised, died or did not answer.
     """
     pool = world if keep_group else 0
     folder = _kept.pop(pool, None)
     fresh = folder is None
-    if keep_group:
-        timeout = max(timeout, 120)
-        if fresh:
-            stop(pool)  # plans of DTensor name groups of the past
+    if keep_group and fresh:
+        stop(pool)  # plans of DTensor name groups of the past
     folder = folder or tempfile.TemporaryDirectory()
     workers = _pools.setdefault(pool, [])
     while len(workers) < world:
@@ -65,7 +64,8 @@ def run(
         theirs.close()
         workers.append((process, ours))
     workers = workers[:world]
-    job = pickle.dumps((function, args, world, os.path.join(folder.name, "store") if fresh else None, timeout))
+    wait = max(timeout, _LONGEST) if keep_group else timeout
+    job = pickle.dumps((function, args, world, os.path.join(folder.name, "store") if fresh else None, wait))
     for _, connection in workers:
         connection.send_bytes(job)
     deadline = time.monotonic() + timeout + _GRACE

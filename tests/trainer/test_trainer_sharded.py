@@ -170,7 +170,7 @@ def runs(request, tmp_path_factory):
     for world in (4, 2):
         cases = {name: case for name, case in CASES.items() if case.world == world and name in names}
         calls = [(case, str(folder), str(folder / "model")) for case in cases.values()]
-        found |= dict(zip(cases, run_each(world, train, calls, keep_group=True), strict=True))
+        found |= dict(zip(cases, run_each(world, train, calls, timeout=120, keep_group=True), strict=True))
     return found
 
 
@@ -293,7 +293,7 @@ def scripts(tmp_path_factory):
     }
     found = {}
     for world, case in cases.items():
-        (found[case[0]],) = run_each(world, whole_and_resumed, [case], keep_group=True)
+        (found[case[0]],) = run_each(world, whole_and_resumed, [case], timeout=120, keep_group=True)
     return folder, found
 
 
@@ -304,7 +304,8 @@ LOADED = {"loaded-tp": FSDP_TP["parts"], **({} if OLD else {"loaded-hs": LOADED_
 def loaded_scripts(request, scripts):
     folder, _ = scripts
     names = sorted(chosen(request, "name") & {*LOADED})
-    found = run_each(4, push_loaded, [(name, str(folder), LOADED[name]) for name in names], keep_group=True)
+    calls = [(name, str(folder), LOADED[name]) for name in names]
+    found = run_each(4, push_loaded, calls, timeout=120, keep_group=True)
     return folder, dict(zip(names, found, strict=True))
 
 
