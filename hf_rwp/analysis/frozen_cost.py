@@ -85,8 +85,10 @@ def frozen_ratios(found: Mapping[str, Any]) -> dict[str, tuple[list[float], list
     """By kind: a step's time over plain LoRA's in every round, and its memory, the weights included, over plain's."""
     weights, plain = found["weights_bytes"], found["seconds"]["plain"]
     ratios = {}
-    for kind in [kind for kind in found["seconds"] if kind != "plain"]:
-        times = [taken / base for taken, base in zip(found["seconds"][kind], plain, strict=True)]
+    for kind, seconds in found["seconds"].items():
+        if kind == "plain":
+            continue
+        times = [taken / base for taken, base in zip(seconds, plain, strict=True)]
         memory = (weights + found["peak_bytes"][kind]) / (weights + found["peak_bytes"]["plain"])
         ratios[kind] = times, [memory] * 2
     return ratios
